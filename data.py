@@ -1,0 +1,863 @@
+"""
+Videos in, batches out: synthetic scenes with exact ground truth, your own videos, and the crops that the models eat.
+
+    Scenes      procedural video on any device: flow, occlusion, classes, depth, boxes and tracks in closed form
+    Videos      your files: mp4, mkv, mov, avi, webm, folders of them at any depth, or folders of jpg / png frames
+    MultiCrop   a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
+    make_loader ties them together: index lists in, batches on the device out
+
+Everything random about sample i of a run is a pure function of (seed, i): drawn from np.random.default_rng((seed, i)), never
+from a worker's or a device's generator. So the data are the same with any number of workers or GPUs and after any resume.
+
+    loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
+    loader = make_loader("PATH/TO/VIDEOS", model.cfg.inputs, batches, device="cuda", workers=8)
+
+Glossary: B clips, T frames, H W pixels, n crops. Pixel centres lie at integers; boxes of crops are (top, left, height, width).
+"""
+import heapq
+import itertools
+import math
+import os
+import re
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+# ---- synthetic scenes ----------------------------------------------------------------------------
+SHAPES = ("disc", "square", "triangle", "flower", "cross", "ring", "moon", "bar")   # classes 1..8
+CELLS = 128                             # a silhouette is a table of CELLS x CELLS yes/no cells
+
+
+def silhouettes():
+    """The 8 shapes as tables (8, 128, 128) uint8, and 128 hull points of each about its centre, complex."""
+    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1             # in (-1, 1); the rim must stay empty
+    longer, shorter = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+    r, angle = np.hypot(x, y), np.arctan2(y, x)
+    tables = np.stack([
+        r < 0.9, longer < 0.78, (y < 0.6) & (y > 1.8 * abs(x) - 0.95), r < 0.66 + 0.29 * np.cos(5 * angle),
+        (shorter < 0.28) & (longer < 0.92), (r < 0.95) & (r > 0.5),
+        (r < 0.95) & (np.hypot(x - 0.5, y) > 0.62), (abs(x) < 0.95) & (abs(y) < 0.34)])
+    rays = np.exp(2j * np.pi * np.arange(128) / 128)
+    hulls = []
+    for table in tables:                # a hull point is the cell corner furthest along a ray
+        v, u = np.nonzero(table)
+        corners = np.unique(np.add.outer([0, 1, 1j, 1 + 1j], u + 1j * v)) - (1 + 1j) * CELLS / 2
+        hulls.append(corners[(corners[:, None] * rays.conj()).real.argmax(0)])
+    return tables.astype(np.uint8), np.stack(hulls)
+
+
+def dead_leaves(rng, canvas, grain):
+    """Covers canvases (n, S, S, 3) with opaque shaded discs and boxes; their radii, about `grain`, go as r^-2."""
+    n, S = canvas.shape[:2]
+    for r in grain / rng.uniform(1 / 1.2, 1 / 0.3, int(5 * (S / grain) ** 2)):
+        reach = np.arange(-int(1.3 * r) - 1, int(1.3 * r) + 2)
+        dy, dx = reach[:, None], reach                                      # (w, 1), (w,)
+        row, col = rng.integers(S, size=(2, n, 1, 1))
+        q = (dx + 1j * dy) * np.exp(2j * np.pi * rng.random((n, 1, 1))) / r          # (n, w, w)
+        flat, power = rng.uniform(0.4, 1, (n, 1, 1)), rng.choice([2, 8], (n, 1, 1))  # 2: ellipse, 8: box
+        inside = abs(q.real) ** power + abs(q.imag / flat) ** power < 1
+        tone = rng.normal(size=(n, 1, 1, 1)) + 0.6 * rng.normal(size=(n, 1, 1, 3)) + 0.4 * q.real[..., None]
+        spot = np.arange(n)[:, None, None], (row + dy) % S, (col + dx) % S
+        canvas[spot] = np.where(inside[..., None], tone, canvas[spot])
+    return canvas
+
+
+def make_textures(rng, n, size, grain):
+    """Periodic colour textures (n, 3, size + 1, size + 1) float32, mean 0, std 1; last row and column = first.
+    Half are dead leaves, a quarter 1/f clouds, a quarter warped gratings; then each gets a little of another."""
+    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))      # cycles per pixel
+    f[0, 0] = np.inf
+    damp = 1 - np.exp(-(4 * grain * f) ** 2)            # our choice: little at wavelengths above 4 grains
+
+    def normal(x):                                      # each texture to mean 0, std 1
+        return (x - x.mean((1, 2, 3), keepdims=True)) / x.std((1, 2, 3), keepdims=True)
+
+    def noise(count):                                   # (count, S, S, 3), one spectrum slope per texture
+        band = damp * f ** -rng.uniform(1.2, 2.4, (count, 1, 1, 1))
+        waves = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(count, 3, size, size))) * band, (size, size))
+        return normal(waves.transpose(0, 2, 3, 1))
+
+    part = n // 4
+    clouds = noise(n - 3 * part)
+    clouds = normal(clouds[..., :1] + 0.5 * clouds)
+    clouds[::2] = np.tanh(4 * clouds[::2])              # every other one has hard blotches
+    leaves = dead_leaves(rng, noise(2 * part), grain) + 0.15 * noise(2 * part)
+    turns = np.rint(rng.normal(size=(part, 2, 2)) * 0.3 * size / grain)     # whole, so that they are periodic
+    wave = turns @ np.mgrid[:size, :size].reshape(2, -1)
+    wave = 2 * np.pi / size * wave.reshape(part, 2, size, size).transpose(0, 2, 3, 1)
+    wave = np.sin(wave + rng.uniform(0, 1.5, (part, 1, 1, 1)) * noise(part)[..., :2])
+    checked = rng.random((part, 1, 1)) < 0.5
+    stripes = np.tanh(3 * wave[..., 0] * np.where(checked, wave[..., 1], 1))[..., None]
+    stripes = stripes * (1 + rng.normal(size=(part, 1, 1, 3))) + 0.5 * noise(part)
+    out = normal(np.concatenate([clouds, leaves, stripes]))
+    out = normal(out + 0.4 * out[rng.permutation(n)]).transpose(0, 3, 1, 2)
+    return np.pad(out, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="wrap").astype(np.float32)
+
+
+def similarity(m, x, y):
+    """p -> a p + b in complex numbers; m = (Re a, Im a, Re b, Im b), each broadcast to the points x, y."""
+    return (m[0] * x).addcmul_(m[1], y, value=-1).add_(m[2]), (m[0] * y).addcmul_(m[1], x).add_(m[3])
+
+
+class Scenes:
+    """Synthetic video: textured sprites fly before an endless textured background, seen by a moving camera.
+
+    Layer l (0 the background, 1..K the sprites, far to near) moves by a similarity in complex numbers,
+    p = a_l(t) q + b_l(t), and its silhouette and colours depend on q only. So all truth is closed form:
+    owner of a pixel = the nearest layer whose silhouette holds q; flow = a_l(t+1) q + b_l(t+1) - p;
+    occluded = another layer owns the landing point, or it lies outside the frame.
+
+    Clip i depends on (seed, split, i) and the options alone, whatever batch or device it is made in.
+    Pixel centres lie at integers, x right, y down: the frame spans [-0.5, size - 0.5]. `batch` returns
+
+    video     (B, T, 3, H, W)    float32 in [0, 1]; without `truth` the only entry
+    flow      (B, T-1, 2, H, W)  (x, y) in pixels, from frame t to t + 1
+    occluded  (B, T-1, H, W)     bool: what pixel (t, y, x) shows can't be seen in frame t + 1
+    classes   (B, T, H, W)       long: 0 background, 1..8 = SHAPES
+    ids       (B, T, H, W)       long: 0 background, 1..K sprites, the larger the nearer
+    depth     (B, T, H, W)       1 background, 0.4 to 0.9 sprites (no unit; parallax is 1 / depth)
+    boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette: also where it is hidden
+                                 or outside the frame; exact to 0.01 pixel
+    tracks    (B, T, P, 2)       (x, y) in pixels of P points, at random pixels of frame 0
+    visible   (B, T, P)          bool
+
+    The defaults suit 64 x 64. Camera pans over rich textures, for small budgets:
+        Scenes(frames=2, sprites=1, speed=0, pan=12, zoom=0, roll=0)
+    On a CPU, batches of about 0.5 million pixels (B*T*H*W) are fastest: larger ones leave the cache.
+    Left out: shading, deformation, blur, soft edges.
+    """
+
+    def __init__(self, size=64, frames=8, sprites=4, seed=0, split="train", speed=5.0, pan=1.0, zoom=0.01,
+                 roll=0.01, radius=(0.12, 0.24), grain=8.0, textures=128, device="cpu"):
+        """speed, pan: the fastest sprite and camera in mid-clip, pixels per frame; each clip draws 0..1 times
+        that, in any direction. zoom (log scale) and roll (radians): the most per frame, either sign.
+        radius: range of the sprites' radii, as a share of size. grain: pixels, how large the things in a
+        texture are. textures: how many, per split."""
+        if split not in ("train", "eval"):
+            raise ValueError(f"split={split!r} must be 'train' or 'eval'")
+        if not 0 <= seed < 10**9:
+            raise ValueError(f"seed={seed} must lie in 0 .. 10**9 - 1: larger ones are for split='eval'")
+        self.size, self.frames, self.sprites, self.device = size, frames, sprites, device
+        self.speed, self.pan, self.zoom, self.roll, self.radius = speed, pan, zoom, roll, radius
+        self.grain, self.textures, self.bank = grain, textures, None        # the bank is made at first use
+        self.seed = seed + (10**9 if split == "eval" else 0)                # the splits share no clip or texture
+        tables, self.hulls = silhouettes()
+        self.tables = torch.from_numpy(tables).flatten().to(device)
+        line = torch.arange(size, dtype=torch.float32, device=device)
+        self.x, self.y = line.repeat(size), line.repeat_interleave(size)    # (H*W,) pixel centres
+
+    def _world(self, indices, points=0):
+        """Draws clips on the CPU: maps p = a q + b, complex (B, T, L), q in cells, and each layer's looks."""
+        rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
+        draws = np.stack([rng.random((21, self.sprites + 1)) for rng in rngs], 1)         # (21, B, L)
+        queries = np.stack([rng.integers(self.size, size=(points, 2)) for rng in rngs])  # (B, P, 2)
+        kind, depth, radius, turn, x, y, fast, heading, bend, bent, grow, spin = draws[:12]
+        texture, stretch, shift, gain, tint = draws[12], draws[13], draws[14:16], draws[16], draws[17:]
+        front, tau = np.arange(self.sprites + 1) > 0, np.arange(self.frames) - (self.frames - 1) / 2
+        depth = np.where(front, 0.4 + 0.5 * -np.sort(-np.where(front, depth, 2)), 1)     # far to near
+        least, most = self.radius
+        radius = np.where(front, self.size * (least + (most - least) * radius), CELLS / 2)
+        # What a sprite does on its own, layer 0 does as the camera. Paths are quadratic: from mid-clip to
+        # either end the velocity changes by up to half the largest speed. Two frames: straight lines.
+        fastest, tau = np.where(front, self.speed, self.pan), tau[:, None]               # tau (T, 1)
+        go, veer = (fastest * r * np.exp(2j * np.pi * d) for r, d in ((fast, heading), (bend, bent)))
+        path = go[:, None] * tau + veer[:, None] * tau**2 / max(4 * tau[-1, 0], 1)       # (B, T, L) pixels
+        rates = (2 * grow - 1) * np.where(front, 0.05 * self.speed / radius, self.zoom) + \
+            1j * (2 * spin - 1) * np.where(front, 0.25 * self.speed / radius, self.roll)
+        warp = np.exp(rates[:, None] * tau)                                              # (B, T, L)
+        camera, middle = warp[..., :1], (1 + 1j) * (self.size - 1) / 2
+        home = self.size * ((x - 0.5) + 1j * (y - 0.5))[:, None]                         # sprites in mid-clip
+        a = camera * np.where(front, warp, 1) * (2 * radius / CELLS * np.exp(2j * np.pi * turn))[:, None]
+        b = middle + camera * np.where(front, home + path, 0) + path[..., :1] / depth[:, None]
+        return dict(
+            a=a, b=b, kind=(kind * len(SHAPES)).astype(int), depth=depth, queries=queries,
+            texture=(texture * self.textures).astype(int), shift=shift[0] + 1j * shift[1],
+            periods=2 * radius / CELLS / self.size * 2 ** (stretch - 0.5),               # of texture per cell
+            gain=0.12 + 0.16 * gain, lift=0.3 + 0.4 * tint[0] + 0.3 * (tint[1:] - 0.5))  # lift (3, B, L)
+
+    def _maps(self, a, b):
+        """Complex a, b (B, T, L) -> (4, B*T, L) float32 for `similarity`."""
+        m = np.stack([a.real, a.imag, b.real, b.imag]).reshape(4, math.prod(a.shape[:2]), -1)
+        return torch.from_numpy(m.astype(np.float32)).to(self.device)
+
+    def _owner(self, world, t, x, y):
+        """The nearest layer at points x, y (N, P) or (P,) of the frames t, a slice: (N, P); N = B * len(t)."""
+        a, b = world["a"][:, t], world["b"][:, t]
+        into = self._maps(1 / a, (1 + 1j) * CELLS / 2 - b / a)
+        table = torch.from_numpy(np.repeat(world["kind"] * CELLS**2, a.shape[1], 0)).int().to(self.device)
+        owner = torch.zeros(len(table), x.shape[-1], dtype=torch.uint8, device=self.device)
+        for k in range(1, self.sprites + 1):            # far to near: the larger number wins
+            u, v = similarity(into[..., k:k + 1], x, y)
+            u, v = u.clamp_(0, CELLS - 1).int(), v.clamp_(0, CELLS - 1).int()
+            cell = v.mul_(CELLS).add_(u).add_(table[:, k:k + 1])
+            owner = torch.maximum(owner, self.tables.index_select(0, cell.flatten()).view_as(owner) * k)
+        return owner.long()
+
+    def _colour(self, world, t, owner, x, y):
+        """What the layers owner (N, P) show at the points x, y of the frames t: colours (B, 3, len(t)*P)."""
+        if self.bank is None:                           # four words of seed: no clip draws these numbers
+            rng = np.random.default_rng((self.seed, 0, 0, 1))
+            bank = make_textures(rng, self.textures, self.size, self.grain)
+            self.bank = torch.from_numpy(bank).to(self.device)
+        (B, L), S = world["depth"].shape, self.size
+        gain, lift = (torch.from_numpy(v.astype(np.float32)).to(self.device)[..., None, None]
+                      for v in (world["gain"][..., None], world["lift"].transpose(1, 2, 0)))
+        atlas = self.bank[torch.from_numpy(world["texture"]).to(self.device)]           # (B, L, 3, S+1, S+1)
+        atlas = atlas.mul_(gain).add_(lift).clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
+        a = world["periods"][:, None] / world["a"][:, t]
+        maps = self._maps(a, world["shift"][:, None] - a * world["b"][:, t])
+        u, v = similarity([m.gather(1, owner) for m in maps], x, y)                     # (N, P) in periods
+        row = (v - v.floor()).mul_(S).add_(owner, alpha=S + 1)                          # of the atlas
+        grid = torch.empty(*u.shape, 2, device=self.device)                             # in [-1, 1]
+        grid[..., 0] = (u - u.floor()).mul_(2).sub_(1)
+        grid[..., 1] = row.mul_(2 / (L * (S + 1) - 1)).sub_(1)
+        return F.grid_sample(atlas, grid.view(B, 1, -1, 2), align_corners=True)[:, :, 0]
+
+    def _within(self, x, y):
+        return (torch.minimum(x, y) >= -0.5) & (torch.maximum(x, y) <= self.size - 0.5)
+
+    def at(self, indices, points, t):
+        """Looks at any points (B, P, 2) of frame t, between pixels too: colours (B, P, 3), owners (B, P)."""
+        world, (x, y), t = self._world(indices), points.to(self.device).unbind(-1), slice(t, t + 1)
+        owner = self._owner(world, t, x, y)
+        return self._colour(world, t, owner, x, y).mT, owner
+
+    def batch(self, indices, truth=False, points=32):
+        """The clips of these numbers: the dictionary in the class docstring, with `points` tracks each."""
+        world = self._world(indices, points if truth else 0)
+        B, T, S = len(world["a"]), self.frames, self.size
+        owner = self._owner(world, slice(None), self.x, self.y)                         # (B*T, H*W)
+        video = self._colour(world, slice(None), owner, self.x, self.y)                 # (B, 3, T*H*W)
+        out = dict(video=video.view(B, 3, T, S, S).transpose(1, 2).contiguous())
+        if truth:
+            out |= self._labels(world, owner) | self._motion(world, owner) | self._tracks(world)
+        return out
+
+    def __getitem__(self, index):
+        return {name: value[0] for name, value in self.batch([index], truth=True).items()}
+
+    def _labels(self, world, owner):
+        B, T, S = len(world["a"]), self.frames, self.size
+        a, b, kind = world["a"][..., 1:, None], world["b"][..., 1:, None], world["kind"]
+        hull = a * self.hulls[kind[:, None, 1:]] + b                                    # (B, T, K, 128)
+        boxes = np.stack([hull.real.min(-1), hull.imag.min(-1), hull.real.max(-1), hull.imag.max(-1)], -1)
+        kind = np.concatenate([np.zeros_like(kind[:, :1]), kind[:, 1:] + 1], 1)
+        classes, depth = (torch.from_numpy(v).to(self.device).gather(1, owner.view(B, -1)).view(B, T, S, S)
+                          for v in (kind, world["depth"].astype(np.float32)))
+        boxes = torch.from_numpy(boxes.astype(np.float32)).to(self.device)
+        return dict(classes=classes, ids=owner.view(B, T, S, S), depth=depth, boxes=boxes)
+
+    def _motion(self, world, owner):
+        a, b, B, T, S = world["a"], world["b"], len(world["a"]), self.frames, self.size
+        owner = owner.view(B, T, -1)[:, :-1].flatten(0, 1)                              # (B*(T-1), H*W)
+        ratio = a[:, 1:] / a[:, :-1]
+        maps = self._maps(ratio - 1, b[:, 1:] - ratio * b[:, :-1])
+        dx, dy = similarity([m.gather(1, owner) for m in maps], self.x, self.y)
+        x, y = self.x + dx, self.y + dy
+        occluded = (self._owner(world, slice(1, None), x, y) != owner) | ~self._within(x, y)
+        return dict(flow=torch.stack([dx, dy], 1).view(B, T - 1, 2, S, S),
+                    occluded=occluded.view(B, T - 1, S, S))
+
+    def _tracks(self, world):
+        a, b, B, T = world["a"], world["b"], len(world["a"]), self.frames
+        x, y = torch.from_numpy(world["queries"]).float().to(self.device).unbind(-1)    # (B, P)
+        owner = self._owner(world, slice(1), x, y)
+        x, y, owner = (v.repeat_interleave(T, 0) for v in (x, y, owner))                # (B*T, P)
+        ratio = a / a[:, :1]
+        maps = self._maps(ratio, b - ratio * b[:, :1])                                  # frame 0 to frame t
+        x, y = similarity([m.gather(1, owner) for m in maps], x, y)
+        visible = (self._owner(world, slice(None), x, y) == owner) & self._within(x, y)
+        return dict(tracks=torch.stack([x, y], -1).view(B, T, -1, 2), visible=visible.view(B, T, -1))
+
+
+# ---- your own videos ---------------------------------------------------------------------------------------------------------
+VIDEO_TYPES = (".mp4", ".mkv", ".mov", ".avi", ".webm")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png")
+
+
+class Reader:
+    """One open video and its decoder, for one process. Times are seconds after the stream's first frame.
+
+    Why not imageio's own reader: on a variable-rate mp4 it returns wrong frames without a word, it ignores
+    the rotation that phones write, and it costs about twice as much. So imageio only brings PyAV along.
+    """
+
+    def __init__(self, path):
+        import av                           # here, so that synthetic scenes need no FFmpeg
+        self.path, self.container = path, av.open(path)
+        if not self.container.streams.video:
+            raise ValueError(f"{path}: holds no video stream")
+        self.stream = self.container.streams.video[0]
+        # One thread: the loader's workers are the parallelism; threads below them cost 10 % more CPU.
+        self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
+        self.tick = float(self.stream.time_base)
+        self.start = (self.stream.start_time or 0) * self.tick
+        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 30)
+        self.frames, self.frame = self.container.decode(self.stream), None
+        self.time, self.asked = 0.0, 0.0    # where the decoder stands; the last time asked for
+
+    def close(self):
+        self.container.close()
+
+    def duration(self):
+        """Seconds of video by the headers: mkv and webm keep it in a tag (the container's may be the sound's)."""
+        if self.stream.duration:
+            return self.stream.duration * self.tick
+        if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", "")):
+            return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+        if self.container.duration:
+            return self.container.duration / 1e6
+        raise ValueError(f"{self.path}: its header has no duration; remux it (ffmpeg -i old -c copy new.mp4)")
+
+    def at(self, t):
+        """The first frame at or after t -> (uint8 (H, W, 3), its true time). Ascending t are the cheap way."""
+        # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, so 1/30 s is 0.033 there).
+        t = max(t - 0.5 * min(self.tick, 1e-3) - 1e-6, 0.0)
+        if self.frame is None or not self.asked <= t <= self.time:
+            if self.time > t or self._keyframe_between(t):
+                self._seek(t)
+            while self.frame is None or self.time < t:
+                self._next(t)
+        self.asked = t
+        image = self.frame.to_ndarray(format="rgb24")                           # (H, W, 3)
+        return np.ascontiguousarray(np.rot90(image, self.frame.rotation // 90)), self.time
+
+    def _keyframe_between(self, t):
+        """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats work."""
+        index = self.stream.index_entries
+        if len(index) and index[-1].timestamp * self.tick - self.start >= t:
+            key = index.search_timestamp(round((self.start + t) / self.tick))
+            return key >= 0 and index[key].timestamp * self.tick - self.start > self.time
+        return t > self.time + 2.0          # mkv reads its index piece by piece: go by a usual distance
+
+    def _seek(self, t):
+        """Put the decoder on the last keyframe at or before t."""
+        for back in (0.0, 2.0, 10.0, math.inf):             # some files land on the keyframe after t
+            target = max(t - back, 0.0)
+            self.container.seek(round((self.start + target) / self.tick), stream=self.stream)
+            self.frames, self.frame = self.container.decode(self.stream), None
+            self._next(t)
+            if self.time <= t or target == 0.0:
+                return
+
+    def _next(self, t):
+        for frame in self.frames:
+            if frame.pts is not None:
+                self.frame, self.time = frame, frame.pts * self.tick - self.start
+                return
+        end, self.frame, self.time = self.time, None, math.inf      # inf: the next call has to seek
+        raise ValueError(f"{self.path}: ends at {end:.2f} s, before the wanted {t:.2f} s")
+
+
+def read_frames(path, times):
+    """Frames of a video file at `times` (ascending, in seconds after its first frame).
+
+    Returns (list of uint8 (H, W, 3) arrays, list of their true times in s). Each is the first frame at or
+    after the time asked for, within the rounding of the file's clock, at variable frame rates too. Phone
+    clips come upright. Raises ValueError if the file ends before, av.error.FFmpegError if it is damaged.
+    """
+    reader = Reader(path)
+    try:
+        found = [reader.at(t) for t in times]
+    finally:
+        reader.close()
+    return [image for image, _ in found], [time for _, time in found]
+
+
+def find_files(root):
+    """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden no."""
+    root = os.fspath(root)
+    if os.path.isfile(root):
+        if not root.lower().endswith(VIDEO_TYPES):
+            raise ValueError(f"{root}: neither a folder nor a video ({' '.join(VIDEO_TYPES)})")
+        return os.path.dirname(root), [os.path.basename(root)], []
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root}: no such file or folder")
+    videos, images, seen = [], [], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:      # a link to a folder above would never end
+            below.clear()
+            continue
+        seen.add(real)
+        # A leading dot hides a name; macOS leaves a ._x beside each x it copies, no video whatever its ending.
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), root)
+            if name.lower().endswith(VIDEO_TYPES) and not name.startswith("."):
+                videos.append(path)
+            elif name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
+                images.append(path)
+    if not videos and not images:
+        types = " ".join(VIDEO_TYPES + IMAGE_TYPES)
+        raise ValueError(f"{root}: no videos and no frames in this folder or below ({types})")
+    return root, sorted(videos), sorted(images)
+
+
+class Broken(Exception):
+    """A file that cannot give its frames: (number of the file, why)."""
+
+
+class Videos(torch.utils.data.Dataset):
+    """Frame pairs (frames=2, `gap` seconds apart) or clips (`stride` source frames apart) from your videos.
+
+        videos/any/depth/a.mp4  b.MOV ...           files (or the path of a single one)
+        frames/drive1/0001.jpg  0002.jpg ...        or frames: one sequence,
+        frames/drive2_0001.png  drive2_0002.png     and another
+
+    Frames: the digits that end a name are its number, counted at `fps` per second; what stands before them,
+    with the folder, is its sequence. Images without a number are left out, with one line on stderr. Where
+    there are both, the videos win (the images are then thumbnails or labels).
+
+    Sample i, for any i >= 0, depends on (seed, i) alone: not on workers, batches or where a run resumed.
+    A video is opened once for `repeat` samples in a row, since opening costs as much as decoding ten frames,
+    and each pass takes the videos in a new order. Images need no opening: there every frame that can begin a
+    sample counts as a video of its own, and `repeat` is 1. Gaps are met within half a frame.
+
+    A sample is transform(frames, rng), of a list of T uint8 (H, W, 3) arrays and a numpy Generator of its
+    own; without a transform it is dict(video=uint8 (T, 3, H, W)).
+
+    Broken and too short files are named once on stderr, counted in `broken` and replaced by other files.
+    Raises FileNotFoundError (no root), ValueError (nothing in it fits), RuntimeError (ten in a row fail).
+    """
+
+    def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0, transform=None):
+        if not (0 < gap[0] <= gap[1] and min(frames, stride, repeat) >= 1 and fps > 0):
+            raise ValueError(f"{gap=} {frames=} {stride=} {repeat=} {fps=}: want 0 < gap[0] <= gap[1], fps > 0 "
+                             "and at least 1 for the others")
+        self.frames, self.gap, self.stride, self.repeat = frames, gap, stride, repeat
+        self.fps, self.seed, self.transform = fps, seed, transform
+        self.folder, self.files, images = find_files(root)
+        self.kind, self.starts = "video", range(len(self.files))    # starts: what a pass goes through
+        if not self.files:
+            self.kind, self.repeat = "frame", 1
+            self._sort_images(root, images)
+        # Shared memory: the workers of a loader count together and name each broken file once.
+        self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+        self._order = -1, None                              # a pass, and the order of `starts` in it
+        self._readers, self._pid = {}, os.getpid()          # open files, the last used at the end
+
+    def __len__(self):
+        return len(self.starts) * self.repeat
+
+    def __iter__(self):                     # one pass; without this, `for` would go on for ever
+        return (self[i] for i in range(len(self)))
+
+    def __getstate__(self):                 # a decoder cannot go to another process
+        return {**self.__dict__, "_readers": {}}
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices):
+        """Sample numbers -> samples (the batched fetch of DataLoader); neighbours share an open video."""
+        samples = []
+        for k, run in itertools.groupby(map(int, indices), lambda i: i // self.repeat):
+            run = list(run)
+            for i, images in zip(run, self._opening(k, [i % self.repeat for i in run])):
+                if self.transform:
+                    samples.append(self.transform(images, np.random.default_rng((self.seed, i, 1))))
+                else:
+                    samples.append(dict(video=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)))
+        return samples
+
+    def _opening(self, k, picks):
+        """The k-th opening of the run -> a list of T frames for each number (below `repeat`) in `picks`."""
+        import av
+        n = len(self.starts)
+        turn, place = divmod(k, n)
+        if self._order[0] != turn:
+            self._order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
+        step = 7919 if n % 7919 else 1      # a prime, so that the tries meet different files
+        for attempt in range(min(n, 10)):
+            start = (int(self._order[1][place]) + attempt * step) % n
+            try:
+                clips = (self._read_video if self.kind == "video" else self._read_images)(start, k, picks)
+                if any(image.shape != clip[0].shape for clip in clips for image in clip):
+                    raise Broken(start, "its frames change size")
+                return clips
+            except Broken as error:
+                why = self._report(*error.args)
+            if len(picks) > 1:              # half a file may be good: let each sample decide as if asked alone
+                return [self._opening(k, [pick])[0] for pick in picks]
+        raise RuntimeError(f"{self.folder}: {min(n, 10)} {self.kind}s in a row are of no use, at last {why}")
+
+    def _report(self, file, error):
+        name = self.files[file]
+        why = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+        why = why.splitlines()[0].removeprefix(f"{os.path.join(self.folder, name)}: ")
+        if not self.broken[file]:
+            self.broken[file] = True
+            so_far = int(self.broken.sum())
+            print(f"skipped broken {self.kind} {name}: {why} ({so_far} so far)", file=sys.stderr, flush=True)
+        return f"{name}: {why}"
+
+    # ---- videos ----
+
+    def _reader(self, file):
+        """An open Reader. Two stay open, which saves the opening where all samples come from one long file."""
+        if self._pid != os.getpid():        # after a fork, parent and child would share a place in the file
+            self._readers, self._pid = {}, os.getpid()
+        reader = self._readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
+        self._readers[file] = reader
+        while len(self._readers) > 2:
+            self._readers.pop(next(iter(self._readers))).close()
+        return reader
+
+    def _read_video(self, file, k, picks):
+        import av
+        try:
+            return self._decode(self._reader(file), np.random.default_rng((self.seed, k)), picks)
+        except (av.error.FFmpegError, ValueError, OSError, IndexError) as error:
+            self._readers.pop(file, None)   # the next try begins with a fresh decoder
+            raise Broken(file, error) from None
+
+    def _decode(self, reader, rng, picks):
+        """Draws all `repeat` samples (R) of an opening, decodes those in `picks` -> T frames for each."""
+        frame, duration = 1 / reader.rate, reader.duration()
+        where, how_far = rng.random((2, self.repeat))                           # (R,)
+        steps = np.tile(np.arange(self.frames) * self.stride * frame, (self.repeat, 1))     # (R, T) in s
+        if self.frames == 2:                # a video shorter than gap[1] gives the gaps it has
+            longest = max(self.gap[0], min(self.gap[1], duration - frame))
+            steps[:, 1] = np.maximum(self.gap[0] + how_far * (longest - self.gap[0]), frame)
+        span = steps[:, -1]                                                     # (R,)
+        if span.min() > duration - 0.99 * frame:            # 0.99: headers round
+            hint = "a smaller gap" if self.frames == 2 else "fewer frames or a smaller stride"
+            raise ValueError(f"{reader.path}: lasts {duration:.2f} s, too short for frames {span.min():.2f} s "
+                             f"apart ({hint} may fit)")
+        # our choice: stay 0.2 s off the end, since the durations in headers often are a little too long
+        start = where * np.maximum(duration - span - max(0.2, 1.5 * frame), 0)  # (R,)
+        order = np.argsort(start)                           # sample r of the opening is the r-th in time
+        start, steps = start[order], steps[order]
+        # Samples overlap in short videos: frames are taken in order of time, so that decoding only goes
+        # forward. The rest of a sample counts from its first frame's true time, to the nearest frame.
+        found, wanted = {}, [(start[r], r, 0) for r in set(picks)]
+        heapq.heapify(wanted)
+        while wanted:
+            t, r, n = heapq.heappop(wanted)
+            found[r, n], true = reader.at(t)
+            for m in range(1, self.frames if n == 0 else 0):
+                heapq.heappush(wanted, (true + steps[r, m] - 0.5 * frame, r, m))
+        return [[found[r, n] for n in range(self.frames)] for r in picks]
+
+    # ---- folders of frames ----
+
+    def _sort_images(self, root, images):
+        """Names -> files and their numbers, by sequence; starts: rows (first frame, its sequence's from, to)."""
+        found, left_out = {}, []
+        for name in images:
+            match = re.fullmatch(r"(.*?)([0-9]{1,18})", os.path.splitext(name)[0], re.DOTALL)
+            if match:                       # x1.jpg and x1.png are one frame: the first by name
+                found.setdefault((match[1], int(match[2])), name)
+            else:
+                left_out.append(name)
+        if left_out:
+            print(f"left out {len(left_out)} images without a frame number at the end of their name, such as "
+                  f"{left_out[0]}", file=sys.stderr, flush=True)
+        if not found:
+            raise ValueError(f"{root}: no image has a frame number at the end of its name, like drive_0001.jpg")
+        keys = sorted(found)
+        self.files, self.number = [found[key] for key in keys], np.array([number for _, number in keys])
+        starts, steps, longest = [], [], 0
+        for _, sequence in itertools.groupby(range(len(keys)), lambda f: keys[f][0]):
+            sequence = list(sequence)
+            number = self.number[sequence]                                      # (n,) ascending
+            starts += [(sequence[0] + a, sequence[0], sequence[-1] + 1) for a in self._beginnings(number)]
+            steps += np.diff(number).tolist()
+            longest = max(longest, number[-1] - number[0])
+        self.starts = np.array(starts)                                          # (starts, 3)
+        if not starts:
+            wish = (f"pairs {self.gap[0]:g} to {self.gap[1]:g} s apart" if self.frames == 2 else
+                    f"clips of {self.frames} frames at stride {self.stride}")
+            have = (f"neighbours are {min(steps) / self.fps:.3g} to {max(steps) / self.fps:.3g} s apart, the "
+                    f"longest sequence lasts {longest / self.fps:.3g} s" if steps else "no two belong together")
+            raise ValueError(f"{root}: frames at --fps {self.fps:g} give no {wish}: {have}; "
+                             f"change --{'gap' if self.frames == 2 else 'frames, --stride'} or --fps")
+
+    def _beginnings(self, number):
+        """Frame numbers of a sequence (n,) -> the places in it that can begin a sample."""
+        if self.frames == 2:
+            low, high = self._partners(number, number)
+            return np.flatnonzero(low < high)
+        return np.flatnonzero(np.isin(self._clip(number, number[:, None]), number).all(1))
+
+    def _partners(self, number, first):
+        """The frames in reach of the gap from `first` are number[low:high]."""
+        lo, hi = self.gap[0] * self.fps - 0.5, self.gap[1] * self.fps + 0.5     # half a frame of tolerance
+        return np.searchsorted(number, first + max(lo, 1.0)), np.searchsorted(number, first + hi, "right")
+
+    def _clip(self, number, first):
+        """The numbers of a clip. A source frame is the sequence's usual step, so none jumps over a hole."""
+        step, count = np.unique(np.diff(number), return_counts=True)
+        step = step[count.argmax()] if len(step) else 1
+        return first + np.arange(self.frames) * self.stride * step              # (T,) or (n, T)
+
+    def _read_images(self, start, k, picks):
+        first, begin, end = self.starts[start]
+        number = self.number[begin:end]
+        if self.frames == 2:
+            low, high = self._partners(number, self.number[first])
+            places = [first, begin + np.random.default_rng((self.seed, k)).integers(low, high)]
+        else:
+            places = begin + np.searchsorted(number, self._clip(number, self.number[first]))
+        images = []
+        for file in places:
+            try:
+                path = os.path.join(self.folder, self.files[file])
+                images.append(iio.imread(path, plugin="pillow", mode="RGB", rotate=True))   # (H, W, 3)
+            except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged PNG chunk
+                raise Broken(int(file), error) from None
+        return [images] * len(picks)
+
+
+# ---- crops and photometric augmentation --------------------------------------------------------------------------------------
+def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
+    """
+    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale` times the whole, aspect
+    log-uniform in `ratio`, rounded to pixels, the first of 10 tries that fits, else the largest centred box of allowed aspect.
+    """
+    area = height * width * rng.uniform(*scale, (n, 10))
+    aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), (n, 10)))
+    w, h = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))      # (n, 10)
+    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
+    pick = np.arange(n), fits.argmax(1)
+    w, h, corner = w[pick], h[pick], rng.uniform(size=(2, n))
+    top, left = np.floor(corner[0] * (height - h + 1)), np.floor(corner[1] * (width - w + 1))
+    whole = min(max(width / height, ratio[0]), ratio[1])        # no try fits: a very long frame
+    fallback_w, fallback_h = min(width, round(height * whole)), min(height, round(width / whole))
+    fallback = ((height - fallback_h) // 2, (width - fallback_w) // 2, fallback_h, fallback_w)
+    return np.where(fits.any(1)[:, None], np.stack([top, left, h, w], 1), fallback).astype(np.int64)
+
+
+def crop_uint8(frame, box, size, flip=False):
+    """Frame (H, W, 3) uint8 array -> its box, resized to (3, size, size) uint8. Antialiased bicubic, PIL's within one level."""
+    top, left, h, w = box
+    crop = torch.from_numpy(frame[top:top + h, left:left + w]).permute(2, 0, 1)[None]   # channels last for free: the fast path
+    crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    return crop.flip(-1) if flip else crop
+
+
+def resize_weights(start, length, full, size, flip):
+    """
+    Rows that resample one axis: start, length (pixels) and flip of boxes, each (...) -> (..., size, full). Antialiased cubic
+    kernel (a = -0.5), as wide as the reduction, zero outside the box, normalised: what F.interpolate does on the cropped box.
+    """
+    scale = (length / size)[..., None, None]                    # (..., 1, 1)
+    out = torch.arange(size, device=start.device) + 0.5
+    out = torch.where(flip[..., None], size - out, out)[..., None]      # (..., size, 1)
+    source = torch.arange(full, device=start.device) - start[..., None, None]       # (..., 1, full) pixels from the box's edge
+    x = ((source + 0.5 - out * scale) / scale.clamp(min=1)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = weights * ((source >= 0) & (source < length[..., None, None]))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_resize(frames, boxes, size, flip):
+    """
+    Frames (..., 3, H, W) float, boxes (..., n, 4), flip (..., n) bool -> crops (..., n, 3, size, size). Two batched matrix
+    products on any device: equals F.interpolate(bicubic, antialias=True) of each box; grid_sample would alias.
+    """
+    boxes = boxes.to(frames)
+    rows = resize_weights(boxes[..., 0], boxes[..., 2], frames.shape[-2], size, torch.zeros_like(flip))
+    columns = resize_weights(boxes[..., 1], boxes[..., 3], frames.shape[-1], size, flip)
+    crops = torch.einsum("...nyh,...chw->...ncyw", rows, frames)        # (..., n, 3, size, W)
+    return torch.einsum("...ncyw,...nxw->...ncyx", crops, columns).clamp(0, 1)  # cubic overshoots; uint8 clamps too
+
+
+def gray(x):
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]    # (N, 1, H, W)
+
+
+def rotate_hue(x, turn):
+    """Colours (N, 3, H, W) in [0, 1] with their hue moved by turn (N, 1, 1, 1) turns, saturation and value kept. No branches."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    r, g, b = (x / (high - low + 1e-12)).unbind(1)
+    high_is = x.argmax(1)
+    hue = torch.where(high_is == 0, g - b, torch.where(high_is == 1, 2 + b - r, 4 + r - g))     # in sixths of a turn
+    k = torch.remainder(hue[:, None] + 6 * turn + x.new_tensor([5, 3, 1]).view(3, 1, 1), 6)     # (N, 3, H, W)
+    return high - (high - low) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur(x, sigma):
+    """Gaussian blur of (N, 3, S, S) with sigma (N,) pixels, as two products with a band matrix; renormalised at the border."""
+    d = torch.arange(x.shape[-1], device=x.device)
+    weights = (-(d[:, None] - d) ** 2 / (2 * sigma.view(-1, 1, 1) ** 2)).exp()
+    weights = (weights / weights.sum(-1, keepdim=True))[:, None]        # (N, 1, S, S)
+    return weights @ x @ weights.mT
+
+
+# Columns of the parameters of one crop's augmentation.
+ORDER, FACTORS, GRAY, BLUR, SOLARIZE = slice(0, 4), slice(4, 8), 8, 9, 10
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+def photometric(x, params):
+    """
+    Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's meaning.
+    x (N, 3, S, S) float in [0, 1] on any device; params (N, 11) on the CPU, so that which crop needs what is known without
+    asking the device. Neutral parameters leave a crop as it is.
+    """
+    on = params.to(x.device, non_blocking=True)
+    index = lambda chosen: chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
+    for k in range(4):                      # the k-th operation of every crop
+        op = on[:, k].view(-1, 1, 1, 1)
+        factor = on[:, FACTORS].gather(1, on[:, k:k + 1].long()).view(-1, 1, 1, 1)
+        luma = gray(x)
+        base = torch.where(op == CONTRAST, luma.mean((2, 3), keepdim=True), luma * (op == SATURATION))
+        x = torch.where(op == HUE, x, torch.lerp(base.expand_as(x), x, factor).clamp(0, 1))
+        turned = index((params[:, k] == HUE) & (params[:, FACTORS][:, HUE] != 0))
+        x = x.index_copy(0, turned, rotate_hue(x[turned], on[turned, FACTORS][:, HUE].view(-1, 1, 1, 1)))
+    x = torch.where(on[:, GRAY].view(-1, 1, 1, 1) > 0, gray(x), x)
+    blurred = index(params[:, BLUR] > 0)
+    x = x.index_copy(0, blurred, blur(x[blurred], on[blurred, BLUR]))
+    return torch.where((on[:, SOLARIZE].view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
+
+
+class MultiCrop:
+    """
+    The crops of a pair of frames (paper: Sec. 4.1, B.1; numbers the paper leaves out: the released configuration).
+
+    motion   (2, 3, S, S)       one box (area 0.2-0.4 of the frame) in both frames, never flipped; frame 1 gets colours T1, frame 2 T2
+    globals  (2, 2, 3, S, S)    [frame, box]: two boxes (area 0.4-1) inside one initial crop (area 0.05-0.2 of the frame), each the same
+                                in both frames and flipped with probability 0.5; box 1 gets T1, box 2 T2
+    locals   (2, n, 3, s, s)    [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the initial crop), flipped, T3
+
+    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability 0.8, grayscale 0.2, then
+    T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.   Blur: sigma uniform in `sigma`, pixels of the crop.
+    """
+
+    def __init__(self, size, local_size, local_crops, sigma=(0.1, 2.0), colours=True):
+        self.size, self.local_size, self.n, self.sigma, self.colours = size, local_size, local_crops, sigma, colours
+
+    def draw(self, rng, height, width):
+        """Boxes (4, and 4 + 2n for DINO's), flips and colour parameters of one pair: crops ordered [motion x, y; globals; locals]."""
+        motion = random_boxes(rng, height, width, (0.2, 0.4), 1)
+        top, left, h, w = random_boxes(rng, height, width, (0.05, 0.2), 1)[0]
+        inside = np.concatenate([random_boxes(rng, h, w, (0.4, 1.0), 2), random_boxes(rng, h, w, (0.05, 0.4), 2 * self.n)])
+        inside += (top, left, 0, 0)
+        boxes = np.concatenate([motion, motion, inside[:2], inside[:2], inside[2:]])        # (6 + 2n, 4)
+        flips = rng.uniform(size=2 + 2 * self.n) < 0.5
+        flips = np.concatenate([[False, False], flips[:2], flips[:2], flips[2:]])
+
+        N, params = len(boxes), np.zeros((len(boxes), 11), np.float32)
+        params[:, ORDER] = rng.permuted(np.tile(np.arange(4), (N, 1)), axis=1)
+        jitter = rng.uniform((0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1), (N, 4))
+        u = rng.uniform(size=(N, 4))
+        params[:, FACTORS] = np.where(u[:, :1] < 0.8, jitter, (1, 1, 1, 0))
+        params[:, GRAY] = u[:, 1] < 0.2
+        kind = np.array([0, 1, 0, 1, 0, 1] + [2] * (2 * self.n))                           # T1, T2, T3
+        params[:, BLUR] = np.where(u[:, 2] < np.array([1, 0.1, 0.5])[kind], rng.uniform(*self.sigma, N), 0)
+        params[:, SOLARIZE] = (u[:, 3] < 0.2) & (kind == 1)
+        return boxes, flips, params
+
+    def __call__(self, frames, rng):
+        """Two frames (H, W, 3) uint8 of one size -> uint8 crops and `params`; the colours follow in finish(), on the device."""
+        boxes, flips, params = self.draw(rng, *frames[0].shape[:2])
+        which = [0, 1, 0, 0, 1, 1] + [0] * self.n + [1] * self.n
+        sizes = [self.size] * 6 + [self.local_size] * (2 * self.n)
+        crops = [crop_uint8(frames[f], box, size, flip) for f, box, size, flip in zip(which, boxes, sizes, flips)]
+        small = torch.stack(crops[6:]) if self.n else torch.empty(0, 3, self.local_size, self.local_size, dtype=torch.uint8)
+        return {"motion": torch.stack(crops[:2]), "globals": torch.stack(crops[2:6]).unflatten(0, (2, 2)),
+                "locals": small.unflatten(0, (2, self.n)), "params": torch.from_numpy(params)}
+
+    def batch(self, video, rngs):
+        """The same for float video (B, 2, 3, H, W) in [0, 1] on any device, one generator per pair; crops stay float."""
+        boxes, flips, params = map(np.stack, zip(*(self.draw(rng, *video.shape[-2:]) for rng in rngs)))
+        boxes, flips = torch.from_numpy(boxes).to(video.device), torch.from_numpy(flips).to(video.device)
+        crop = lambda at, size: crop_resize(video, boxes[:, at].unflatten(1, (2, -1)), size, flips[:, at].unflatten(1, (2, -1)))
+        return {"motion": crop(slice(0, 2), self.size)[:, :, 0], "globals": crop(slice(2, 6), self.size),
+                "locals": crop(slice(6, None), self.local_size), "params": torch.from_numpy(params)}
+
+    def finish(self, batch):
+        """Colours: crops of a batch, uint8 or float, with `params` (B, 6 + 2n, 11) on the CPU -> float crops in [0, 1]."""
+        params = batch.pop("params")
+        for name, at in (("motion", slice(0, 2)), ("globals", slice(2, 6)), ("locals", slice(6, None))):
+            crops = batch[name] / 255 if batch[name].dtype == torch.uint8 else batch[name]
+            if self.colours:
+                crops = photometric(crops.flatten(0, -4), params[:, at].flatten(0, 1)).view(crops.shape)
+            batch[name] = crops
+        return batch
+
+
+# ---- loader ------------------------------------------------------------------------------------------------------------------
+class SquareClip:
+    """Frames (H, W, 3) uint8 -> `video` (T, 3, size, size) uint8: one square of the full short side, at a random place, resized."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, frames, rng):
+        height, width = frames[0].shape[:2]
+        side, corner = min(height, width), rng.uniform(size=2)
+        box = int(corner[0] * (height - side + 1)), int(corner[1] * (width - side + 1)), side, side
+        return {"video": torch.stack([crop_uint8(frame, box, self.size) for frame in frames])}
+
+
+class Batches(torch.utils.data.Dataset):
+    """A list of sample numbers in, their collated batch out: what DataLoader's workers run."""
+
+    def __init__(self, source, crops, seed, first):
+        self.source, self.crops, self.seed, self.first = source, crops, seed, first
+
+    def __getitem__(self, numbers):
+        numbers = [self.first + i for i in numbers]
+        if not isinstance(self.source, Scenes):
+            samples = self.source.__getitems__(numbers)
+            return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+        clips = self.source.batch(numbers)
+        return clips if self.crops is None else self.crops.batch(clips["video"], [np.random.default_rng((self.seed, i, 1)) for i in numbers])
+
+
+def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True, scenes=None, **videos):
+    """
+    Batches on the device, in order.
+
+    source    "scenes", or the path of a video, of a folder of videos, or of a folder of frames
+    inputs    what the model eats: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for pairs cut into crops
+    batches   iterable of lists of sample numbers; sample i is a pure function of (seed, split, i)
+    workers   processes that prepare batches; 0: in this one; -1: choose
+    split     "train" or "eval": other samples (and for scenes other textures); of a video: other moments of the same file
+    colours   False leaves the photometric augmentation out
+    scenes    options of Scenes, such as dict(sprites=0, pan=8); its `size` may be larger than the inputs' if there are crops
+    videos    options of Videos: gap, stride, repeat, fps
+    Raises FileNotFoundError or ValueError with what to do if the source can't be read.
+    """
+    device, synthetic = torch.device(device), source == "scenes"
+    crops = MultiCrop(inputs["size"], **inputs["crops"], colours=colours) if "crops" in inputs else None
+    if workers < 0:         # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        most = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+        workers = 0 if synthetic and device.type != "cpu" else min(most, 1 if synthetic else 16)
+    if synthetic:
+        options = dict(scenes or {}, frames=inputs["frames"])
+        if crops is None or "size" not in options:
+            options["size"] = inputs["size"] * (2 if crops else 1)
+        dataset = Scenes(seed=seed, split=split, device="cpu" if workers else device, **options)
+    else:
+        dataset = Videos(source, frames=inputs["frames"], seed=seed, transform=crops or SquareClip(inputs["size"]), **videos)
+    first = 10**9 if split == "eval" and not synthetic else 0
+    loader = torch.utils.data.DataLoader(
+        Batches(dataset, crops, seed + (10**9 if split == "eval" else 0), first), batch_size=None, sampler=batches, num_workers=workers,
+        pin_memory=device.type == "cuda" and not (synthetic and not workers), prefetch_factor=4 if workers else None,
+        worker_init_fn=one_thread)
+    return Finished(loader, crops, device)
+
+
+def one_thread(worker):
+    torch.set_num_threads(1)                # workers are the parallelism
+
+
+class Finished:
+    """Iterates over a loader's batches on the device, colours applied there."""
+
+    def __init__(self, loader, crops, device):
+        self.loader, self.crops, self.device = loader, crops, device
+
+    def __iter__(self):
+        for batch in self.loader:           # `params` stay on the CPU: finish() reads which crop needs what
+            batch = {k: v if k == "params" else v.to(self.device, non_blocking=True) for k, v in batch.items()}
+            yield self.crops.finish(batch) if self.crops else batch
