@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 
 import imageio.v3 as iio
@@ -51,7 +52,7 @@ def silhouettes():
 
 
 def dead_leaves(rng, canvas, grain):
-    """Covers canvases (n, S, S, 3) with opaque shaded discs and boxes; their radii, about `grain`, go as r^-2."""
+    """Covers canvases (n, S, S, 3) with opaque shaded discs and boxes: radii about `grain`, density r^-2."""
     n, S = canvas.shape[:2]
     for r in grain / rng.uniform(1 / 1.2, 1 / 0.3, int(5 * (S / grain) ** 2)):
         reach = np.arange(-int(1.3 * r) - 1, int(1.3 * r) + 2)
@@ -67,8 +68,8 @@ def dead_leaves(rng, canvas, grain):
 
 
 def make_textures(rng, n, size, grain):
-    """Periodic colour textures (n, 3, size + 1, size + 1) float32, mean 0, std 1; last row and column = first.
-    Half are dead leaves, a quarter 1/f clouds, a quarter warped gratings; then each gets a little of another."""
+    """Periodic colour textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row.
+    Half are dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another."""
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))      # cycles per pixel
     f[0, 0] = np.inf
     damp = 1 - np.exp(-(4 * grain * f) ** 2)            # our choice: little at wavelengths above 4 grains
@@ -131,12 +132,22 @@ class Scenes:
     Left out: shading, deformation, blur, soft edges.
     """
 
-    def __init__(self, size=64, frames=8, sprites=4, seed=0, split="train", speed=5.0, pan=1.0, zoom=0.01,
-                 roll=0.01, radius=(0.12, 0.24), grain=8.0, textures=128, device="cpu"):
-        """speed, pan: the fastest sprite and camera in mid-clip, pixels per frame; each clip draws 0..1 times
-        that, in any direction. zoom (log scale) and roll (radians): the most per frame, either sign.
-        radius: range of the sprites' radii, as a share of size. grain: pixels, how large the things in a
-        texture are. textures: how many, per split."""
+    def __init__(
+        self,
+        size=64,                # pixels: frames are size x size
+        frames=8,               # T
+        sprites=4,              # K
+        seed=0,                 # below 10**9
+        split="train",          # or "eval", whose clips and textures are others
+        speed=5.0,              # the fastest sprite in mid-clip, pixels per frame; each draws 0..1 times that, in any direction
+        pan=1.0,                # the same for the camera
+        zoom=0.01,              # log scale per frame, at most, either sign
+        roll=0.01,              # radians per frame, at most, either sign
+        radius=(0.12, 0.24),    # least and most radius of the sprites, as a share of size
+        grain=8.0,              # pixels: how large the things in a texture are
+        textures=128,           # how many there are, per split
+        device="cpu",
+    ):
         if split not in ("train", "eval"):
             raise ValueError(f"split={split!r} must be 'train' or 'eval'")
         if not 0 <= seed < 10**9:
@@ -144,7 +155,7 @@ class Scenes:
         self.size, self.frames, self.sprites, self.device = size, frames, sprites, device
         self.speed, self.pan, self.zoom, self.roll, self.radius = speed, pan, zoom, roll, radius
         self.grain, self.textures, self.bank = grain, textures, None        # the bank is made at first use
-        self.seed = seed + (10**9 if split == "eval" else 0)                # the splits share no clip or texture
+        self.seed = seed + (10**9 if split == "eval" else 0)                # splits share no clip, no texture
         tables, self.hulls = silhouettes()
         self.tables = torch.from_numpy(tables).flatten().to(device)
         line = torch.arange(size, dtype=torch.float32, device=device)
@@ -181,11 +192,11 @@ class Scenes:
 
     def _maps(self, a, b):
         """Complex a, b (B, T, L) -> (4, B*T, L) float32 for `similarity`."""
-        m = np.stack([a.real, a.imag, b.real, b.imag]).reshape(4, math.prod(a.shape[:2]), -1)
+        m = np.stack([a.real, a.imag, b.real, b.imag]).reshape(4, math.prod(a.shape[:2]), a.shape[2])
         return torch.from_numpy(m.astype(np.float32)).to(self.device)
 
     def _owner(self, world, t, x, y):
-        """The nearest layer at points x, y (N, P) or (P,) of the frames t, a slice: (N, P); N = B * len(t)."""
+        """Nearest layer (N, P) at points x, y (N, P) or (P,) of the frames t, a slice; N = B * len(t)."""
         a, b = world["a"][:, t], world["b"][:, t]
         into = self._maps(1 / a, (1 + 1j) * CELLS / 2 - b / a)
         table = torch.from_numpy(np.repeat(world["kind"] * CELLS**2, a.shape[1], 0)).int().to(self.device)
@@ -268,6 +279,7 @@ class Scenes:
         owner = self._owner(world, slice(1), x, y)
         x, y, owner = (v.repeat_interleave(T, 0) for v in (x, y, owner))                # (B*T, P)
         ratio = a / a[:, :1]
+        ratio[:, 0] = 1                 # x / x is not always 1 for complex x; queries stay on their pixels
         maps = self._maps(ratio, b - ratio * b[:, :1])                                  # frame 0 to frame t
         x, y = similarity([m.gather(1, owner) for m in maps], x, y)
         visible = (self._owner(world, slice(None), x, y) == owner) & self._within(x, y)
@@ -299,22 +311,26 @@ class Reader:
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 30)
         self.frames, self.frame = self.container.decode(self.stream), None
         self.time, self.asked = 0.0, 0.0    # where the decoder stands; the last time asked for
+        if "444" in (self.stream.codec_context.pix_fmt or ""):
+            # Old x264 wrote 4:4:4 wrongly, and the decoder mends it by the version in the first packet: a
+            # seek past that gives green garbage without an error.
+            self._next(0.0)
 
     def close(self):
         self.container.close()
 
     def duration(self):
-        """Seconds of video by the headers: mkv and webm keep it in a tag (the container's may be the sound's)."""
+        """Seconds of video, by the headers (mkv and webm: by a tag; their own may be that of the sound)."""
         if self.stream.duration:
             return self.stream.duration * self.tick
         if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", "")):
             return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
         if self.container.duration:
             return self.container.duration / 1e6
-        raise ValueError(f"{self.path}: its header has no duration; remux it (ffmpeg -i old -c copy new.mp4)")
+        raise ValueError(f"{self.path}: no duration in its header; remux it (ffmpeg -i old -c copy new.mp4)")
 
     def at(self, t):
-        """The first frame at or after t -> (uint8 (H, W, 3), its true time). Ascending t are the cheap way."""
+        """The first frame at or after t -> (uint8 (H, W, 3), its true time). Cheap if t ascends."""
         # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, so 1/30 s is 0.033 there).
         t = max(t - 0.5 * min(self.tick, 1e-3) - 1e-6, 0.0)
         if self.frame is None or not self.asked <= t <= self.time:
@@ -323,7 +339,8 @@ class Reader:
             while self.frame is None or self.time < t:
                 self._next(t)
         self.asked = t
-        image = self.frame.to_ndarray(format="rgb24")                           # (H, W, 3)
+        # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
+        image = self.frame.to_ndarray(format="rgb24", threads=1)                # (H, W, 3)
         return np.ascontiguousarray(np.rot90(image, self.frame.rotation // 90)), self.time
 
     def _keyframe_between(self, t):
@@ -383,7 +400,7 @@ def find_files(root):
             below.clear()
             continue
         seen.add(real)
-        # A leading dot hides a name; macOS leaves a ._x beside each x it copies, no video whatever its ending.
+        # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite of .mp4.
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in names:
             path = os.path.relpath(os.path.join(folder, name), root)
@@ -421,16 +438,16 @@ class Videos(torch.utils.data.Dataset):
     own; without a transform it is dict(video=uint8 (T, 3, H, W)).
 
     Broken and too short files are named once on stderr, counted in `broken` and replaced by other files.
-    Raises FileNotFoundError (no root), ValueError (nothing in it fits), RuntimeError (ten in a row fail).
+    Raises FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row fail).
     """
 
     def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0, transform=None):
         if not (0 < gap[0] <= gap[1] and min(frames, stride, repeat) >= 1 and fps > 0):
-            raise ValueError(f"{gap=} {frames=} {stride=} {repeat=} {fps=}: want 0 < gap[0] <= gap[1], fps > 0 "
-                             "and at least 1 for the others")
+            raise ValueError(f"{gap=} {frames=} {stride=} {repeat=} {fps=}: want 0 < gap[0] <= gap[1], "
+                             "fps > 0, and at least 1 for the others")
         self.frames, self.gap, self.stride, self.repeat = frames, gap, stride, repeat
         self.fps, self.seed, self.transform = fps, seed, transform
-        self.folder, self.files, images = find_files(root)
+        self.root, (self.folder, self.files, images) = root, find_files(root)
         self.kind, self.starts = "video", range(len(self.files))    # starts: what a pass goes through
         if not self.files:
             self.kind, self.repeat = "frame", 1
@@ -466,7 +483,6 @@ class Videos(torch.utils.data.Dataset):
 
     def _opening(self, k, picks):
         """The k-th opening of the run -> a list of T frames for each number (below `repeat`) in `picks`."""
-        import av
         n = len(self.starts)
         turn, place = divmod(k, n)
         if self._order[0] != turn:
@@ -475,15 +491,12 @@ class Videos(torch.utils.data.Dataset):
         for attempt in range(min(n, 10)):
             start = (int(self._order[1][place]) + attempt * step) % n
             try:
-                clips = (self._read_video if self.kind == "video" else self._read_images)(start, k, picks)
-                if any(image.shape != clip[0].shape for clip in clips for image in clip):
-                    raise Broken(start, "its frames change size")
-                return clips
+                return (self._read_video if self.kind == "video" else self._read_images)(start, k, picks)
             except Broken as error:
                 why = self._report(*error.args)
-            if len(picks) > 1:              # half a file may be good: let each sample decide as if asked alone
+            if len(picks) > 1:              # half a file may be good: each sample decides as if asked alone
                 return [self._opening(k, [pick])[0] for pick in picks]
-        raise RuntimeError(f"{self.folder}: {min(n, 10)} {self.kind}s in a row are of no use, at last {why}")
+        raise OSError(f"{self.root}: {min(n, 10)} {self.kind}s in a row give no sample; last: {why}")
 
     def _report(self, file, error):
         name = self.files[file]
@@ -498,7 +511,7 @@ class Videos(torch.utils.data.Dataset):
     # ---- videos ----
 
     def _reader(self, file):
-        """An open Reader. Two stay open, which saves the opening where all samples come from one long file."""
+        """An open Reader. Two stay open: a gain where all samples come from one long file."""
         if self._pid != os.getpid():        # after a fork, parent and child would share a place in the file
             self._readers, self._pid = {}, os.getpid()
         reader = self._readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
@@ -526,8 +539,8 @@ class Videos(torch.utils.data.Dataset):
         span = steps[:, -1]                                                     # (R,)
         if span.min() > duration - 0.99 * frame:            # 0.99: headers round
             hint = "a smaller gap" if self.frames == 2 else "fewer frames or a smaller stride"
-            raise ValueError(f"{reader.path}: lasts {duration:.2f} s, too short for frames {span.min():.2f} s "
-                             f"apart ({hint} may fit)")
+            raise ValueError(f"{reader.path}: lasts {duration:.2f} s, too short for frames "
+                             f"{span.min():.2f} s apart ({hint} may fit)")
         # our choice: stay 0.2 s off the end, since the durations in headers often are a little too long
         start = where * np.maximum(duration - span - max(0.2, 1.5 * frame), 0)  # (R,)
         order = np.argsort(start)                           # sample r of the opening is the r-th in time
@@ -541,12 +554,14 @@ class Videos(torch.utils.data.Dataset):
             found[r, n], true = reader.at(t)
             for m in range(1, self.frames if n == 0 else 0):
                 heapq.heappush(wanted, (true + steps[r, m] - 0.5 * frame, r, m))
+        if len({image.shape for image in found.values()}) > 1:
+            raise ValueError(f"{reader.path}: its frames change size")
         return [[found[r, n] for n in range(self.frames)] for r in picks]
 
     # ---- folders of frames ----
 
     def _sort_images(self, root, images):
-        """Names -> files and their numbers, by sequence; starts: rows (first frame, its sequence's from, to)."""
+        """Names -> files and their numbers, by sequence; starts: rows (first frame, sequence's from, to)."""
         found, left_out = {}, []
         for name in images:
             match = re.fullmatch(r"(.*?)([0-9]{1,18})", os.path.splitext(name)[0], re.DOTALL)
@@ -555,10 +570,10 @@ class Videos(torch.utils.data.Dataset):
             else:
                 left_out.append(name)
         if left_out:
-            print(f"left out {len(left_out)} images without a frame number at the end of their name, such as "
-                  f"{left_out[0]}", file=sys.stderr, flush=True)
+            print(f"left out {len(left_out)} images whose names end in no number, such as {left_out[0]}",
+                  file=sys.stderr, flush=True)
         if not found:
-            raise ValueError(f"{root}: no image has a frame number at the end of its name, like drive_0001.jpg")
+            raise ValueError(f"{root}: no image name ends in a frame number, as drive_0001.jpg does")
         keys = sorted(found)
         self.files, self.number = [found[key] for key in keys], np.array([number for _, number in keys])
         starts, steps, longest = [], [], 0
@@ -572,8 +587,8 @@ class Videos(torch.utils.data.Dataset):
         if not starts:
             wish = (f"pairs {self.gap[0]:g} to {self.gap[1]:g} s apart" if self.frames == 2 else
                     f"clips of {self.frames} frames at stride {self.stride}")
-            have = (f"neighbours are {min(steps) / self.fps:.3g} to {max(steps) / self.fps:.3g} s apart, the "
-                    f"longest sequence lasts {longest / self.fps:.3g} s" if steps else "no two belong together")
+            have = (f"neighbours are {min(steps) / self.fps:.3g} to {max(steps) / self.fps:.3g} s apart, "
+                    f"the longest sequence lasts {longest / self.fps:.3g} s" if steps else "each is alone")
             raise ValueError(f"{root}: frames at --fps {self.fps:g} give no {wish}: {have}; "
                              f"change --{'gap' if self.frames == 2 else 'frames, --stride'} or --fps")
 
@@ -610,6 +625,8 @@ class Videos(torch.utils.data.Dataset):
                 images.append(iio.imread(path, plugin="pillow", mode="RGB", rotate=True))   # (H, W, 3)
             except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged PNG chunk
                 raise Broken(int(file), error) from None
+            if images[-1].shape != images[0].shape:
+                raise Broken(int(file), "not the size of the others in its sequence")
         return [images] * len(picks)
 
 
@@ -678,7 +695,7 @@ def rotate_hue(x, turn):
     r, g, b = (x / (high - low + 1e-12)).unbind(1)
     high_is = x.argmax(1)
     hue = torch.where(high_is == 0, g - b, torch.where(high_is == 1, 2 + b - r, 4 + r - g))     # in sixths of a turn
-    k = torch.remainder(hue[:, None] + 6 * turn + x.new_tensor([5, 3, 1]).view(3, 1, 1), 6)     # (N, 3, H, W)
+    k = torch.remainder(hue[:, None] + 6 * turn + (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1), 6)     # (N, 3, H, W)
     return high - (high - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -727,11 +744,11 @@ class MultiCrop:
     locals   (2, n, 3, s, s)    [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the initial crop), flipped, T3
 
     Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability 0.8, grayscale 0.2, then
-    T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.   Blur: sigma uniform in `sigma`, pixels of the crop.
+    T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.   Blur: sigma from 0.1 to `blur` pixels of the crop.
     """
 
-    def __init__(self, size, local_size, local_crops, sigma=(0.1, 2.0), colours=True):
-        self.size, self.local_size, self.n, self.sigma, self.colours = size, local_size, local_crops, sigma, colours
+    def __init__(self, size, local_size, local_crops, blur=2.0, colours=True):
+        self.size, self.local_size, self.n, self.blur, self.colours = size, local_size, local_crops, blur, colours
 
     def draw(self, rng, height, width):
         """Boxes (4, and 4 + 2n for DINO's), flips and colour parameters of one pair: crops ordered [motion x, y; globals; locals]."""
@@ -750,7 +767,7 @@ class MultiCrop:
         params[:, FACTORS] = np.where(u[:, :1] < 0.8, jitter, (1, 1, 1, 0))
         params[:, GRAY] = u[:, 1] < 0.2
         kind = np.array([0, 1, 0, 1, 0, 1] + [2] * (2 * self.n))                           # T1, T2, T3
-        params[:, BLUR] = np.where(u[:, 2] < np.array([1, 0.1, 0.5])[kind], rng.uniform(*self.sigma, N), 0)
+        params[:, BLUR] = np.where(u[:, 2] < np.array([1, 0.1, 0.5])[kind], rng.uniform(0.1, self.blur, N), 0)
         params[:, SOLARIZE] = (u[:, 3] < 0.2) & (kind == 1)
         return boxes, flips, params
 
@@ -843,12 +860,13 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     loader = torch.utils.data.DataLoader(
         Batches(dataset, crops, seed + (10**9 if split == "eval" else 0), first), batch_size=None, sampler=batches, num_workers=workers,
         pin_memory=device.type == "cuda" and not (synthetic and not workers), prefetch_factor=4 if workers else None,
-        worker_init_fn=one_thread)
+        worker_init_fn=start_worker)
     return Finished(loader, crops, device)
 
 
-def one_thread(worker):
+def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal's Ctrl-C reaches them too; leaving is the main process's to say
 
 
 class Finished:
@@ -861,3 +879,50 @@ class Finished:
         for batch in self.loader:           # `params` stay on the CPU: finish() reads which crop needs what
             batch = {k: v if k == "params" else v.to(self.device, non_blocking=True) for k, v in batch.items()}
             yield self.crops.finish(batch) if self.crops else batch
+
+
+# ---- look at your data -------------------------------------------------------------------------------------------------------
+def show(source, path):
+    """Writes a picture of what training sees: scenes with their ground truth (or nothing more, of videos), and the crops of a pair."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import hsv_to_rgb
+
+    rows = []                               # lists of (title, image)
+    if source == "scenes":
+        clip = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3)).batch(range(2), truth=True)
+        for b in range(2):
+            u, v = clip["flow"][b, 0].numpy()
+            speed, angle = np.hypot(u, v), np.arctan2(v, u) / (2 * np.pi) % 1
+            flow = hsv_to_rgb(np.stack([angle, speed / speed.max(), np.ones_like(u)], -1))
+            first, second = clip["video"][b].permute(0, 2, 3, 1).numpy()
+            rows.append([("frame 1", first), ("frame 2", second), (f"flow, up to {speed.max():.0f} px", flow),
+                         ("occluded in frame 2", clip["occluded"][b, 0].numpy()), ("class", clip["classes"][b, 0].numpy()),
+                         ("depth", clip["depth"][b, 0].numpy())])
+    inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
+    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=dict(size=192, pan=12.0))))
+    image = lambda x: x.permute(1, 2, 0).numpy()
+    for motion, large, small in zip(batch["motion"], batch["globals"], batch["locals"]):
+        rows.append([("motion, frame 1", image(motion[0])), ("motion, frame 2", image(motion[1]))] +
+                    [(f"global {box + 1}, frame {f + 1}", image(large[f, box])) for f in range(2) for box in range(2)] +
+                    [(f"local, frame {f + 1}", image(small[f, 0])) for f in range(2)])
+    columns = max(map(len, rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.55 * columns, 1.75 * len(rows)), squeeze=False, layout="constrained")
+    for axis, cell in zip(axes.flat, [cell for row in rows for cell in row + [None] * (columns - len(row))]):
+        axis.axis("off")
+        if cell:
+            axis.imshow(cell[1], cmap="viridis")
+            axis.set_title(cell[0], fontsize=8)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        sys.exit("usage: python data.py [VIDEO or FOLDER]")
+    try:
+        show(sys.argv[1] if len(sys.argv) > 1 else "scenes", "out/data.png")
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: error: {error}")
+    print("written: out/data.png")

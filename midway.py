@@ -79,8 +79,9 @@ class Config:
 
     @property
     def inputs(self):
-        """What the model eats: pairs of frames, cut into crops."""
-        return dict(frames=2, size=self.size, crops=dict(local_size=self.local_size, local_crops=self.local_crops))
+        """What the model eats: pairs of frames, cut into crops. `blur`: largest sigma in pixels, DINO's 2 at 224."""
+        return dict(frames=2, size=self.size, crops=dict(
+            local_size=self.local_size, local_crops=self.local_crops, blur=2 * self.size / 224))
 
 
 PRESETS = {
@@ -96,7 +97,8 @@ PRESETS = {
 
 # What train.py starts from, preset by preset; every entry is a flag. paper: Table 8
 PAPER = dict(steps=105_000, batch_size=200, lr=3.90625e-4, min_lr=1e-6, warmup=1 / 30, weight_decay=0.04, weight_decay_end=0.4,
-             betas=(0.9, 0.999), clip=3.0)  # lr: 5e-4 per 256 pairs, as in DINO
+             betas=(0.9, 0.999), clip=3.0,      # lr: 5e-4 per 256 pairs, as in DINO
+             scenes=dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32))      # only for runs without --data
 RECIPES = {
     "tiny": PAPER | dict(steps=500, batch_size=48, lr=2e-3, min_lr=1e-5, warmup=0.1, scenes=dict(size=96, sprites=0)),
     "vit_s": PAPER,
@@ -109,8 +111,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet
 def normalize(images):
     """Images (..., 3, H, W), uint8 or float in [0, 1], to zero mean and unit variance per ImageNet channel."""
     images = images / 255 if images.dtype == torch.uint8 else images
-    mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (MEAN, STD))
-    return (images - mean) / std
+    return torch.stack([(images.select(-3, c) - MEAN[c]) / STD[c] for c in range(3)], -3)   # no constants to copy to a GPU
 
 
 def full(x):
@@ -498,20 +499,20 @@ class Midway(nn.Module):
         (B, 2, local_crops, 3, h, w) [frame, box]; uint8 or float in [0, 1]. Returns the loss and a dict of detached scalars.
         """
         loss, logs = 0.0, {}
-        if self.cfg.latent_dynamics:
-            levels, z = self.both_directions(batch["motion"])
-            loss = sum(level.loss for level in levels) / len(levels)    # our choice: averaged (paper); the released code sums
-            logs.update(dynamics=loss, feature_std=full(z[-1]).std(0).mean())
-            for i, level in zip(self.predicted, levels):
-                name = self.levels[i]
-                logs.update({f"loss_{name}": level.loss, f"m_var_{name}": full(level.m).var(0).mean()})
-                if level.gates:
-                    logs[f"gate_{name}"] = full(torch.stack([g.mean() for g in level.gates]).mean())
         if self.cfg.dino_weight:
             dino, cls, meters = self.invariance(batch["globals"], batch["locals"])
-            loss = loss + self.cfg.dino_weight * dino
-            logs.update(dino=dino, **meters)
-            logs.setdefault("feature_std", full(cls).std(0).mean())
+            loss = self.cfg.dino_weight * dino
+            logs.update(dino=dino, feature_std=full(cls).std(0).mean(), **meters)
+        if self.cfg.latent_dynamics:
+            levels, z = self.both_directions(batch["motion"])
+            dynamics = sum(level.loss for level in levels) / len(levels)    # our choice: averaged (paper); the released code sums
+            loss = loss + dynamics
+            logs = dict(dynamics=dynamics) | logs | dict(feature_std=full(z[-1]).std(0).mean())     # over pairs, place by place
+            for i, level in zip(self.predicted, levels):
+                name = self.levels[i]
+                logs |= {f"loss_{name}": level.loss, f"m_var_{name}": full(level.m).var(0).mean()}
+                if level.gates:
+                    logs[f"gate_{name}"] = full(torch.stack([g.mean() for g in level.gates]).mean())
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def both_directions(self, motion):

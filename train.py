@@ -81,14 +81,21 @@ class Stop(Exception):
 
 
 # ---- command line ------------------------------------------------------------------------------------------------------------
+def source_comments(thing):
+    """{name: comment} of the fields of a class or the arguments of a function: help texts stand where the names do, once."""
+    return dict(re.findall(r"^ +(\w+)(?:: [^#\n=]+)?=[^#\n]*#\s*(.+)$", inspect.getsource(thing), re.M))
+
+
 def add_flag(group, name, kind, default, help):
     """One flag; if it isn't given, it stays out of the namespace. kind: str(type of the field)."""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    flag = dict(dest=name, default=argparse.SUPPRESS, help=f"{help} [{shown}]".replace("%", "%%"))
+    shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
+    shown = f"[{shown}]" if shown not in ("", None) else ""
+    flag = dict(dest=name, default=argparse.SUPPRESS, help=f"{help} {shown}".strip().replace("%", "%%"))
     if "bool" in kind:
         flag.update(action=argparse.BooleanOptionalAction)
     else:
-        flag.update(type=float if "float" in kind else int if "int" in kind else str, metavar=name.upper())
+        number = float if "float" in kind else int if "int" in kind else str
+        flag.update(type=number, metavar={float: "X", int: "N", str: "TEXT"}[number])
         if "tuple" in kind:
             flag.update(nargs="+")
     group.add_argument("--" + name.replace("_", "-"), **flag)
@@ -96,7 +103,7 @@ def add_flag(group, name, kind, default, help):
 
 def add_fields(group, cls, defaults):
     """A flag for each field of a dataclass, explained by the comment that stands beside the field."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
+    comments = source_comments(cls)
     for f in fields(cls):
         add_flag(group, f.name, str(f.type), defaults.get(f.name, f.default), comments.get(f.name, ""))
 
@@ -113,8 +120,8 @@ class Parser(argparse.ArgumentParser):
 
 def scene_options():
     """{name: default} of what can be chosen about synthetic scenes: the arguments of data.Scenes that models don't fix."""
-    arguments = inspect.signature(data.Scenes.__init__).parameters.values()
-    return {a.name: a.default for a in arguments if a.name not in ("self", "frames", "seed", "split", "device")}
+    arguments = inspect.signature(data.Scenes).parameters.values()
+    return {a.name: a.default for a in arguments if a.name not in ("frames", "seed", "split", "device")}
 
 
 def parse(argv):
@@ -144,13 +151,15 @@ def parse(argv):
         preset = known.preset or (ckpt["config"]["preset"] if ckpt else paper if choose_device(known.device).type == "cuda" else small)
         if preset not in module.PRESETS:
             parser.error(f"{name} has no preset {preset!r}: choose from {', '.join(module.PRESETS)}")
-        recipe = dict(module.RECIPES[preset], **(ckpt["config"]["options"] if ckpt else {}), preset=preset, model=name)
+        recipe = module.RECIPES[preset] | (ckpt["config"]["options"] if ckpt else {}) | dict(preset=preset, model=name)
         scenes |= recipe.pop("scenes", {}) | (ckpt["config"]["scenes"] if ckpt else {})
         defaults = recipe | dict(resume="")
     add_fields(parser.add_argument_group("training"), Options, defaults)
+    group = parser.add_argument_group("synthetic scenes, the arguments of Scenes in data.py")
+    comments = source_comments(data.Scenes.__init__)
     for key, default in scenes.items():
-        add_flag(parser.add_argument_group("synthetic scenes") if key == "size" else parser._action_groups[-1],
-                 "scene_" + key, str(type(default)) + "float" * isinstance(default, tuple), default, "see Scenes in data.py")
+        kind = "tuple float" if isinstance(default, (tuple, list)) else str(type(default))
+        add_flag(group, "scene_" + key, kind, default, comments[key])
     if name:
         model_defaults = ckpt["config"]["config"] if ckpt else module.PRESETS[preset]
         add_fields(parser.add_argument_group(f"model: {name}, preset {preset}"), module.Config, model_defaults)
@@ -471,8 +480,9 @@ def main(argv):
     if halt:
         run.say(f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal'} after step {step + 1}; saved. Go on with: "
                 f"--model {opt.model} --resume {out}")
-    elif line["held_out"]:
-        run.say("\n" + show_table(line["held_out"], "held out, after training") + "\n")
+    else:
+        title = "scenes never seen in training" if opt.data == "scenes" else "other moments of these videos"
+        run.say("\n" + show_table(line["held_out"], title) + "\n" if line["held_out"] else "")
         run.say(f"written: {out}/ckpt.pt, log.jsonl, curves.png, config.json")
     if run.world > 1:
         dist.barrier()
@@ -550,9 +560,11 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (Stop, ValueError, OSError) as error:
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        os.write(2, f"train.py: error: {message[-1]}\n".encode())
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]      # of a worker's error: its traceback comes first
+        os.write(2, f"train.py: error: {re.sub(r'^[A-Za-z]+Error: ', '', last)}\n".encode())
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

@@ -1,0 +1,921 @@
+"""
+The tests: parity with the authors' models, exactness of the data, and a training loop that resumes, spreads and stops well.
+Run them with `python -m pytest -q test_models.py`; no downloads, no GPU, under four minutes on two cores.
+"""
+import ast
+import pickle
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import midway
+import train
+from data import MultiCrop, Scenes, Videos, read_frames
+from midway import Config, DINOLoss, GatedBlock, Midway, load_official
+
+HERE = Path(__file__).parent
+REFERENCE = np.load(HERE / "reference" / "midway.npz")
+
+
+def close(a, b, tolerance):
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance, f"off by {(a - b).abs().max():.2g}"
+
+
+# ---- Midway: parity with the authors' model ------------------------------------------------------------------------------------
+def formula_input(name, *shape):
+    return torch.from_numpy(np.random.RandomState(zlib.crc32(f"input/{name}".encode())).standard_normal(shape)).float()
+
+
+def formula_weight(section, key, shape):
+    """The weights of the fixtures are a pure function of their names: made here, not stored."""
+    z = np.random.RandomState(zlib.crc32(f"{section}/{key}".encode())).standard_normal(shape)
+    if key == "center":
+        z = 0.05 * z
+    elif key.endswith(".bias"):
+        z = 0.1 * z
+    elif key.endswith(("cls_token", "pos_embed", "motion_tokens")):
+        z = 0.2 * z
+    elif key.endswith("weight_g") or len(shape) == 1:
+        z = 1 + 0.1 * z
+    else:
+        z = z / np.sqrt(np.prod(shape[1:])) * (3 if "gating_mlps" in key and "fc2" in key else 1)
+    return torch.from_numpy(z).float()
+
+
+def as_image(x):
+    """Undo Midway's normalisation: the fixtures' inputs are what the authors' networks see."""
+    mean, std = (torch.tensor(c, dtype=torch.float64).view(3, 1, 1) for c in (midway.MEAN, midway.STD))
+    return x.double() * std + mean
+
+
+@pytest.fixture(scope="module")
+def official_file(tmp_path_factory):
+    names = json.loads(REFERENCE["names"].tobytes())
+    ckpt = {section: {key: formula_weight(section, key, shape) for key, shape in keys.items()} for section, keys in names.items()}
+    path = tmp_path_factory.mktemp("official") / "tiny.pth"
+    torch.save(dict(ckpt, optimizer=dict(state={}, param_groups=[1]), epoch=5, args=dict(arch="vit_small")), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def official(official_file):
+    return load_official(official_file).double()
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return [as_image(formula_input(name, 2, 3, 32, 32)) for name in ("tiny_x", "tiny_y")]
+
+
+def level_losses(model, frames):
+    with torch.no_grad():
+        return [level.loss.item() for level in model.both_directions(torch.stack(frames, 1))[0]]
+
+
+def test_features_equal_the_authors(official, frames):
+    for who in ("student", "teacher"):
+        with torch.no_grad():
+            levels = official.features(torch.cat([frames[0][:1], frames[1][1:]]), teacher=who == "teacher")
+        for level, expected in zip(levels, REFERENCE[f"{who}_features"], strict=True):
+            close(level, expected, 1e-9)
+    with torch.no_grad():
+        cls = official.features(torch.cat(frames))[-1][:, 0]
+        close(official.student_head(cls), REFERENCE["student_dino_out"], 1e-9)
+
+
+def test_dynamics_equal_the_authors(official, frames):
+    x, y = frames
+    with torch.no_grad():                   # row 0 of the reference is x -> y of pair 0, row 1 is y -> x of pair 1
+        predictions = official.predict(torch.stack([x[0], y[1]]), torch.stack([y[0], x[1]]))
+    for i, level in enumerate(predictions):
+        for name in ("m", "v", "pred"):
+            close(getattr(level, name), REFERENCE[f"{name}_{i}"], 1e-9)
+        close(torch.stack(level.gates)[:, :, [0, 5, 11]], REFERENCE[f"gates_{i}"], 1e-9)
+    close(level_losses(official, frames), REFERENCE["losses"], 1e-9)
+
+
+def test_dino_loss_gradient_and_center_equal_the_authors():
+    loss = DINOLoss(64)
+    assert sorted(loss.pairs) == sorted(map(tuple, REFERENCE["dino_pairs"].tolist())) and len(loss.pairs) == 72
+    loss.center.copy_(0.1 * formula_input("dino_center", 1, 64))
+    student = formula_input("dino_student", 60, 64).requires_grad_()
+    value, _ = loss(student, formula_input("dino_teacher", 12, 64))
+    value.backward()
+    loss.update_center()
+    assert abs(value.item() - REFERENCE["dino_loss"]) < 2e-6
+    close(student.grad, REFERENCE["dino_grad"], 1e-6)
+    close(loss.center, REFERENCE["dino_center"], 1e-6)
+
+
+def test_a_whole_training_step_equals_the_authors(official_file):
+    model = load_official(official_file).double().train()
+    for block in model.student.blocks:
+        block.drop_path = 0.0
+    x = [as_image(formula_input(f"step_{kind}{i}", 2, 3, size, size)) for kind, n, size in (("g", 6, 32), ("l", 16, 16)) for i in range(n)]
+    frame_pairs = lambda crops: torch.stack(crops, 1).unflatten(1, (2, -1))        # [frame, box]
+    loss, logs = model(dict(motion=torch.stack(x[:2], 1), globals=frame_pairs(x[2:6]), locals=frame_pairs(x[6:])))
+    close(logs["dino"], REFERENCE["step_dino"], 1e-6)
+    close([logs[f"loss_{level}"] for level in (3, 6, 9)], REFERENCE["step_levels"], 1e-9)
+    close(loss, REFERENCE["step_dino"] + REFERENCE["step_levels"].mean(), 1e-6)     # averaged over levels: our choice
+    loss.backward()
+    model.after_step(0.0)
+    close(model.dino_loss.center, REFERENCE["step_center"], 1e-9)
+
+
+def gate_from_own_input(model):
+    def forward(self, h, gate, K):          # what Eq. 2 literally says; `gate` carries the gate's network instead
+        residual = h if gate is None else torch.cat([h[:, :K], h[:, K:] * gate(h[:, K:])], 1)
+        h = residual + self.attn(self.norm1(h))
+        return h + self.mlp(self.norm2(h)), self.next_gate
+    return dict(target=GatedBlock, name="forward", value=forward)
+
+
+def residual_at_the_top(model):
+    infer = Midway.infer
+    def wrong(self, i, m, source, target):
+        return infer(self, i, m, source, target) + (self.motion_tokens if m is None else 0)
+    return dict(target=Midway, name="infer", value=wrong)
+
+
+def swapped_positions(model):
+    return dict(target=Midway, name="positions", value=lambda self, L, right=Midway.positions: right(self, L)[::-1])
+
+
+def without_cls(model):
+    dynamics = Midway.dynamics
+    halves = [half[:, 1:] for half in model.motion_pos.chunk(2, 1)]
+    def wrong(self, z, zt):
+        self.positions = lambda L: halves
+        try:
+            return dynamics(self, [t[:, 1:] for t in z], [t[:, 1:] for t in zt])
+        finally:
+            del self.positions
+    return dict(target=Midway, name="dynamics", value=wrong)
+
+
+def one_shared_embed(model):
+    return dict(target=model, name="teacher_embed", value=model.student_embed)
+
+
+@pytest.mark.parametrize("variant", [gate_from_own_input, residual_at_the_top, swapped_positions, without_cls, one_shared_embed])
+def test_parity_would_catch(variant, official, frames, monkeypatch):
+    wrong = variant(official)
+    monkeypatch.setattr(wrong["target"], wrong["name"], wrong["value"])
+    if variant is gate_from_own_input:      # the gates list then holds networks: means aren't needed here
+        monkeypatch.setattr(midway, "Level", lambda m, v, gates, pred, target, loss: type("L", (), dict(loss=loss)))
+    worst = np.abs(np.array(level_losses(official, frames)) - REFERENCE["losses"]).max()
+    assert worst > 1e-4, f"{variant.__name__} would go unnoticed"
+
+
+def test_official_file_may_lack_head_center_and_optimizer(official_file, tmp_path, capsys):
+    ckpt = torch.load(official_file, weights_only=True)
+    for section in ("student", "teacher"):
+        ckpt[section] = {key: value for key, value in ckpt[section].items() if "dino_head" not in key}
+    del ckpt["dino_loss"], ckpt["optimizer"]
+    torch.save(ckpt, tmp_path / "bare.pth")
+    model = load_official(tmp_path / "bare.pth")
+    assert "no DINO head, no center, no optimizer" in capsys.readouterr().out
+    close(model.student.cls_token, ckpt["student"]["module.backbone.cls_token"], 0)
+
+
+class Foreign:
+    """What the authors' files hold under `args`: an object of a class that nobody has here."""
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_official_file_with_foreign_objects_executes_nothing(official_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(torch.load(official_file, weights_only=True), args=Foreign()), "foreign.pth")
+    assert load_official("foreign.pth").cfg.dim == 48
+    assert not Path("executed").exists()
+
+
+def test_official_loader_refuses_other_files(official_file, tmp_path):
+    for content in (b"", b"no checkpoint at all", official_file.read_bytes()[:100_000]):
+        (tmp_path / "bad.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.pth"):
+            load_official(tmp_path / "bad.pth")
+    torch.save(dict(model={}, step=3), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="no student, teacher, motion_loss"):
+        load_official(tmp_path / "other.pth")
+    ckpt = torch.load(official_file, weights_only=True)
+    del ckpt["motion_loss"]["module.motion_proj.weight"]
+    torch.save(ckpt, tmp_path / "hole.pth")
+    with pytest.raises(ValueError, match="motion_proj.weight"):
+        load_official(tmp_path / "hole.pth")
+    with pytest.raises(FileNotFoundError):
+        load_official(tmp_path / "nowhere.pth")
+
+
+# ---- Midway: sizes, ablations, invariants --------------------------------------------------------------------------------------
+def random_batch(cfg, B, device="cpu"):
+    crops = dict(motion=(B, 2), globals=(B, 2, 2), locals=(B, 2, cfg.local_crops))
+    return {name: torch.rand(*shape, 3, *2 * [cfg.local_size if name == "locals" else cfg.size], device=device)
+            for name, shape in crops.items()}
+
+
+SMALL = Config(size=16, patch=8, dim=24, depth=4, heads=2, levels=(1, 2, 3, 4), motion_dim=12, motion_depth=1, motion_heads=2, forward_depth=2,
+               forward_heads=2, head_hidden=16, head_bottleneck=8, prototypes=32, local_size=8, local_crops=2, drop_path=0.0)
+
+
+def test_sizes_and_cost_are_the_papers():
+    with torch.device("meta"):
+        model = Midway(Config())
+        assert sum(p.numel() for p in Midway(Config(**midway.PRESETS["vit_b"])).student.parameters()) == 85_798_656
+    trained = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
+    encoder, head = trained(model.student), trained(model.student_head)
+    assert (encoder, head, trained(model) - encoder - head) == (21_665_664, 22_352_128, 36_600_000)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(random_batch(model.cfg, 1, "meta"))
+    assert 90.0e9 < counter.get_total_flops() / 2 < 92.0e9         # paper, Table 9: 90.8 G multiply-adds
+
+
+ROWS = [dict(latent_dynamics=False),                               # Table 3, rows 1 to 9
+        dict(backward=False, multi_level=False, refinement=False, gating=False),
+        dict(multi_level=False, refinement=False, gating=False), dict(refinement=False, gating=False), dict(gating=False), dict(),
+        dict(backward=False), dict(multi_level=False), dict(refinement=False),
+        dict(motion_dim=6), dict(motion_dim=24), dict(motion_depth=2), dict(forward_depth=1), dict(dino_weight=0.0), dict(local_crops=0)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(f"{k}={v}" for k, v in row.items()) or "full")
+def test_every_ablation_trains_all_its_parameters(row):
+    model = Midway(replace(SMALL, **row))
+    loss, logs = model(random_batch(model.cfg, 3))
+    loss.backward()
+    assert loss.isfinite() and not any(value.requires_grad for value in logs.values())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)       # or DDP would wait for ever
+    assert all(p.grad is None for name, p in model.named_parameters() if name.startswith("teacher"))
+    assert logs["feature_std"] > 0
+
+
+def test_ablations_change_what_they_name():
+    full = sum(p.numel() for p in Midway(Config(**midway.PRESETS["tiny"])).parameters())
+    less = [sum(p.numel() for p in Midway(Config(**midway.PRESETS["tiny"] | row)).parameters()) for row in ROWS[:4] + ROWS[4:5]]
+    assert all(n < full for n in less)
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 2, 3, 16, 16)
+    torch.manual_seed(1)
+    refined = Midway(SMALL)
+    unrefined = Midway(replace(SMALL, refinement=False))
+    unrefined.load_state_dict(refined.state_dict())
+    a, b = refined.predict(x, y), unrefined.predict(x, y)
+    close(a[-1].pred, b[-1].pred.detach(), 0)               # the top level has nothing above it to be refined by
+    assert (a[0].m - b[0].m).abs().max() > 1e-6
+    assert len(Midway(replace(SMALL, gating=False)).predict(x, y)[0].gates) == 0
+    assert len(Midway(replace(SMALL, multi_level=False)).predict(x, y)) == 1
+
+
+def test_motion_tokens_differ_and_zero_ones_never_would():
+    torch.manual_seed(0)
+    for start, differs in ((None, True), (0.0, False)):
+        model = Midway(SMALL)
+        if start is not None:
+            torch.nn.init.zeros_(model.motion_tokens)
+        model(random_batch(SMALL, 3))[0].backward()
+        spread = model.motion_tokens.grad.std(1).max() / model.motion_tokens.grad.abs().max()
+        assert (spread > 1e-3) == differs
+
+
+def test_after_step_moves_teacher_center_and_last_layer():
+    torch.manual_seed(0)
+    model = Midway(SMALL)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(p.requires_grad)         # the student moves by 1
+    loss, _ = model(random_batch(SMALL, 3))
+    loss.backward()
+    assert model.student_head.weight_v.grad.abs().max() == 0                # frozen at first
+    model.after_step(0.0)
+    after = dict(model.named_parameters())
+    moved = {name: (after[name] - before[name]).mean().item() for name in after if name.startswith("teacher")}
+    assert len(moved) > 100 and all(abs(m - (1 - SMALL.ema)) < 1e-6 for m in moved.values())
+    assert model.dino_loss.center.abs().max() > 0 and model.student_head.live == 0
+    model.after_step(0.5)
+    assert model.student_head.live == 1
+    model.zero_grad()
+    model(random_batch(SMALL, 3))[0].backward()
+    assert model.student_head.weight_v.grad.abs().max() > 0
+
+
+def test_wrong_configs_say_what_to_change():
+    for change, word in ((dict(size=20), "size=20 must be a multiple of patch=8: try 16"), (dict(heads=5), "heads=5"),
+                         (dict(levels=(1, 2, 3)), "depth=4"), (dict(latent_dynamics=False, dino_weight=0.0), "nothing to train")):
+        with pytest.raises(ValueError, match=re.escape(word)):
+            Midway(replace(SMALL, **change))
+    with pytest.raises(ValueError, match="multiple of the patch size 8"):
+        Midway(SMALL).features(torch.rand(1, 3, 20, 16))
+
+
+def test_features_take_other_sizes_and_uint8():
+    model = Midway(SMALL)
+    assert [tuple(z.shape) for z in model.features(torch.rand(2, 3, 24, 40))] == 4 * [(2, 1 + 3 * 5, 24)]
+    image = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
+    close(model.features(image)[-1].detach(), model.features(image / 255)[-1].detach(), 1e-6)
+
+
+# ---- crops and colours ---------------------------------------------------------------------------------------------------------
+NEUTRAL = [0, 1, 2, 3, 1, 1, 1, 0, 0, 0, 0]     # order of jitter; brightness, contrast, saturation, hue; gray, blur, solarise
+
+
+def colours(x, **changes):
+    params = torch.tensor([NEUTRAL], dtype=torch.float32)
+    for name, value in changes.items():
+        at = dict(brightness=4, contrast=5, saturation=6, hue=7, gray=8, blur=9, solarize=10, order=slice(0, 4))[name]
+        params[:, at] = torch.as_tensor(value, dtype=torch.float32)
+    return data.photometric(x, params.expand(len(x), -1).clone())
+
+
+def test_crop_resize_is_antialiased_bicubic():
+    x, no = torch.rand(2, 3, 40, 56), torch.zeros(2, 1, dtype=torch.bool)
+    for box, size in (((0, 0, 40, 56), 16), ((3, 7, 20, 31), 24), ((10, 2, 30, 18), 9), ((5, 5, 8, 8), 32)):
+        top, left, h, w = box
+        expected = F.interpolate(x[..., top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        boxes = torch.tensor([[box], [box]])
+        close(data.crop_resize(x, boxes, size, no)[:, 0], expected, 1e-5)
+        close(data.crop_resize(x, boxes, size, ~no)[:, 0], expected.flip(-1), 1e-5)
+    close(data.crop_resize(x[..., :40], torch.tensor([[[0, 0, 40, 40]]]), 40, no)[:, 0], x[..., :40], 1e-6)      # identity
+
+
+def test_uint8_crops_agree_with_the_float_ones():
+    frame = torch.randint(64, 192, (60, 80, 3), dtype=torch.uint8).numpy()     # no overshoot: uint8 would clip between the passes
+    for box, flip in (((4, 9, 41, 37), False), ((0, 0, 60, 80), True)):
+        crop = data.crop_uint8(frame, box, 24, flip)
+        exact = data.crop_resize(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255, torch.tensor([[box]]), 24, torch.tensor([[flip]]))
+        assert crop.dtype == torch.uint8
+        close(crop / 255, exact[0, 0], 1.5 / 255)
+
+
+def test_colours_on_hand_made_cases():
+    x = torch.rand(4, 3, 8, 8)
+    luma = 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    close(colours(x), x, 0)
+    close(colours(x, brightness=1.3), (1.3 * x).clamp(0, 1), 1e-6)
+    close(colours(x, contrast=0.7), 0.7 * x + 0.3 * luma.mean((2, 3), keepdim=True), 1e-6)
+    close(colours(x, saturation=0.8), 0.8 * x + 0.2 * luma, 1e-6)
+    close(colours(x, gray=1), luma.expand_as(x), 1e-6)
+    close(colours(x, hue=1 / 3), x[:, [2, 0, 1]], 1e-5)         # red becomes green, green blue, blue red
+    close(colours(x, hue=-1 / 3), x[:, [1, 2, 0]], 1e-5)
+    close(colours(colours(x, hue=0.1), hue=-0.1), x, 1e-5)
+    levels = torch.tensor([0, 127, 128, 255]) / 255
+    close(colours(levels.expand(1, 3, 4, 4), solarize=1)[0, 0, 0], torch.tensor([0, 127, 127, 0]) / 255, 1e-6)
+    close(colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3)), ((0.8 * x + 0.2 * luma) * 1.4).clamp(0, 1), 1e-6)
+    assert (colours(x, brightness=1.4, saturation=0.8) - colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3))).abs().max() > 1e-3
+
+
+def test_blur_is_gaussian():
+    x, sigma = torch.rand(1, 1, 33, 33), 1.5
+    d = torch.arange(-8, 9.0)
+    g = torch.exp(-d ** 2 / (2 * sigma ** 2))
+    expected = F.conv2d(x, (g[:, None] * g / g.sum() ** 2)[None, None], padding=8)
+    close(data.blur(x.expand(1, 3, -1, -1), torch.tensor([sigma]))[:, :1, 10:-10, 10:-10], expected[..., 10:-10, 10:-10], 1e-6)
+    close(data.blur(torch.ones(1, 3, 9, 9), torch.tensor([2.0])), torch.ones(1, 3, 9, 9), 1e-6)
+
+
+def test_multicrop_follows_the_papers_rules():
+    crops, H, W = MultiCrop(224, 96, 8), 360, 640
+    drawn = [crops.draw(np.random.default_rng(i), H, W) for i in range(400)]
+    boxes, flips, params = map(np.stack, zip(*drawn))
+    assert boxes.min() >= 0 and (boxes[..., 0] + boxes[..., 2]).max() <= H and (boxes[..., 1] + boxes[..., 3]).max() <= W
+    share = boxes[..., 2] * boxes[..., 3] / (H * W)
+    assert (boxes[:, 0] == boxes[:, 1]).all() and not flips[:, :2].any()                        # motion: one box, never flipped
+    assert 0.195 < share[:, 0].min() < 0.22 and 0.38 < share[:, 0].max() < 0.405
+    assert (boxes[:, 2:4] == boxes[:, 4:6]).all() and (flips[:, 2:4] == flips[:, 4:6]).all()    # globals: the same in both frames
+    assert (boxes[:, 6:14] != boxes[:, 14:]).any(-1).all()                                      # locals: independent
+    assert 0.05 * 0.4 * 0.9 < share[:, 2:6].min() and share[:, 2:6].max() < 0.205               # inside the initial crop
+    aspect = boxes[..., 3] / boxes[..., 2]
+    assert 0.7 < aspect[:, :6].min() and aspect[:, :6].max() < 1.42
+    assert abs(flips[:, 2:].mean() - 0.5) < 0.03
+    blurred, jittered = params[..., data.BLUR] > 0, (params[..., data.FACTORS] != (1, 1, 1, 0)).any(-1)
+    assert blurred[:, [0, 2, 4]].all() and abs(blurred[:, [1, 3, 5]].mean() - 0.1) < 0.03 and abs(blurred[:, 6:].mean() - 0.5) < 0.03
+    assert abs(jittered.mean() - 0.8) < 0.02 and abs(params[..., data.GRAY].mean() - 0.2) < 0.02
+    solarized = params[..., data.SOLARIZE]
+    assert abs(solarized[:, [1, 3, 5]].mean() - 0.2) < 0.05 and solarized[:, [0, 2, 4]].max() == solarized[:, 6:].max() == 0
+    factors = params[..., data.FACTORS].reshape(-1, 4)
+    close(factors.min(0), [0.6, 0.6, 0.8, -0.1], 0.01)
+    close(factors.max(0), [1.4, 1.4, 1.2, 0.1], 0.01)
+
+
+def test_multicrop_gives_the_same_crops_from_uint8_frames_and_from_tensors():
+    crops = MultiCrop(32, 16, 3)
+    frames = torch.randint(64, 192, (2, 90, 120, 3), dtype=torch.uint8)
+    one = crops(list(frames.numpy()), np.random.default_rng(5))
+    two = crops.batch(frames.permute(0, 3, 1, 2)[None] / 255, [np.random.default_rng(5)])
+    assert [tuple(one[n].shape) for n in ("motion", "globals", "locals")] == [(2, 3, 32, 32), (2, 2, 3, 32, 32), (2, 3, 3, 16, 16)]
+    for name in ("motion", "globals", "locals"):
+        close(one[name] / 255, two[name][0], 1.5 / 255)
+    close(one["params"], two["params"][0], 0)
+    finished = crops.finish({name: value[None] for name, value in one.items()})
+    assert sorted(finished) == ["globals", "locals", "motion"] and all(0 <= v.min() and v.max() <= 1 for v in finished.values())
+
+
+def test_loader_is_a_pure_function_of_the_sample_number():
+    inputs, scenes = SMALL.inputs, dict(size=24, sprites=1)
+    load = lambda batches, **kw: list(data.make_loader("scenes", inputs, batches, seed=3, scenes=scenes, **kw))
+    whole, parts, spread = load([range(6)], workers=0), load([range(2), range(2, 6)], workers=0), load([range(2), range(2, 6)], workers=2)
+    for name in whole[0]:
+        close(torch.cat([p[name] for p in parts]), whole[0][name], 1e-5)
+        for a, b in zip(parts, spread):
+            assert torch.equal(a[name], b[name])
+    assert not torch.equal(load([range(6)], workers=0, split="eval")[0]["motion"], whole[0]["motion"])
+
+
+# ---- synthetic scenes ----------------------------------------------------------------------------------------------------------
+CLIPS = range(6)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return Scenes(), Scenes().batch(CLIPS, truth=True)
+
+
+def test_scene_shapes_and_ranges(scenes):
+    B, T, K, S, P = 6, 8, 4, 64, 32
+    shapes = dict(video=(B, T, 3, S, S), flow=(B, T - 1, 2, S, S), occluded=(B, T - 1, S, S),
+                  classes=(B, T, S, S), ids=(B, T, S, S), depth=(B, T, S, S),
+                  boxes=(B, T, K, 4), tracks=(B, T, P, 2), visible=(B, T, P))
+    d = scenes[1]
+    assert {name: tuple(value.shape) for name, value in d.items()} == shapes
+    assert d["video"].dtype == torch.float32 and 0 <= d["video"].min() and d["video"].max() <= 1
+    assert d["classes"].max() <= 8 and torch.equal(d["classes"] > 0, d["ids"] > 0)
+    assert torch.equal(d["depth"] < 1, d["ids"] > 0) and d["depth"].min() >= 0.4
+    assert {k: v.shape for k, v in scenes[0][3].items()} == {k: v.shape[1:] for k, v in d.items()}
+
+
+def test_scene_colour_does_not_change_along_the_flow(scenes):
+    s, d = scenes
+    pixels = torch.stack([s.x, s.y], -1)                                            # (H*W, 2)
+    for t in range(s.frames - 1):
+        source = d["video"][:, t].flatten(2).mT                                     # (B, H*W, 3)
+        target, owner = s.at(CLIPS, pixels + d["flow"][:, t].flatten(2).mT, t + 1)
+        seen = ~d["occluded"][:, t].flatten(1)
+        assert (target - source)[seen].abs().max() < 1e-3
+        assert torch.equal(owner[seen], d["ids"][:, t].flatten(1)[seen])
+        assert (target - source)[~seen].abs().mean() > 0.05                         # hidden: another colour
+
+
+def test_scene_tracks_follow_the_flow_and_visibility_the_occlusion(scenes):
+    d, batch = scenes[1], torch.arange(6)[:, None]
+    assert d["visible"][:, 0].all() and not d["visible"].all()
+    x, y = d["tracks"][:, 0].long().unbind(-1)                                      # (B, P) pixels of frame 0
+    assert torch.equal(torch.stack([x, y], -1).float(), d["tracks"][:, 0])
+    flow = d["flow"][:, 0].movedim(1, -1)[batch, y, x]
+    assert (d["tracks"][:, 0] + flow - d["tracks"][:, 1]).abs().max() < 1e-3
+    assert torch.equal(d["visible"][:, 1], ~d["occluded"][:, 0][batch, y, x])
+
+
+def test_scene_points_keep_colour_and_owner_while_visible(scenes):
+    s, d = scenes
+    start, owner = s.at(CLIPS, d["tracks"][:, 0], 0)
+    for t in range(1, s.frames):
+        colour, at = s.at(CLIPS, d["tracks"][:, t], t)
+        assert (colour - start)[d["visible"][:, t]].abs().max() < 1e-3
+        assert torch.equal(at[d["visible"][:, t]], owner[d["visible"][:, t]])
+
+
+def test_scene_masks_lie_inside_their_boxes(scenes):
+    s, d = scenes
+    for k in range(s.sprites):
+        x1, y1, x2, y2 = d["boxes"][:, :, k, :, None, None].unbind(2)               # (B, T, 1, 1) each
+        x, y, mask = s.x.view(64, 64), s.y.view(64, 64), d["ids"] == k + 1
+        assert ((x > x1 - 0.01) & (x < x2 + 0.01) & (y > y1 - 0.01) & (y < y2 + 0.01))[mask].all()
+    # ... and boxes are tight: a lone sprite that is inside the frame comes within 2 pixels of all four sides
+    s = Scenes(sprites=1, frames=2, radius=(0.2, 0.2))
+    for d in (s[i] for i in range(20)):
+        x1, y1, x2, y2 = d["boxes"][0, 0]
+        if min(x1, y1) > 0 and max(x2, y2) < 63:
+            y, x = torch.nonzero(d["ids"][0], as_tuple=True)
+            found = torch.stack([x.min(), y.min(), x.max(), y.max()])
+            assert (found - d["boxes"][0, 0]).abs().max() < 2
+
+
+def test_scene_depends_on_its_number_alone(scenes):
+    s, d = scenes
+    for name, value in s.batch([4, 1], truth=True).items():
+        assert torch.allclose(value.float(), d[name][[4, 1]].float(), atol=1e-4), name
+    assert torch.equal(Scenes().batch([2])["video"][0], Scenes()[2]["video"])       # with and without truth
+    assert not torch.equal(Scenes(seed=1).batch([2])["video"][0], d["video"][2])
+
+
+def test_scene_splits_are_disjoint():
+    train, held_out = Scenes(), Scenes(split="eval")
+    a, b = train.batch(range(40))["video"][:, 0], held_out.batch(range(40))["video"][:, 0]
+    assert (a[:, None] - b).abs().mean((2, 3, 4)).min() > 0.05                      # no pair alike
+    likeness = train.bank.flatten(1) @ held_out.bank.flatten(1).T / train.bank[0].numel()
+    assert likeness.abs().max() < 0.9                                               # nor a texture
+    for bad in (-1, 10**9):
+        with pytest.raises(ValueError, match="seed"):
+            Scenes(seed=bad)
+    with pytest.raises(ValueError, match="split"):
+        Scenes(split="test")
+
+
+def test_scene_motion_does_what_the_options_say():
+    still = Scenes(speed=0, pan=0, zoom=0, roll=0).batch(range(4), truth=True)
+    assert still["flow"].abs().max() < 1e-5 and not still["occluded"].any() and still["visible"].all()
+    pans = [Scenes(sprites=0, frames=2, pan=p, zoom=0, roll=0).batch(range(64), truth=True) for p in (4, 16)]
+    for pan, d in zip((4, 16), pans):
+        flow = d["flow"][:, 0].flatten(2)                                           # (B, 2, H*W)
+        assert (flow - flow[..., :1]).abs().max() < 1e-4                            # the same everywhere
+        size = flow[..., 0].norm(dim=1)
+        assert size.max() <= pan and 0.35 * pan < size.mean() < 0.65 * pan
+        assert flow[..., 0].mean(0).abs().max() < 0.25 * pan                        # no favoured direction
+        assert d["boxes"].shape == (64, 2, 0, 4) and not d["ids"].any()
+
+
+def test_scene_statistics_are_sane():
+    d = Scenes().batch(range(32), truth=True)
+    flow, occluded, sprites = (v.float().mean() for v in (d["flow"].norm(dim=2), d["occluded"], d["ids"] > 0))
+    assert 0.6 < flow < 1.8 and 0.03 < occluded < 0.12 and 0.12 < sprites < 0.30
+    assert (d["video"].std((1, 3, 4)).mean() > 0.12) and 0.3 < d["video"].mean() < 0.7
+    assert set(d["classes"].unique().tolist()) == set(range(9))
+    for size, frames in ((32, 1), (48, 3)):                                         # other shapes work
+        assert Scenes(size, frames).batch([0], truth=True)["video"].shape == (1, frames, 3, size, size)
+
+
+# ---- your own videos -----------------------------------------------------------------------------------------------------------
+def encode(path, times, rotation=0, size=(256, 64), gop=12):
+    """Writes an mp4 or mkv whose frame i shows the bits of i as ten bars in the lower half."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=30, options={"preset": "ultrafast", "bf": "2"})
+        stream.width, stream.height = size
+        stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", gop
+        stream.codec_context.time_base = tick = Fraction(1, 15360)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i, t in enumerate(times):
+            image = np.full((size[1], size[0], 3), 255, np.uint8)
+            for bit in range(10):
+                image[size[1] // 2:, bit * 24:bit * 24 + 24] = 255 * (i >> bit & 1)
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts, frame.time_base = round(t / tick), tick
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def number(image):
+    """Image (H, W, 3) or (3, H, W) -> the frame number that encode wrote into it."""
+    image = torch.as_tensor(image)
+    gray = (image if image.shape[-1] == 3 else image.permute(1, 2, 0))[..., 1]
+    return sum((gray[-8, 24 * bit + 12] > 128).item() << bit for bit in range(10))
+
+
+def numbers(dataset, indices):
+    return [[number(image) for image in sample["video"]] for sample in dataset.__getitems__(list(indices))]
+
+
+CONSTANT = [i / 30 for i in range(120)]
+VARIABLE = np.cumsum([0] + [(1, 4, 2, 1, 7, 1)[i % 6] / 60 for i in range(119)]).tolist()
+
+
+@pytest.mark.parametrize("name", ["constant.mp4", "constant.mkv", "variable.mp4", "variable.mkv"])
+@pytest.mark.parametrize("gop", [12, 250])
+def test_read_frames_finds_the_first_frame_at_or_after(tmp_path, name, gop):
+    times = CONSTANT if name.startswith("constant") else VARIABLE
+    path = encode(tmp_path / name, times, gop=gop)
+    wanted = np.sort(np.random.default_rng(0).uniform(0, times[-1], 12)).tolist() + [times[-1]]
+    images, true = read_frames(path, wanted)
+    assert [number(image) for image in images] == [int(np.searchsorted(times, t - 1e-3)) for t in wanted]
+    assert np.allclose(true, [times[number(image)] for image in images], atol=1e-3)
+    every, _ = read_frames(path, times)
+    assert [number(image) for image in every] == list(range(120))
+    backwards, _ = read_frames(path, times[::-9])           # dear, but not wrong
+    assert [number(image) for image in backwards] == list(range(119, -1, -9))
+    with pytest.raises(ValueError, match=f"{name}.*wanted {times[-1] + 1:.2f} s"):
+        read_frames(path, [0.0, times[-1] + 1])
+
+
+def test_rotated_video_comes_upright(tmp_path):
+    plain, _ = read_frames(encode(tmp_path / "a.mp4", CONSTANT[:5]), [0.1])
+    turned, _ = read_frames(encode(tmp_path / "b.mp4", CONSTANT[:5], rotation=90), [0.1])
+    assert turned[0].shape == (256, 64, 3) and np.array_equal(turned[0], np.rot90(plain[0]))
+
+
+def test_pairs_lie_in_the_gap_range_and_on_the_source(tmp_path):
+    path = encode(tmp_path / "a.MP4", CONSTANT)
+    pairs = numbers(Videos(path, gap=(0.5, 1.0)), range(60))
+    gaps = [b - a for a, b in pairs]
+    assert 15 <= min(gaps) <= 17 and 28 <= max(gaps) <= 30 and max(b for _, b in pairs) > 100
+    variable = Videos(encode(tmp_path / "variable.mp4", VARIABLE), gap=(0.5, 0.5))
+    gaps = [VARIABLE[b] - VARIABLE[a] for a, b in numbers(variable, range(40))]
+    assert 0.5 - 0.04 <= min(gaps) and max(gaps) <= 0.5 + 7 / 60
+    for a, *rest in numbers(Videos(path, frames=5, stride=7), range(20)):
+        assert rest == [a + 7, a + 14, a + 21, a + 28]
+    assert numbers(Videos(path, frames=120, repeat=1), [0]) == [list(range(120))]     # all of it fits
+
+
+def test_samples_depend_on_seed_and_number_alone(tmp_path):
+    for name in ("a.mp4", "deep/er/b.mov", "deep/c.mkv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        encode(tmp_path / name, CONSTANT)
+    (tmp_path / "._a.mp4").write_bytes(b"left by macOS")
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    dataset = Videos(tmp_path, repeat=3, seed=4)
+    assert len(dataset) == 12 and sorted(dataset.files)[0] == "a.mp4"
+    one_by_one = torch.stack([dataset[i]["video"] for i in reversed(range(12))]).flip(0)
+    pickle.dumps(dataset)                                   # with files open
+    for workers, start in ((0, None), (2, "fork"), (2, "spawn")):
+        loader = torch.utils.data.DataLoader(dataset, 5, num_workers=workers, multiprocessing_context=start)
+        assert torch.equal(torch.cat([batch["video"] for batch in loader]), one_by_one)
+    assert numbers(dataset, range(12)) != numbers(dataset, range(12, 24))
+    assert numbers(dataset, range(12)) != numbers(Videos(tmp_path, repeat=3, seed=5), range(12))
+
+
+def test_a_video_is_opened_once_for_its_repeats(tmp_path, monkeypatch):
+    for name in "abcd":
+        encode(tmp_path / f"{name}.mp4", CONSTANT)
+    opened, real = [], av.open
+    monkeypatch.setattr(av, "open", lambda path: opened.append(path) or real(path))
+    seen = numbers(Videos(tmp_path, repeat=5), range(20))
+    assert len(opened) == len(set(opened)) == 4             # a pass takes every file, each once
+    assert all(seen[i][0] <= seen[i + 1][0] for i in range(19) if i % 5 < 4)
+    opened.clear()
+    numbers(Videos(tmp_path / "a.mp4", repeat=5), range(40))
+    assert len(opened) == 1                                 # a single long video stays open
+
+
+def test_transform_gets_frames_and_a_generator_of_its_own(tmp_path):
+    path = encode(tmp_path / "a.mp4", CONSTANT)
+    dataset = Videos(path, transform=lambda frames, rng: (len(frames), frames[0].shape, rng.integers(10**9)))
+    together = dataset.__getitems__([0, 1, 2])
+    assert together == [dataset[i] for i in range(3)] and together[0][:2] == (2, (64, 256, 3))
+    assert together[0][2] == np.random.default_rng((0, 0, 1)).integers(10**9) != together[1][2]
+    def bug(frames, rng):
+        raise ValueError("a bug in the transform")
+    with pytest.raises(ValueError, match="a bug"):          # not taken for a broken file
+        Videos(path, transform=bug)[0]
+
+
+def write_frames(folder, names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in names.items():
+        iio.imwrite(folder / name, np.full((8, 8, 3), value, np.uint8))
+
+
+def test_frame_folders_pair_by_number_within_a_sequence(tmp_path):
+    write_frames(tmp_path / "x", {f"drive_{i:04d}.png": i for i in range(0, 100, 5)})
+    write_frames(tmp_path / "y", {f"drive_{i}.png": 100 + i for i in range(0, 100, 5)})    # the same numbers
+    iio.imwrite(tmp_path / "y" / "drive_0.png", np.full((8, 8), 100, np.uint8))             # gray is fine
+    dataset = Videos(tmp_path, gap=(0.5, 1.0), fps=30)
+    pairs = [sample["video"][:, 0, 0, 0].tolist() for sample in dataset]
+    assert {b - a for a, b in pairs} == {15, 20, 25, 30} and all((a < 100) == (b < 100) for a, b in pairs)
+    assert sorted(a for a, _ in pairs) == [*range(0, 85, 5), *range(100, 185, 5)]      # each begins one pair
+    clips = [sample["video"][:, 0, 0, 0].tolist() for sample in Videos(tmp_path, frames=4, stride=2)]
+    assert len(clips) == 28 and all(b - a == 10 for clip in clips for a, b in zip(clip, clip[1:]))
+    with pytest.raises(ValueError, match=r"0.167 to 0.167 s apart.*lasts 3.17 s.*--gap or --fps"):
+        Videos(tmp_path, gap=(4, 5))
+
+
+def test_images_without_number_are_left_out_with_a_message(tmp_path, capfd):
+    write_frames(tmp_path, {"cover.jpg": 0})
+    with pytest.raises(ValueError, match="frame number"):
+        Videos(tmp_path)
+    write_frames(tmp_path, {"a1.jpg": 1, "a16.jpg": 2})
+    assert len(Videos(tmp_path)) == 1 and "cover.jpg" in capfd.readouterr().err
+
+
+def test_broken_files_are_named_once_and_replaced(tmp_path, capfd):
+    good = encode(tmp_path / "good.mp4", CONSTANT)
+    data = good.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[:len(data) // 2])
+    (tmp_path / "junk.mkv").write_bytes(b"junk" * 999)
+    encode(tmp_path / "short.mp4", CONSTANT[:9])
+    dataset = Videos(tmp_path)
+    loader = torch.utils.data.DataLoader(dataset, 10, num_workers=2)
+    assert sum(len(batch["video"]) for batch in loader) == 20
+    lines = sorted(line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped"))
+    assert [line.split(":")[0] for line in lines] == [f"skipped broken video {name}" for name in
+                                                      ("cut.mp4", "junk.mkv", "short.mp4")]
+    assert "too short" in lines[2] and dataset.broken.sum() == 3        # the workers counted together
+
+
+def test_ten_broken_files_in_a_row_stop_the_run(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.mp4").write_bytes(b"junk")
+    with pytest.raises(OSError, match=r"10 videos in a row.*\.mp4: Invalid data"):
+        Videos(tmp_path)[0]
+    os.remove(tmp_path / "0.mp4")
+    write_frames(tmp_path / "frames", {"a1.png": 1, "a16.png": 2})
+    (tmp_path / "frames" / "a16.png").write_bytes(b"junk")
+    with pytest.raises(OSError, match="1 frames in a row.*a16.png"):
+        Videos(tmp_path / "frames")[0]
+
+
+def test_missing_and_empty_paths_say_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
+        Videos(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no videos and no frames"):
+        Videos(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="notes.txt: neither"):
+        Videos(tmp_path / "notes.txt")
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------------------
+TINY = ("--model midway --device cpu --workers 0 --batch-size 4 --size 16 --dim 24 --depth 4 --heads 2 --levels 1 2 4 --motion-dim 12 --motion-depth 1 "
+        "--motion-heads 2 --forward-heads 2 --head-hidden 16 --head-bottleneck 8 --prototypes 32 --local-size 8 --local-crops 2 "
+        "--scene-size 24 --scene-textures 8 --log-every 1").split()
+
+
+def command(*args, processes=1):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *launch, str(HERE / "train.py"), *map(str, args)]
+
+
+def run(*args, processes=1, status=0):
+    done = subprocess.run(command(*args, processes=processes), capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def weights(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
+
+
+def log(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def test_schedules_are_dinos():
+    opt = train.Options(steps=525_000, lr=3.90625e-4, min_lr=1e-6, warmup=1 / 30, weight_decay=0.04, weight_decay_end=0.4)
+    for step, lr, decay in REFERENCE["schedule"].T:
+        close(train.schedule(opt, int(step)), [lr, decay], 1e-12)
+    assert midway.RECIPES["vit_s"]["lr"] == 3.90625e-4 and midway.RECIPES["vit_s"]["batch_size"] == 200
+
+
+def test_four_steps_are_two_and_a_resume_and_two(tmp_path, capsys):
+    small = TINY + ["--drop-path", "0.3"]
+    train.main(small + ["--steps", "4", "--save-every", "2", "--out", f"{tmp_path}/whole"])
+    stop_after(2, small + ["--steps", "4", "--out", f"{tmp_path}/parts"])
+    train.main(["--resume", f"{tmp_path}/parts", "--workers", "1"])
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    keep = lambda line: {k: v for k, v in line.items() if k not in ("ms", "samples_per_s")}
+    assert [keep(line) for line in log(tmp_path / "whole")] == [keep(line) for line in log(tmp_path / "parts")]
+    assert all({"step", "loss", "lr"} <= line.keys() for line in log(tmp_path / "whole"))
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"ckpt.pt", "log.jsonl", "curves.png", "config.json"}
+    assert "shuffled" in capsys.readouterr().out
+
+
+def stop_after(steps, args):
+    """Runs train.main in this process and sends it SIGTERM while step number `steps` is under way."""
+    after_step, count = Midway.after_step, []
+    def counting(self, progress):
+        after_step(self, progress)
+        count.append(progress)
+        if len(count) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+    Midway.after_step = counting
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            train.main(args)
+        assert leaving.value.code == 128 + signal.SIGTERM
+    finally:
+        Midway.after_step = after_step
+
+
+def test_two_processes_equal_one(tmp_path):
+    common = TINY + ["--drop-path", "0", "--steps", "3", "--clip", "0.1", "--save-every", "100"]
+    run(*common, "--out", tmp_path / "two", "--micro-batch", "1", processes=2)      # 2 x 2 accumulated
+    train.main(common + ["--out", f"{tmp_path}/one"])
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        close(one[name].float(), two[name].float(), 1e-6)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+def test_sigkill_leaves_the_last_whole_checkpoint(tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(*TINY, "--steps", 100_000, "--save-every", 2, "--out", out), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r"step ([5-9]|\d\d)", line):
+            break
+    process.kill()
+    process.wait()
+    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+    assert step >= 4 and step % 2 == 0
+    train.main(["--resume", str(out), "--workers", "0", "--steps", str(step + 1)])
+    assert [line["step"] for line in log(out)] == list(range(1, step + 2))
+
+
+def test_non_finite_loss_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch):
+    out, forward = tmp_path / "nan", Midway.forward
+    def breaks(self, batch):
+        loss, logs = forward(self, batch)
+        return loss * (float("nan") if self.training and (out / "ckpt.pt").exists() else 1), logs
+    monkeypatch.setattr(Midway, "forward", breaks)
+    with pytest.raises(train.Stop, match=r"step 3: the loss is nan.*lr .*last good checkpoint: .*ckpt.pt \(step 2\)"):
+        train.main(TINY + ["--steps", "9", "--save-every", "2", "--out", str(out)])
+    assert all(value.isfinite().all() for value in weights(out).values())
+
+
+def test_a_full_disk_spares_the_old_checkpoint(tmp_path, monkeypatch):
+    out, save, count = tmp_path / "full", torch.save, []
+    def full(obj, file):
+        count.append(1)
+        if len(count) == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(obj, file)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(train.Stop, match="No space left.*is whole"):
+        train.main(TINY + ["--steps", "9", "--save-every", "1", "--out", str(out)])
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 1 and not list(out.glob("*.tmp"))
+
+
+def test_a_second_run_moves_the_first_aside(tmp_path, capsys):
+    for _ in range(2):
+        train.main(TINY + ["--steps", "1", "--out", f"{tmp_path}/run"])
+    assert "is now in" in capsys.readouterr().out
+    assert (tmp_path / "run" / "ckpt.pt").exists() and (tmp_path / "run.1" / "ckpt.pt").exists()
+
+
+def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
+    def message(args, status):
+        try:
+            with pytest.raises(SystemExit if status == 2 else (train.Stop, ValueError, OSError)) as caught:
+                train.main(args)
+        finally:
+            err = capsys.readouterr().err
+        if status == 2:
+            assert caught.value.code == 2
+        text = err if status == 2 else str(caught.value)
+        assert len(text.strip().splitlines()) == 1, text
+        return text
+
+    out = ["--out", str(tmp_path / "never")]
+    assert "which model?" in message([], 2)
+    assert "midway, moog, melomotion" in message(["--model", "midwya"], 2)
+    assert "did you mean --batch-size?" in message(["--model", "midway", "--batch-sise", "3"], 2)
+    assert "tiny, vit_s, vit_b" in message(["--model", "midway", "--preset", "huge"], 2)
+    assert "--steps must be at least 1" in message(["--model", "midway", "--steps", "0"], 2)
+    assert "--gap wants two rising" in message(["--model", "midway", "--gap", "1", "0.5"], 2)
+    assert "nowhere" in message(TINY + out + ["--data", str(tmp_path / "nowhere")], 1)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in message(TINY + out + ["--data", str(tmp_path / "empty")], 1)
+    assert "size=20 must be a multiple of patch=8" in message(TINY + out + ["--size", "20"], 1)
+    assert "multiple of micro_batch" in message(TINY + out + ["--micro-batch", "3"], 1)
+    assert "no checkpoint at" in message(["--resume", str(tmp_path / "nowhere")], 1)
+    (tmp_path / "ckpt.pt").write_bytes(b"damaged")
+    assert "damaged" in message(["--resume", str(tmp_path)], 1)
+    torch.save(dict(model={}, optimizer={}, step=1, config=dict(model="moog", preset="tiny", options={}, config={}, scenes={})),
+               tmp_path / "ckpt.pt")
+    assert "holds a moog model, not midway" in message(["--model", "midway", "--resume", str(tmp_path)], 1)
+    assert not (tmp_path / "never").exists()
+
+
+def test_errors_leave_status_1_and_no_traceback(tmp_path):
+    done = run(*TINY, "--data", tmp_path / "nowhere", status=1)
+    assert done.stderr.startswith("train.py: error:") and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_bench_and_bfloat16_run(tmp_path, capsys):
+    train.main(TINY + ["--bench", "--dtype", "bfloat16", "--out", f"{tmp_path}/never"])
+    said = capsys.readouterr().out
+    assert re.search(r"bench: [\d.]+ ms a step .* GFLOP a sample .* MFU n/a", said) and "bfloat16" in said
+    assert not (tmp_path / "never").exists()
+
+
+# ---- the house -----------------------------------------------------------------------------------------------------------------
+def test_model_files_stand_alone():
+    for name in train.MODELS:
+        if (HERE / f"{name}.py").exists():
+            for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+                assert all(m.split(".")[0] in sys.stdlib_module_names | {"torch"} for m in modules), f"{name}.py imports {modules}"
+
+
+def test_readme_names_only_what_exists():
+    text = (HERE / "README.md").read_text()
+    flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", " ".join(line for line in text.splitlines() if "train.py" in line)))
+    known = {f.name.replace("_", "-") for cls in (train.Options, Config) for f in fields(cls)}
+    known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
+    assert flags - known <= {"nproc-per-node", "nproc_per_node", "nnodes", "rdzv-endpoint", "rdzv-backend", "help"}, flags - known
+    for picture in re.findall(r"\((assets/[^)]+)\)", text):
+        assert (HERE / picture).exists(), picture
+    for name, lines in re.findall(r"`(\w+\.py)`[^|\n]*\| *(\d+) lines", text):
+        assert len((HERE / name).read_text().splitlines()) == int(lines), f"{name} has not {lines} lines"
