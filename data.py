@@ -1,18 +1,20 @@
 """
-Videos in, batches out: synthetic scenes with exact ground truth, your own videos, and the crops that the models eat.
+Videos in, batches out: synthetic scenes with exact truth, your own videos, and the crops that models eat.
 
-    Scenes      procedural video on any device: flow, occlusion, classes, depth, boxes and tracks in closed form
-    Videos      your files: mp4, mkv, mov, avi, webm, folders of them at any depth, or folders of jpg / png frames
+    Scenes      procedural video on any device: flow, occlusion, classes, depth, boxes, tracks in closed form
+    Videos      your files: mp4, mkv, mov, avi, webm, folders of them at any depth, or of jpg / png frames
     MultiCrop   a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
     make_loader ties them together: index lists in, batches on the device out
 
-Everything random about sample i of a run is a pure function of (seed, i): drawn from np.random.default_rng((seed, i)), never
-from a worker's or a device's generator. So the data are the same with any number of workers or GPUs and after any resume.
+Everything random about sample i of a run is a pure function of (seed, i): drawn from
+np.random.default_rng((seed, i)), never from a worker's or a device's generator. So the data are the same with
+any number of workers or GPUs and after any resume.
 
     loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
     loader = make_loader("PATH/TO/VIDEOS", model.cfg.inputs, batches, device="cuda", workers=8)
 
-Glossary: B clips, T frames, H W pixels, n crops. Pixel centres lie at integers; boxes of crops are (top, left, height, width).
+Glossary: B clips, T frames, H W pixels, n crops. Pixel centres lie at integers.
+Boxes of crops are (top, left, height, width).
 """
 import heapq
 import itertools
@@ -139,7 +141,7 @@ class Scenes:
         sprites=4,              # K
         seed=0,                 # below 10**9
         split="train",          # or "eval", whose clips and textures are others
-        speed=5.0,              # the fastest sprite in mid-clip, pixels per frame; each draws 0..1 times that, in any direction
+        speed=5.0,              # pixels per frame in mid-clip, at most; each sprite 0..1 of it, any direction
         pan=1.0,                # the same for the camera
         zoom=0.01,              # log scale per frame, at most, either sign
         roll=0.01,              # radians per frame, at most, either sign
@@ -286,7 +288,7 @@ class Scenes:
         return dict(tracks=torch.stack([x, y], -1).view(B, T, -1, 2), visible=visible.view(B, T, -1))
 
 
-# ---- your own videos ---------------------------------------------------------------------------------------------------------
+# ---- your own videos -----------------------------------------------------------------------------
 VIDEO_TYPES = (".mp4", ".mkv", ".mov", ".avi", ".webm")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 
@@ -630,11 +632,12 @@ class Videos(torch.utils.data.Dataset):
         return [images] * len(picks)
 
 
-# ---- crops and photometric augmentation --------------------------------------------------------------------------------------
+# ---- crops and photometric augmentation ----------------------------------------------------------
 def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
     """
-    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale` times the whole, aspect
-    log-uniform in `ratio`, rounded to pixels, the first of 10 tries that fits, else the largest centred box of allowed aspect.
+    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale` times the
+    whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that fits, else the largest
+    centred box of allowed aspect.
     """
     area = height * width * rng.uniform(*scale, (n, 10))
     aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), (n, 10)))
@@ -650,22 +653,24 @@ def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
 
 
 def crop_uint8(frame, box, size, flip=False):
-    """Frame (H, W, 3) uint8 array -> its box, resized to (3, size, size) uint8. Antialiased bicubic, PIL's within one level."""
+    """Frame (H, W, 3) -> its box (3, size, size), both uint8. Antialiased bicubic, PIL's within one level."""
     top, left, h, w = box
-    crop = torch.from_numpy(frame[top:top + h, left:left + w]).permute(2, 0, 1)[None]   # channels last for free: the fast path
+    # channels last for free: the fast path
+    crop = torch.from_numpy(frame[top:top + h, left:left + w]).permute(2, 0, 1)[None]
     crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
     return crop.flip(-1) if flip else crop
 
 
 def resize_weights(start, length, full, size, flip):
     """
-    Rows that resample one axis: start, length (pixels) and flip of boxes, each (...) -> (..., size, full). Antialiased cubic
-    kernel (a = -0.5), as wide as the reduction, zero outside the box, normalised: what F.interpolate does on the cropped box.
+    Rows that resample one axis: start, length (pixels) and flip of boxes, each (...) -> (..., size, full).
+    Antialiased cubic kernel (a = -0.5), as wide as the reduction, zero outside the box, normalised: what
+    F.interpolate does on the cropped box.
     """
     scale = (length / size)[..., None, None]                    # (..., 1, 1)
     out = torch.arange(size, device=start.device) + 0.5
     out = torch.where(flip[..., None], size - out, out)[..., None]      # (..., size, 1)
-    source = torch.arange(full, device=start.device) - start[..., None, None]       # (..., 1, full) pixels from the box's edge
+    source = torch.arange(full, device=start.device) - start[..., None, None]   # (..., 1, full) from the edge
     x = ((source + 0.5 - out * scale) / scale.clamp(min=1)).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
@@ -675,14 +680,16 @@ def resize_weights(start, length, full, size, flip):
 
 def crop_resize(frames, boxes, size, flip):
     """
-    Frames (..., 3, H, W) float, boxes (..., n, 4), flip (..., n) bool -> crops (..., n, 3, size, size). Two batched matrix
-    products on any device: equals F.interpolate(bicubic, antialias=True) of each box; grid_sample would alias.
+    Frames (..., 3, H, W) float, boxes (..., n, 4), flip (..., n) bool -> crops (..., n, 3, size, size). Two
+    batched matrix products on any device: equals F.interpolate(bicubic, antialias=True) of each box;
+    grid_sample would alias.
     """
     boxes = boxes.to(frames)
     rows = resize_weights(boxes[..., 0], boxes[..., 2], frames.shape[-2], size, torch.zeros_like(flip))
     columns = resize_weights(boxes[..., 1], boxes[..., 3], frames.shape[-1], size, flip)
     crops = torch.einsum("...nyh,...chw->...ncyw", rows, frames)        # (..., n, 3, size, W)
-    return torch.einsum("...ncyw,...nxw->...ncyx", crops, columns).clamp(0, 1)  # cubic overshoots; uint8 clamps too
+    # cubic overshoots; uint8 clamps too
+    return torch.einsum("...ncyw,...nxw->...ncyx", crops, columns).clamp(0, 1)
 
 
 def gray(x):
@@ -690,17 +697,18 @@ def gray(x):
 
 
 def rotate_hue(x, turn):
-    """Colours (N, 3, H, W) in [0, 1] with their hue moved by turn (N, 1, 1, 1) turns, saturation and value kept. No branches."""
+    """Moves the hue of (N, 3, H, W) in [0, 1] by (N, 1, 1, 1) turns; keeps saturation, value. No branches."""
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     r, g, b = (x / (high - low + 1e-12)).unbind(1)
     high_is = x.argmax(1)
-    hue = torch.where(high_is == 0, g - b, torch.where(high_is == 1, 2 + b - r, 4 + r - g))     # in sixths of a turn
-    k = torch.remainder(hue[:, None] + 6 * turn + (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1), 6)     # (N, 3, H, W)
+    hue = torch.where(high_is == 0, g - b, torch.where(high_is == 1, 2 + b - r, 4 + r - g))  # in 1/6 turns
+    k = torch.remainder(hue[:, None] + 6 * turn +
+                        (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1), 6)    # (N, 3, H, W)
     return high - (high - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def blur(x, sigma):
-    """Gaussian blur of (N, 3, S, S) with sigma (N,) pixels, as two products with a band matrix; renormalised at the border."""
+    """Gaussian blur of (N, 3, S, S), sigma (N,) pixels: two band matrix products, borders renormalised."""
     d = torch.arange(x.shape[-1], device=x.device)
     weights = (-(d[:, None] - d) ** 2 / (2 * sigma.view(-1, 1, 1) ** 2)).exp()
     weights = (weights / weights.sum(-1, keepdim=True))[:, None]        # (N, 1, S, S)
@@ -715,8 +723,8 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 def photometric(x, params):
     """
     Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's meaning.
-    x (N, 3, S, S) float in [0, 1] on any device; params (N, 11) on the CPU, so that which crop needs what is known without
-    asking the device. Neutral parameters leave a crop as it is.
+    x (N, 3, S, S) float in [0, 1] on any device; params (N, 11) on the CPU, so that which crop needs what is
+    known without asking the device. Neutral parameters leave a crop as it is.
     """
     on = params.to(x.device, non_blocking=True)
     index = lambda chosen: chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
@@ -736,25 +744,31 @@ def photometric(x, params):
 
 class MultiCrop:
     """
-    The crops of a pair of frames (paper: Sec. 4.1, B.1; numbers the paper leaves out: the released configuration).
+    The crops of a frame pair (paper: Sec. 4.1, B.1; what the paper leaves out: the released configuration).
 
-    motion   (2, 3, S, S)       one box (area 0.2-0.4 of the frame) in both frames, never flipped; frame 1 gets colours T1, frame 2 T2
-    globals  (2, 2, 3, S, S)    [frame, box]: two boxes (area 0.4-1) inside one initial crop (area 0.05-0.2 of the frame), each the same
-                                in both frames and flipped with probability 0.5; box 1 gets T1, box 2 T2
-    locals   (2, n, 3, s, s)    [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the initial crop), flipped, T3
+    motion   (2, 3, S, S)       one box (area 0.2-0.4 of the frame) in both frames, never flipped; frame 1
+                                gets colours T1, frame 2 T2
+    globals  (2, 2, 3, S, S)    [frame, box]: two boxes (area 0.4-1) inside one initial crop (area 0.05-0.2
+                                of the frame), each the same in both frames and flipped with probability 0.5;
+                                box 1 gets T1, box 2 T2
+    locals   (2, n, 3, s, s)    [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
+                                initial crop), flipped, T3
 
-    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability 0.8, grayscale 0.2, then
-    T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.   Blur: sigma from 0.1 to `blur` pixels of the crop.
+    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability 0.8,
+    grayscale 0.2, then T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.
+    Blur: sigma from 0.1 to `blur` pixels of the crop.
     """
 
     def __init__(self, size, local_size, local_crops, blur=2.0, colours=True):
-        self.size, self.local_size, self.n, self.blur, self.colours = size, local_size, local_crops, blur, colours
+        self.size, self.local_size, self.n, self.blur, self.colours = (
+            size, local_size, local_crops, blur, colours)
 
     def draw(self, rng, height, width):
-        """Boxes (4, and 4 + 2n for DINO's), flips and colour parameters of one pair: crops ordered [motion x, y; globals; locals]."""
+        """Boxes, flips and colour parameters of a pair's 6 + 2n crops: [motion x, y; globals; locals]."""
         motion = random_boxes(rng, height, width, (0.2, 0.4), 1)
         top, left, h, w = random_boxes(rng, height, width, (0.05, 0.2), 1)[0]
-        inside = np.concatenate([random_boxes(rng, h, w, (0.4, 1.0), 2), random_boxes(rng, h, w, (0.05, 0.4), 2 * self.n)])
+        inside = np.concatenate([random_boxes(rng, h, w, (0.4, 1.0), 2),
+                                 random_boxes(rng, h, w, (0.05, 0.4), 2 * self.n)])
         inside += (top, left, 0, 0)
         boxes = np.concatenate([motion, motion, inside[:2], inside[:2], inside[2:]])        # (6 + 2n, 4)
         flips = rng.uniform(size=2 + 2 * self.n) < 0.5
@@ -772,25 +786,28 @@ class MultiCrop:
         return boxes, flips, params
 
     def __call__(self, frames, rng):
-        """Two frames (H, W, 3) uint8 of one size -> uint8 crops and `params`; the colours follow in finish(), on the device."""
+        """Two frames (H, W, 3) uint8 of one size -> uint8 crops, `params`; finish() colours on the device."""
         boxes, flips, params = self.draw(rng, *frames[0].shape[:2])
         which = [0, 1, 0, 0, 1, 1] + [0] * self.n + [1] * self.n
         sizes = [self.size] * 6 + [self.local_size] * (2 * self.n)
-        crops = [crop_uint8(frames[f], box, size, flip) for f, box, size, flip in zip(which, boxes, sizes, flips)]
-        small = torch.stack(crops[6:]) if self.n else torch.empty(0, 3, self.local_size, self.local_size, dtype=torch.uint8)
+        crops = [crop_uint8(frames[f], box, size, flip)
+                 for f, box, size, flip in zip(which, boxes, sizes, flips)]
+        small = torch.stack(crops[6:]) if self.n else torch.empty(
+            0, 3, self.local_size, self.local_size, dtype=torch.uint8)
         return {"motion": torch.stack(crops[:2]), "globals": torch.stack(crops[2:6]).unflatten(0, (2, 2)),
                 "locals": small.unflatten(0, (2, self.n)), "params": torch.from_numpy(params)}
 
     def batch(self, video, rngs):
-        """The same for float video (B, 2, 3, H, W) in [0, 1] on any device, one generator per pair; crops stay float."""
+        """Same for float video (B, 2, 3, H, W) in [0, 1], any device, one rng per pair; crops stay float."""
         boxes, flips, params = map(np.stack, zip(*(self.draw(rng, *video.shape[-2:]) for rng in rngs)))
         boxes, flips = torch.from_numpy(boxes).to(video.device), torch.from_numpy(flips).to(video.device)
-        crop = lambda at, size: crop_resize(video, boxes[:, at].unflatten(1, (2, -1)), size, flips[:, at].unflatten(1, (2, -1)))
+        crop = lambda at, size: crop_resize(
+            video, boxes[:, at].unflatten(1, (2, -1)), size, flips[:, at].unflatten(1, (2, -1)))
         return {"motion": crop(slice(0, 2), self.size)[:, :, 0], "globals": crop(slice(2, 6), self.size),
                 "locals": crop(slice(6, None), self.local_size), "params": torch.from_numpy(params)}
 
     def finish(self, batch):
-        """Colours: crops of a batch, uint8 or float, with `params` (B, 6 + 2n, 11) on the CPU -> float crops in [0, 1]."""
+        """Colours: crops, uint8 or float, `params` (B, 6 + 2n, 11) on the CPU -> float crops in [0, 1]."""
         params = batch.pop("params")
         for name, at in (("motion", slice(0, 2)), ("globals", slice(2, 6)), ("locals", slice(6, None))):
             crops = batch[name] / 255 if batch[name].dtype == torch.uint8 else batch[name]
@@ -800,9 +817,9 @@ class MultiCrop:
         return batch
 
 
-# ---- loader ------------------------------------------------------------------------------------------------------------------
+# ---- loader --------------------------------------------------------------------------------------
 class SquareClip:
-    """Frames (H, W, 3) uint8 -> `video` (T, 3, size, size) uint8: one square of the full short side, at a random place, resized."""
+    """Frames (H, W, 3) -> `video` (T, 3, size, size), uint8: one random square of the short side, resized."""
 
     def __init__(self, size):
         self.size = size
@@ -826,26 +843,30 @@ class Batches(torch.utils.data.Dataset):
             samples = self.source.__getitems__(numbers)
             return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
         clips = self.source.batch(numbers)
-        return clips if self.crops is None else self.crops.batch(clips["video"], [np.random.default_rng((self.seed, i, 1)) for i in numbers])
+        return clips if self.crops is None else self.crops.batch(
+            clips["video"], [np.random.default_rng((self.seed, i, 1)) for i in numbers])
 
 
-def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True, scenes=None, **videos):
+def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True,
+                scenes=None, **videos):
     """
     Batches on the device, in order.
 
     source    "scenes", or the path of a video, of a folder of videos, or of a folder of frames
-    inputs    what the model eats: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for pairs cut into crops
+    inputs    what the model eats: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for
+              pairs cut into crops
     batches   iterable of lists of sample numbers; sample i is a pure function of (seed, split, i)
     workers   processes that prepare batches; 0: in this one; -1: choose
-    split     "train" or "eval": other samples (and for scenes other textures); of a video: other moments of the same file
+    split     "train" or "eval": other samples (and for scenes other textures); of a video: other moments of
+              the same file
     colours   False leaves the photometric augmentation out
-    scenes    options of Scenes, such as dict(sprites=0, pan=8); its `size` may be larger than the inputs' if there are crops
+    scenes    options of Scenes, such as dict(sprites=0); `size` may exceed the inputs' if there are crops
     videos    options of Videos: gap, stride, repeat, fps
     Raises FileNotFoundError or ValueError with what to do if the source can't be read.
     """
     device, synthetic = torch.device(device), source == "scenes"
     crops = MultiCrop(inputs["size"], **inputs["crops"], colours=colours) if "crops" in inputs else None
-    if workers < 0:         # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
+    if workers < 0:     # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         most = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         workers = 0 if synthetic and device.type != "cpu" else min(most, 1 if synthetic else 16)
@@ -855,18 +876,21 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
             options["size"] = inputs["size"] * (2 if crops else 1)
         dataset = Scenes(seed=seed, split=split, device="cpu" if workers else device, **options)
     else:
-        dataset = Videos(source, frames=inputs["frames"], seed=seed, transform=crops or SquareClip(inputs["size"]), **videos)
+        dataset = Videos(source, frames=inputs["frames"], seed=seed,
+                         transform=crops or SquareClip(inputs["size"]), **videos)
     first = 10**9 if split == "eval" and not synthetic else 0
     loader = torch.utils.data.DataLoader(
-        Batches(dataset, crops, seed + (10**9 if split == "eval" else 0), first), batch_size=None, sampler=batches, num_workers=workers,
-        pin_memory=device.type == "cuda" and not (synthetic and not workers), prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker)
+        Batches(dataset, crops, seed + (10**9 if split == "eval" else 0), first),
+        batch_size=None, sampler=batches, num_workers=workers,
+        pin_memory=device.type == "cuda" and not (synthetic and not workers),
+        prefetch_factor=4 if workers else None, worker_init_fn=start_worker)
     return Finished(loader, crops, device)
 
 
 def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal's Ctrl-C reaches them too; leaving is the main process's to say
+    # a terminal's Ctrl-C reaches them too; leaving is the main process's to say
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Finished:
@@ -877,13 +901,14 @@ class Finished:
 
     def __iter__(self):
         for batch in self.loader:           # `params` stay on the CPU: finish() reads which crop needs what
-            batch = {k: v if k == "params" else v.to(self.device, non_blocking=True) for k, v in batch.items()}
+            batch = {k: v if k == "params" else v.to(self.device, non_blocking=True)
+                     for k, v in batch.items()}
             yield self.crops.finish(batch) if self.crops else batch
 
 
-# ---- look at your data -------------------------------------------------------------------------------------------------------
+# ---- look at your data ---------------------------------------------------------------------------
 def show(source, path):
-    """Writes a picture of what training sees: scenes with their ground truth (or nothing more, of videos), and the crops of a pair."""
+    """Writes a picture of what training sees: scenes with ground truth (not of videos), crops of pairs."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -897,18 +922,22 @@ def show(source, path):
             speed, angle = np.hypot(u, v), np.arctan2(v, u) / (2 * np.pi) % 1
             flow = hsv_to_rgb(np.stack([angle, speed / speed.max(), np.ones_like(u)], -1))
             first, second = clip["video"][b].permute(0, 2, 3, 1).numpy()
-            rows.append([("frame 1", first), ("frame 2", second), (f"flow, up to {speed.max():.0f} px", flow),
-                         ("occluded in frame 2", clip["occluded"][b, 0].numpy()), ("class", clip["classes"][b, 0].numpy()),
-                         ("depth", clip["depth"][b, 0].numpy())])
+            rows.append([
+                ("frame 1", first), ("frame 2", second), (f"flow, up to {speed.max():.0f} px", flow),
+                ("occluded in frame 2", clip["occluded"][b, 0].numpy()),
+                ("class", clip["classes"][b, 0].numpy()), ("depth", clip["depth"][b, 0].numpy())])
     inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
     batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=dict(size=192, pan=12.0))))
     image = lambda x: x.permute(1, 2, 0).numpy()
     for motion, large, small in zip(batch["motion"], batch["globals"], batch["locals"]):
-        rows.append([("motion, frame 1", image(motion[0])), ("motion, frame 2", image(motion[1]))] +
-                    [(f"global {box + 1}, frame {f + 1}", image(large[f, box])) for f in range(2) for box in range(2)] +
-                    [(f"local, frame {f + 1}", image(small[f, 0])) for f in range(2)])
+        rows.append(
+            [("motion, frame 1", image(motion[0])), ("motion, frame 2", image(motion[1]))] +
+            [(f"global {box + 1}, frame {f + 1}", image(large[f, box]))
+             for f in range(2) for box in range(2)] +
+            [(f"local, frame {f + 1}", image(small[f, 0])) for f in range(2)])
     columns = max(map(len, rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.55 * columns, 1.75 * len(rows)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.55 * columns, 1.75 * len(rows)),
+                                squeeze=False, layout="constrained")
     for axis, cell in zip(axes.flat, [cell for row in rows for cell in row + [None] * (columns - len(row))]):
         axis.axis("off")
         if cell:

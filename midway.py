@@ -2,35 +2,37 @@
 Midway Network: learning representations for recognition and motion from latent dynamics
 (Hoang & Ren, 2025, arXiv 2510.05558), in one file that needs nothing but torch.
 
-The idea. Two frames of a video, half a second apart, differ by motion. An *inverse* model looks at the features of both and
-writes down what moved in a few motion latents m; a *forward* model gets the first frame and m, and has to predict the features
-of the second frame, token by token. Because m is narrow, it pays to put motion into m and everything else into the features.
-The inverse model runs top-down ("midway"): it starts at the highest level of the encoder, and each lower level refines m,
-looking at the prediction that the level above has already made. A DINO loss on smaller crops keeps the features from collapsing.
+The idea. Two frames of a video, half a second apart, differ by motion. An *inverse* model looks at the
+features of both and writes down what moved in a few motion latents m; a *forward* model gets the first frame
+and m, and has to predict the features of the second frame, token by token. Because m is narrow, it pays to
+put motion into m and everything else into the features. The inverse model runs top-down ("midway"): it starts
+at the highest level of the encoder, and each lower level refines m, looking at the prediction that the level
+above has already made. A DINO loss on smaller crops keeps the features from collapsing.
 
-    loss = DINO(crops) + mean over levels l of || z^_l/|z^_l| - z~_l/|z~_l| ||^2           paper: Eq. 1, Appendix B.1
+    loss = DINO(crops) + mean over levels l of || z^_l/|z^_l| - z~_l/|z~_l| ||^2    paper: Eq. 1, Appendix B.1
 
 Glossary (paper's symbol where it differs)
     B       pairs of frames                 D       encoder width
     H W     pixels                          d       width of the midway path
     h w     patch grid                      K       motion tokens (10), and DINO prototypes in the head
     L       1 + h*w tokens, CLS first       l       level: 3, 6, 9 are predicted, 12 starts the top-down path
-    z       student features (z_t)          zt      teacher features of the target (z~_t+1): EMA weights, no gradient
+    z       student features (z_t)          zt      teacher (EMA) features of the target (z~_t+1), no gradient
     v       backward features               vt      the same from the EMA backward layers
     m       motion latents                  pred    predicted target features (z^_t+1)
 
-    images ──> ViT ──> z_3 z_6 z_9 z_12          from the top down, at each level l = 9, 6, 3:
-                                                   m_l    = midway_l(m_above, [source or the prediction above], [target vt above]) + m_above
-                                                   v_l    = backward_l(z_l, v_above)
-                                                   pred_l = forward_l([m_l, v_l])     with gated residual connections (Eq. 2)
+    images ──> ViT ──> z_3 z_6 z_9 z_12, then from the top down, at each level l = 9, 6, 3:
+        m_l    = midway_l(m_above, [source or the prediction above], [target vt above]) + m_above
+        v_l    = backward_l(z_l, v_above)
+        pred_l = forward_l([m_l, v_l])     with gated residual connections (Eq. 2)
 
-Left out: the downstream heads (they belong to evaluation). Departures from the paper or from the authors' released models are
-marked "our choice". Usage:
+Left out: the downstream heads (they belong to evaluation). Departures from the paper or from the authors'
+released models are marked "our choice". Usage:
 
-    model = Midway(Config(**PRESETS["vit_s"]))          # or: model = load_official("midway-bdd-vit-s-ep300.pth")
-    loss, logs = model(dict(motion=..., globals=..., locals=...)); loss.backward(); optimizer.step(); model.after_step(progress)
-    z3, z6, z9, z12 = model.features(images)            # images (B, 3, H, W) in [0, 1] -> four times (B, L, D)
-    low, mid, top = model.predict(frame_1, frame_2)     # Level(m, v, gates, pred, target, loss), lowest level first
+    model = Midway(Config(**PRESETS["vit_s"]))       # or: model = load_official("midway-bdd-vit-s-ep300.pth")
+    loss, logs = model(dict(motion=..., globals=..., locals=...))
+    loss.backward(); optimizer.step(); model.after_step(progress)
+    z3, z6, z9, z12 = model.features(images)         # images (B, 3, H, W) in [0, 1] -> four times (B, L, D)
+    low, mid, top = model.predict(frame_1, frame_2)  # Level(m, v, gates, pred, target, loss), lowest first
 
 `python midway.py` runs a demo in seconds. MIT licence: copy this file freely.
 """
@@ -53,11 +55,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class Config:
     size: int = 224                         # pixels: motion crops and global crops are size x size
     patch: int = 16                         # pixels
-    dim: int = 384                          # D, width of the encoder, the backward layers and the forward model
+    dim: int = 384                          # D, width of the encoder, backward layers and forward model
     depth: int = 12                         # blocks of the encoder
     heads: int = 6                          # attention heads of the encoder
     levels: tuple[int, ...] = (3, 6, 9, 12) # tapped blocks, counted from 1; all but the last are predicted
-    drop_path: float = 0.1                  # probability of skipping the student's last block; grows linearly from 0
+    drop_path: float = 0.1                  # chance to skip the student's last block; grows linearly from 0
     motion_tokens: int = 10                 # K, motion latents
     motion_dim: int = 192                   # d, width of the midway path          (Table 5: 96, 384)
     motion_depth: int = 4                   # blocks of the midway path per level  (Table 5: 1, 2)
@@ -67,7 +69,7 @@ class Config:
     latent_dynamics: bool = True            # off: the DINO baseline               (Table 3, row 1)
     backward: bool = True                   # off: raw features instead of backward layers
     multi_level: bool = True                # off: predict at the highest level only
-    refinement: bool = True                 # off: the midway path sees source features, not the prediction above
+    refinement: bool = True                 # off: midway path sees source features, not the prediction above
     gating: bool = True                     # off: plain residual connections in the forward model
     dino_weight: float = 1.0                # weight of the DINO loss; 0 leaves the head out
     head_hidden: int = 2048                 # width of the DINO head's hidden layers
@@ -79,16 +81,17 @@ class Config:
 
     @property
     def inputs(self):
-        """What the model eats: pairs of frames, cut into crops. `blur`: largest sigma in pixels, DINO's 2 at 224."""
+        """What the model eats: crops of frame pairs. `blur`: largest sigma in pixels, DINO's 2 at 224."""
         return dict(frames=2, size=self.size, crops=dict(
             local_size=self.local_size, local_crops=self.local_crops, blur=2 * self.size / 224))
 
 
 PRESETS = {
     # a laptop CPU: minutes; README has the numbers
-    "tiny": dict(size=48, patch=8, dim=96, depth=4, heads=3, levels=(1, 2, 4), drop_path=0.0, motion_dim=48, motion_depth=2,
-                 forward_depth=2, forward_heads=3, head_hidden=256, head_bottleneck=64, prototypes=1024, ema=0.99,
-                 local_size=24, local_crops=2),
+    "tiny": dict(
+        size=48, patch=8, dim=96, depth=4, heads=3, levels=(1, 2, 4), drop_path=0.0,
+        motion_dim=48, motion_depth=2, forward_depth=2, forward_heads=3,
+        head_hidden=256, head_bottleneck=64, prototypes=1024, ema=0.99, local_size=24, local_crops=2),
     # as published: 66 hours on two A100 (paper); full run not reproduced here
     "vit_s": dict(),
     # as released: the dynamics keep ViT-S's head counts and midway width; 27 hours on eight A6000 (paper)
@@ -96,11 +99,13 @@ PRESETS = {
 }
 
 # What train.py starts from, preset by preset; every entry is a flag. paper: Table 8
-PAPER = dict(steps=105_000, batch_size=200, lr=3.90625e-4, min_lr=1e-6, warmup=1 / 30, weight_decay=0.04, weight_decay_end=0.4,
-             betas=(0.9, 0.999), clip=3.0,      # lr: 5e-4 per 256 pairs, as in DINO
-             scenes=dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32))      # only for runs without --data
+PAPER = dict(
+    steps=105_000, batch_size=200, lr=3.90625e-4, min_lr=1e-6,      # lr: 5e-4 per 256 pairs, as in DINO
+    warmup=1 / 30, weight_decay=0.04, weight_decay_end=0.4, betas=(0.9, 0.999), clip=3.0,
+    scenes=dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32))   # only for runs without --data
 RECIPES = {
-    "tiny": PAPER | dict(steps=500, batch_size=48, lr=2e-3, min_lr=1e-5, warmup=0.1, scenes=dict(size=96, sprites=0)),
+    "tiny": PAPER | dict(steps=500, batch_size=48, lr=2e-3, min_lr=1e-5, warmup=0.1,
+                         scenes=dict(size=96, sprites=0)),
     "vit_s": PAPER,
     "vit_b": PAPER,
 }
@@ -109,9 +114,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet
 
 
 def normalize(images):
-    """Images (..., 3, H, W), uint8 or float in [0, 1], to zero mean and unit variance per ImageNet channel."""
+    """Images (..., 3, H, W), uint8 or float in [0, 1], to mean 0 and variance 1 per ImageNet channel."""
     images = images / 255 if images.dtype == torch.uint8 else images
-    return torch.stack([(images.select(-3, c) - MEAN[c]) / STD[c] for c in range(3)], -3)   # no constants to copy to a GPU
+    # channel by channel: no constants to copy to a GPU
+    return torch.stack([(images.select(-3, c) - MEAN[c]) / STD[c] for c in range(3)], -3)
 
 
 def full(x):
@@ -124,12 +130,12 @@ def interpolate_positions(pos, grid, size):
     if size == (grid, grid):
         return pos
     pos = pos.view(1, grid, grid, -1).permute(0, 3, 1, 2)       # (1, D, grid, grid)
-    # DINO's quirk: a scale factor 0.1 patch too large, which keeps floor() from losing a row but shifts the samples a little.
+    # DINO's quirk: 0.1 patch too much, which keeps floor() from losing a row but shifts the samples a little.
     pos = F.interpolate(pos, scale_factor=tuple((n + 0.1) / grid for n in size), mode="bicubic")
     return pos.flatten(2).mT                                    # (1, h*w, D)
 
 
-# ---- blocks ----------------------------------------------------------------------------------------------------------------
+# ---- blocks --------------------------------------------------------------------------------------
 class MLP(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
@@ -163,13 +169,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, y):
         B, L, D = x.shape
-        q, k, v = (t.view(B, -1, self.heads, D // self.heads).transpose(1, 2) for t in (self.q(x), self.k(y), self.v(y)))
+        q, k, v = (t.view(B, -1, self.heads, D // self.heads).transpose(1, 2)
+                   for t in (self.q(x), self.k(y), self.v(y)))
         x = F.scaled_dot_product_attention(q, k, v)             # (B, nh, L, hd)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))    # (B, L, D)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. The encoder's has eps 1e-6, biased qkv and drop path; the midway path's has none of these."""
+    """Pre-norm transformer block; the encoder's with eps 1e-6, biased qkv, drop path, the others without."""
 
     def __init__(self, dim, heads, eps=1e-5, bias=False, drop_path=0.0):
         super().__init__()
@@ -192,7 +199,7 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Backward layer: tokens of a lower level x look at the level above, y (Ladder-style top-down and lateral connections)."""
+    """Backward layer: tokens x look at the level above, y (Ladder-style top-down and lateral connections)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -211,11 +218,11 @@ class CrossBlock(nn.Module):
 
 
 class Gate(nn.Module):
-    """g in Eq. 2: one value in (0, 1) per token and channel, near 1 at the start (+4 under the sigmoid, paper: B.1)."""
+    """g of Eq. 2: in (0, 1) per token and channel, near 1 at the start (+4 under the sigmoid, paper: B.1)."""
 
     def __init__(self, dim):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)       # our choice: the paper has no LayerNorm here, the released models do
+        self.norm = nn.LayerNorm(dim)   # our choice: the paper has no LayerNorm here, the released models do
         self.mlp = MLP(dim, dim)
 
     def forward(self, x):
@@ -224,9 +231,10 @@ class Gate(nn.Module):
 
 class GatedBlock(Block):
     """
-    Block of the forward model: h = g * x + Attention(x), paper: Eq. 2, so that a token can let go of what stood at its place.
-    our choice: the gate of block b is computed from the input of block b-1 and not, as Eq. 2 reads, from the block's own
-    input, because that is what the released weights were trained with. So each block but the last makes its successor's gate.
+    Block of the forward model, h = g * x + Attention(x): a token can let go of what stood there. paper: Eq. 2
+    our choice: the gate of block b is computed from the input of block b-1 and not, as Eq. 2 reads, from the
+    block's own input, because that is what the released weights were trained with. So each block but the last
+    makes its successor's gate.
     """
 
     def __init__(self, dim, heads, makes_gate):
@@ -235,8 +243,8 @@ class GatedBlock(Block):
 
     def forward(self, h, gate, K):
         """
-        h (B, K + L, D): K motion tokens, never gated, then the image tokens; gate (B, L, D), or None in the first block.
-        Returns the new h and the gate for the next block (None if this block makes none).
+        h (B, K + L, D): K motion tokens, never gated, then the image tokens; gate (B, L, D), or None in the
+        first block. Returns the new h and the gate for the next block (None if this block makes none).
         """
         next_gate = None if self.next_gate is None else self.next_gate(h[:, K:])
         residual = h if gate is None else torch.cat([h[:, :K], h[:, K:] * gate], 1)
@@ -244,7 +252,7 @@ class GatedBlock(Block):
         return h + self.mlp(self.norm2(h)), next_gate
 
 
-# ---- encoder and DINO ------------------------------------------------------------------------------------------------------
+# ---- encoder and DINO ----------------------------------------------------------------------------
 class ViT(nn.Module):
     """The encoder f: DINO's ViT, with its one final LayerNorm applied to every tapped level."""
 
@@ -255,18 +263,20 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, cfg.dim))
         rates = [cfg.drop_path * i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
-        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, eps=1e-6, bias=True, drop_path=r) for r in rates)
+        self.blocks = nn.ModuleList(
+            Block(cfg.dim, cfg.heads, eps=1e-6, bias=True, drop_path=r) for r in rates)
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
 
     def forward(self, images, levels):
-        """Normalised images (B, 3, H, W) -> a list with the features (B, L, D) of each of `levels`, counted from 1."""
+        """Normalised images (B, 3, H, W) -> list of features (B, L, D) at `levels`, counted from 1."""
         B, _, H, W = images.shape
         if H % self.patch or W % self.patch:
-            raise ValueError(f"image size {H}x{W} is no multiple of the patch size {self.patch}: crop or resize the images to "
-                             f"{H // self.patch * self.patch}x{W // self.patch * self.patch}")
+            raise ValueError(
+                f"image size {H}x{W} is no multiple of the patch size {self.patch}: crop or resize the "
+                f"images to {H // self.patch * self.patch}x{W // self.patch * self.patch}")
         x = self.patch_embed(images).flatten(2).mT              # (B, h*w, D)
         pos = interpolate_positions(self.pos_embed[:, 1:], self.grid, (H // self.patch, W // self.patch))
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1), x + pos], 1)     # (B, L, D)
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1), x + pos], 1)    # (B, L, D)
         taps = []
         for i, block in enumerate(self.blocks[:max(levels)], 1):
             x = block(x)
@@ -276,12 +286,13 @@ class ViT(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """CLS features (B, D) -> logits (B, prototypes): three layers, then cosines with learned, weight-normed prototypes."""
+    """CLS features (B, D) -> logits (B, prototypes): 3 layers, then cosines with weight-normed prototypes."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(cfg.dim, cfg.head_hidden), nn.GELU(), nn.Linear(cfg.head_hidden, cfg.head_hidden),
-                                 nn.GELU(), nn.Linear(cfg.head_hidden, cfg.head_bottleneck))
+        self.mlp = nn.Sequential(nn.Linear(cfg.dim, cfg.head_hidden), nn.GELU(),
+                                 nn.Linear(cfg.head_hidden, cfg.head_hidden), nn.GELU(),
+                                 nn.Linear(cfg.head_hidden, cfg.head_bottleneck))
         self.weight_g = nn.Parameter(torch.ones(cfg.prototypes, 1))
         self.weight_v = nn.Parameter(torch.empty(cfg.prototypes, cfg.head_bottleneck))
         self.register_buffer("live", torch.ones(()))            # 0 while the last layer is frozen
@@ -290,72 +301,82 @@ class DINOHead(nn.Module):
         x = F.normalize(full(self.mlp(x)), dim=-1)              # (B, bottleneck)
         weight = self.weight_g * F.normalize(self.weight_v, dim=-1)     # (prototypes, bottleneck)
         if self.training:
-            weight = torch.lerp(weight.detach(), weight, self.live)     # the same values; scales the gradient by 0 or 1
+            weight = torch.lerp(weight.detach(), weight, self.live)     # same values; gradient times 0 or 1
         return F.linear(x, weight)                              # (B, prototypes)
 
 
 class DINOLoss(nn.Module):
     """
-    Cross-entropy between the teacher's assignments of 4 global crops (2 boxes in 2 frames) and the student's of all crops.
+    Cross-entropy of the teacher's assignments of 4 global crops (2 boxes, 2 frames) and the student's of all.
 
-    Crops come in the order [frame 1: box 1, box 2; frame 2: box 1, box 2; local crops of frame 1; of frame 2]. A pair
-    (teacher q, student v) counts unless both show the same box, in either frame: 8 global pairs, and each local with each q.
-    our choice: pairs within one frame count too, as in the released code ("crops across frames" in the paper).
+    Crops come in order [frame 1: box 1, box 2; frame 2: box 1, box 2; local crops of frame 1; of frame 2].
+    A pair (teacher q, student v) counts unless both show the same box, in either frame: 8 global pairs, and
+    each local with each q.
+    our choice: pairs within one frame count too, as in the released code (paper: "crops across frames").
     """
 
     def __init__(self, prototypes, local_crops=8, student_temp=0.1, teacher_temp=0.04, center_momentum=0.9):
         super().__init__()
         self.student_temp, self.center_momentum = student_temp, center_momentum
-        self.teacher_temp = teacher_temp    # our choice: constant, as released ("as in DINO", with a warm-up, in the paper)
+        # our choice: constant, as released ("as in DINO", with a warm-up, in the paper)
+        self.teacher_temp = teacher_temp
         self.pairs = [(q, v) for q in range(4) for v in range(4 + 2 * local_crops) if v >= 4 or (v - q) % 2]
         mask = torch.zeros(4, 4 + 2 * local_crops)
         mask[tuple(zip(*self.pairs))] = 1 / len(self.pairs)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("center", torch.zeros(1, prototypes))
-        self.register_buffer("seen", torch.zeros(1, prototypes), persistent=False)      # sum of teacher means since the last
-        self.register_buffer("count", torch.zeros(()), persistent=False)                # update, and how many
+        # sum of the teacher means since the last update, and how many
+        self.register_buffer("seen", torch.zeros(1, prototypes), persistent=False)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
 
     def forward(self, student, teacher):
-        """Logits of the student (crops*B, prototypes) and the teacher (4*B, prototypes), crop-major -> loss, logs."""
+        """Logits of student (crops*B, prototypes) and teacher (4*B, prototypes), crop-major -> loss, logs."""
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             student, teacher = full(student), full(teacher)
-            p = ((teacher - self.center) / self.teacher_temp).softmax(-1).unflatten(0, (4, -1))     # (4, B, K)
-            s = (student / self.student_temp).unflatten(0, (self.mask.shape[1], -1))                # (crops, B, K)
-            # p . log softmax(s) = p . s - logsumexp(s), since p sums to 1: no (pairs, B, K) tensor, not even log-probabilities
-            dots = p.transpose(0, 1) @ s.permute(1, 2, 0) - s.logsumexp(-1).T[:, None]              # (B, 4, crops)
+            p = ((teacher - self.center) / self.teacher_temp).softmax(-1).unflatten(0, (4, -1))  # (4, B, K)
+            s = (student / self.student_temp).unflatten(0, (self.mask.shape[1], -1))        # (crops, B, K)
+            # p . log softmax(s) = p . s - logsumexp(s), since p sums to 1:
+            # no (pairs, B, K) tensor, not even log-probabilities
+            dots = p.transpose(0, 1) @ s.permute(1, 2, 0) - s.logsumexp(-1).T[:, None]      # (B, 4, crops)
             loss = -(dots * self.mask).sum((1, 2)).mean()
             if self.training:
                 self.seen.add_(teacher.mean(0, keepdim=True).detach())
                 self.count.add_(1)
             mean = p.mean((0, 1))
-            logs = dict(teacher_entropy=-(p * (p + 1e-12).log()).sum(-1).mean(),    # nats: log K if assignments are uniform,
-                        batch_entropy=-(mean * (mean + 1e-12).log()).sum())         # 0 if all images share one prototype
+            # nats: log K if assignments are uniform, 0 if all images share one prototype
+            logs = dict(teacher_entropy=-(p * (p + 1e-12).log()).sum(-1).mean(),
+                        batch_entropy=-(mean * (mean + 1e-12).log()).sum())
         return loss, logs
 
     @torch.no_grad()
     def update_center(self):
-        """Moves the center to the mean teacher output of this step: over accumulated micro-batches and all processes."""
+        """Moves the center to the mean teacher output of this step, over all micro-batches and processes."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.seen)
             dist.all_reduce(self.count)
         mean = self.seen / self.count.clamp(min=1)
-        self.center.copy_(torch.where(self.count > 0, torch.lerp(mean, self.center, self.center_momentum), self.center))
+        self.center.copy_(
+            torch.where(self.count > 0, torch.lerp(mean, self.center, self.center_momentum), self.center))
         self.seen.zero_()
         self.count.zero_()
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 def check(cfg):
     """Raises a ValueError that says what to change if a Config can't be built."""
     for name in ("size", "local_size"):
         pixels = getattr(cfg, name)
         if pixels < cfg.patch or pixels % cfg.patch:
-            raise ValueError(f"{name}={pixels} must be a multiple of patch={cfg.patch}: try {max(pixels // cfg.patch, 1) * cfg.patch}")
+            raise ValueError(f"{name}={pixels} must be a multiple of patch={cfg.patch}: "
+                             f"try {max(pixels // cfg.patch, 1) * cfg.patch}")
     for width, heads in (("dim", "heads"), ("motion_dim", "motion_heads"), ("dim", "forward_heads")):
         if getattr(cfg, width) % getattr(cfg, heads):
-            raise ValueError(f"{width}={getattr(cfg, width)} must be a multiple of {heads}={getattr(cfg, heads)}")
-    if list(cfg.levels) != sorted(set(cfg.levels)) or len(cfg.levels) < 2 or cfg.levels[0] < 1 or cfg.levels[-1] != cfg.depth:
-        raise ValueError(f"levels={tuple(cfg.levels)} must be two or more rising block numbers that end with depth={cfg.depth}")
+            raise ValueError(f"{width}={getattr(cfg, width)} must be a multiple of "
+                             f"{heads}={getattr(cfg, heads)}")
+    if (list(cfg.levels) != sorted(set(cfg.levels)) or len(cfg.levels) < 2 or cfg.levels[0] < 1 or
+            cfg.levels[-1] != cfg.depth):
+        raise ValueError(f"levels={tuple(cfg.levels)} must be two or more rising block numbers that end with "
+                         f"depth={cfg.depth}")
     if not (cfg.latent_dynamics or cfg.dino_weight):
         raise ValueError("nothing to train: latent_dynamics is off and dino_weight is 0")
 
@@ -364,7 +385,7 @@ class Level(NamedTuple):
     """What the dynamics say at one level, for B pairs."""
     m: torch.Tensor                     # (B, K, d)  motion latents that the forward model got
     v: torch.Tensor                     # (B, L, D)  backward features of the source
-    gates: list                         # (B, L, D) for each block of the forward model but the first; empty without gating
+    gates: list                         # (B, L, D) for each forward block but the first; empty without gating
     pred: torch.Tensor                  # (B, L, D)  predicted features of the target
     target: torch.Tensor                # (B, L, D)  the teacher's features of the target
     loss: torch.Tensor                  # ()         mean of 2 - 2 cos(pred, target)
@@ -392,12 +413,13 @@ class Midway(nn.Module):
         if cfg.latent_dynamics:
             L, keys = 1 + self.student.grid ** 2, [str(i) for i in self.predicted]
             self.motion_tokens = nn.Parameter(torch.zeros(1, cfg.motion_tokens, d))
-            self.motion_pos = nn.Parameter(torch.zeros(1, 2 * L, d))            # first half source, second half target
+            self.motion_pos = nn.Parameter(torch.zeros(1, 2 * L, d))    # halves: source, target
             self.student_embed = nn.Linear(D, d)
             self.motion_proj = nn.Linear(d, D)
-            self.motion_blocks = nn.ModuleDict({k: nn.Sequential(*(Block(d, cfg.motion_heads)
-                                                                   for _ in range(cfg.motion_depth))) for k in keys})
-            self.student_backward = nn.ModuleDict({k: CrossBlock(D, cfg.forward_heads) for k in keys if cfg.backward})
+            self.motion_blocks = nn.ModuleDict({k: nn.Sequential(
+                *(Block(d, cfg.motion_heads) for _ in range(cfg.motion_depth))) for k in keys})
+            self.student_backward = nn.ModuleDict({
+                k: CrossBlock(D, cfg.forward_heads) for k in keys if cfg.backward})
             self.forward_blocks = nn.ModuleDict({k: nn.ModuleList(
                 GatedBlock(D, cfg.forward_heads, makes_gate=cfg.gating and b < cfg.forward_depth - 1)
                 for b in range(cfg.forward_depth)) for k in keys})
@@ -432,11 +454,13 @@ class Midway(nn.Module):
         nn.init.trunc_normal_(self.student.pos_embed, std=0.02)
         if self.cfg.dino_weight:
             nn.init.trunc_normal_(self.student_head.weight_v, std=0.02)
-        if self.cfg.latent_dynamics:        # our choice: the released code starts the motion tokens at zero, and then nothing
-            nn.init.normal_(self.motion_tokens, std=0.02)       # ever tells them apart: they stay ten copies of one token
+        if self.cfg.latent_dynamics:
+            # our choice: the released code starts the motion tokens at zero, and then nothing ever
+            # tells them apart: they stay ten copies of one token
+            nn.init.normal_(self.motion_tokens, std=0.02)
 
     def tied(self):
-        """Endings of the names of the modules that exist twice, as student... and teacher..., tied by the EMA."""
+        """Name endings of the modules that exist twice, as student... and teacher..., tied by the EMA."""
         return [name for name in ("", "_head", "_embed", "_backward") if hasattr(self, "student" + name)]
 
     def train(self, mode=True):
@@ -446,26 +470,27 @@ class Midway(nn.Module):
 
     # -- the dynamics, top-down --
     def infer(self, i, m, source, target):
-        """Midway path, inverse dynamics: refines the latents m (B, K, d), None at the top, given (B, L, D) source and target."""
+        """Inverse dynamics: refines latents m (B, K, d), None at the top, given source, target (B, L, D)."""
         K, L = self.cfg.motion_tokens, source.shape[1]
         tokens = self.motion_tokens.expand(len(source), -1, -1) if m is None else m
         source_pos, target_pos = self.positions(L)
         with torch.no_grad():
             target = self.teacher_embed(target)
-        u = torch.cat([tokens, self.student_embed(source) + source_pos, target + target_pos], 1)    # (B, K + 2L, d)
-        u = self.motion_blocks[str(i)](u)[:, :K]                # (B, K, d)
-        return u if m is None else u + m    # our choice: no residual at the top, as released; paper: m^l = midway(...) + m^l+1
+        u = torch.cat([tokens, self.student_embed(source) + source_pos, target + target_pos], 1)
+        u = self.motion_blocks[str(i)](u)[:, :K]                # (B, K + 2L, d) -> (B, K, d), the midway path
+        # our choice: no residual at the top, as released; paper: m^l = midway(...) + m^l+1
+        return u if m is None else u + m
 
     def positions(self, L):
         """The halves of motion_pos for source and target, each (1, L, d)."""
         halves = self.motion_pos.chunk(2, 1)
         if halves[0].shape[1] != L:
-            raise ValueError(f"the dynamics were built for {halves[0].shape[1] - 1} patches and got {L - 1}: resize the frames "
-                             f"to {self.cfg.size}x{self.cfg.size} pixels")
+            raise ValueError(f"the dynamics were built for {halves[0].shape[1] - 1} patches and got {L - 1}: "
+                             f"resize the frames to {self.cfg.size}x{self.cfg.size} pixels")
         return halves
 
     def predict_forward(self, i, m, v):
-        """Forward dynamics at level i: latents m (B, K, d), backward features v (B, L, D) -> prediction (B, L, D), gates."""
+        """Forward dynamics at level i: latents m (B, K, d), v (B, L, D) -> prediction (B, L, D), gates."""
         K, gate, gates = self.cfg.motion_tokens, None, []
         h = torch.cat([self.motion_proj(m), v], 1)              # (B, K + L, D)
         for block in self.forward_blocks[str(i)]:
@@ -475,12 +500,14 @@ class Midway(nn.Module):
         return h[:, K:], gates
 
     def dynamics(self, z, zt):
-        """Student features z of the sources, teacher features zt of the targets, each level (B, L, D) -> Levels, lowest first."""
+        """Features z of the sources, zt of the targets, each level (B, L, D) -> Levels, lowest first."""
         m, v, vt = None, z[-1], zt[-1]
         source, levels = z[-1], []
         for i in reversed(self.predicted):
-            m = self.infer(i, m, source, vt)                    # our choice: the target enters through the EMA backward layers,
-            if self.cfg.backward:                               # as released; the paper's formula has the raw z~ there
+            # our choice: the target enters through the EMA backward layers, as released;
+            # the paper's formula has the raw z~ there
+            m = self.infer(i, m, source, vt)
+            if self.cfg.backward:
                 v = self.student_backward[str(i)](z[i], v)
                 if i != self.predicted[0]:
                     with torch.no_grad():
@@ -495,8 +522,9 @@ class Midway(nn.Module):
     # -- training --
     def forward(self, batch):
         """
-        batch: `motion` (B, 2, 3, H, W) the dense crop of both frames; `globals` (B, 2, 2, 3, H, W) [frame, box]; `locals`
-        (B, 2, local_crops, 3, h, w) [frame, box]; uint8 or float in [0, 1]. Returns the loss and a dict of detached scalars.
+        batch: `motion` (B, 2, 3, H, W) the dense crop of both frames; `globals` (B, 2, 2, 3, H, W) [frame,
+        box]; `locals` (B, 2, local_crops, 3, h, w) [frame, box]; uint8 or float in [0, 1]. Returns the loss
+        and a dict of detached scalars.
         """
         loss, logs = 0.0, {}
         if self.cfg.dino_weight:
@@ -505,9 +533,11 @@ class Midway(nn.Module):
             logs.update(dino=dino, feature_std=full(cls).std(0).mean(), **meters)
         if self.cfg.latent_dynamics:
             levels, z = self.both_directions(batch["motion"])
-            dynamics = sum(level.loss for level in levels) / len(levels)    # our choice: averaged (paper); the released code sums
+            # our choice: averaged (paper); the released code sums
+            dynamics = sum(level.loss for level in levels) / len(levels)
             loss = loss + dynamics
-            logs = dict(dynamics=dynamics) | logs | dict(feature_std=full(z[-1]).std(0).mean())     # over pairs, place by place
+            # feature_std: over pairs, place by place
+            logs = dict(dynamics=dynamics) | logs | dict(feature_std=full(z[-1]).std(0).mean())
             for i, level in zip(self.predicted, levels):
                 name = self.levels[i]
                 logs |= {f"loss_{name}": level.loss, f"m_var_{name}": full(level.m).var(0).mean()}
@@ -516,7 +546,7 @@ class Midway(nn.Module):
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def both_directions(self, motion):
-        """x -> y and y -> x as one batch: source rows [x; y], target rows [y; x]. Returns the Levels and the z of the sources."""
+        """x -> y and y -> x as one batch, rows [x; y] -> [y; x]. Returns the Levels and the sources' z."""
         frames = normalize(motion).transpose(0, 1).flatten(0, 1)        # (2B, 3, H, W)
         z = self.student(frames, self.levels)
         with torch.no_grad():
@@ -525,8 +555,8 @@ class Midway(nn.Module):
 
     def invariance(self, global_crops, local_crops):
         """DINO over the crops of both frames: loss, CLS features (crops*B, D), meters."""
-        crops = normalize(global_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)     # (4B, 3, H, W), crop-major
-        small = normalize(local_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)      # (2*local_crops*B, 3, h, w)
+        crops = normalize(global_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)   # (4B, 3, H, W), crop-major
+        small = normalize(local_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)    # (2*local_crops*B, 3, h, w)
         last = [self.cfg.depth]
         cls = torch.cat([self.student(images, last)[0][:, 0] for images in (crops, small) if len(images)])
         with torch.no_grad():
@@ -536,8 +566,8 @@ class Midway(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress):
-        """After each optimiser step, with progress in [0, 1]: EMA of the teacher, center, and DINO's frozen last layer."""
-        # our choice: DINO's cosine to 1; in the released code the schedule is read at the wrong index and stays at 0.996
+        """After each optimiser step (progress in [0, 1]): teacher's EMA, center, DINO's frozen last layer."""
+        # our choice: DINO's cosine to 1; the released code indexes the schedule wrongly and stays at 0.996
         momentum = 1 - (1 - self.cfg.ema) * (math.cos(math.pi * progress) + 1) / 2
         student, teacher = [], []
         for name in self.tied():
@@ -547,17 +577,19 @@ class Midway(nn.Module):
         get_ema_multi_avg_fn(momentum)(teacher, student, None)
         if self.cfg.dino_weight:
             self.dino_loss.update_center()
-            self.student_head.live.fill_(float(progress >= 1 / 60))     # frozen for the first 5 of 300 epochs, as released
+            # frozen for the first 5 of 300 epochs, as released
+            self.student_head.live.fill_(float(progress >= 1 / 60))
 
     # -- inference --
     def features(self, images, teacher=False):
-        """Images (B, 3, H, W), uint8 or float in [0, 1] -> list of the tapped levels, lowest first, each (B, L, D), CLS first."""
+        """Images (B, 3, H, W), uint8 or float in [0, 1] -> list of tapped levels (B, L, D), lowest first."""
         return (self.teacher if teacher else self.student)(normalize(images), self.levels)
 
     def predict(self, source, target):
-        """Frames (B, 3, H, W), uint8 or float in [0, 1]: what the dynamics say of source -> target; Levels, lowest first."""
+        """Frames (B, 3, H, W), uint8 or float in [0, 1] -> Levels of source -> target, lowest first."""
         if not self.cfg.latent_dynamics:
-            raise ValueError("this model was trained without latent dynamics (latent_dynamics=False): it cannot predict")
+            raise ValueError("this model was trained without latent dynamics (latent_dynamics=False): "
+                             "it cannot predict")
         with torch.no_grad():
             zt = self.features(target, teacher=True)
         return self.dynamics(self.features(source), zt)
@@ -565,8 +597,9 @@ class Midway(nn.Module):
     @torch.no_grad()
     def report(self, batch):
         """
-        How much motion the latents carry: mean 2 - 2 cos of the prediction of each level with the right latents, with those of
-        another pair of the batch, with zeros, and of copying the teacher's source features. {row: {column: scalar}}.
+        How much motion the latents carry: mean 2 - 2 cos of the prediction of each level with the right
+        latents, with those of another pair of the batch, with zeros, and of copying the teacher's source
+        features. {row: {column: scalar}}.
         """
         if not self.cfg.latent_dynamics:
             return {}
@@ -577,14 +610,16 @@ class Midway(nn.Module):
             rows[f"level {self.levels[i]}"] = dict(
                 right=level.loss, shuffled=loss(level.m.roll(1, 0)), zero=loss(torch.zeros_like(level.m)),
                 copy=prediction_loss(level.target.roll(len(level.target) // 2, 0), level.target))
-        rows["mean"] = {name: sum(row[name] for row in rows.values()) / len(rows) for name in rows[f"level {self.levels[i]}"]}
+        rows["mean"] = {name: sum(row[name] for row in rows.values()) / len(rows)
+                        for name in rows[f"level {self.levels[i]}"]}
         return {f"2-2cos, {name}": row for name, row in rows.items()}
 
 
-# ---- the authors' checkpoints ----------------------------------------------------------------------------------------------
-PLAIN = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
-         ("torch._utils", "_rebuild_parameter")} | {("builtins", t.__name__) for t in (
-             set, frozenset, dict, list, tuple, int, float, complex, bool, str, bytes)}
+# ---- the authors' checkpoints --------------------------------------------------------------------
+PLAIN = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("torch", "Size"),
+         ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")} | {
+    ("builtins", t.__name__)
+    for t in (set, frozenset, dict, list, tuple, int, float, complex, bool, str, bytes)}
 
 
 class Nothing:
@@ -600,7 +635,8 @@ class Nothing:
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        known = (module, name) in PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        known = (module, name) in PLAIN or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         known = known or (module.startswith("torch") and name.endswith("Storage"))
         return super().find_class(module, name) if known else Nothing
 
@@ -609,9 +645,11 @@ SAFE = types.ModuleType("safe_pickle")      # what torch.load wants to see of a 
 SAFE.Unpickler, SAFE.load = Unpickler, lambda file, **kwargs: Unpickler(file, **kwargs).load()
 
 NAMES = (  # of the authors -> ours, applied in this order
-    ("backbone.patch_embed.proj.", "patch_embed."), ("backbone.", ""), ("dino_head.last_layer.", "_head."), ("dino_head.", "_head."),
-    ("_feature_blocks_", "_backward."), (".cross_attn.proj", ".cross_attn."), (".cross_attn..", ".cross_attn.proj."),
-    ("forward_predictor_", "forward_blocks."), ("motion_blocks_", "motion_blocks."), ("gating_mlps_", "forward_blocks."))
+    ("backbone.patch_embed.proj.", "patch_embed."), ("backbone.", ""),
+    ("dino_head.last_layer.", "_head."), ("dino_head.", "_head."), ("_feature_blocks_", "_backward."),
+    (".cross_attn.proj", ".cross_attn."), (".cross_attn..", ".cross_attn.proj."),
+    ("forward_predictor_", "forward_blocks."), ("motion_blocks_", "motion_blocks."),
+    ("gating_mlps_", "forward_blocks."))
 
 
 def our_name(section, key):
@@ -621,7 +659,7 @@ def our_name(section, key):
     for theirs, ours in NAMES:
         key = key.replace(theirs, ours)
     if section == "motion_loss":
-        if "_backward." in key:             # student_backward.2.0.norm1.weight: each level has a list of one block
+        if "_backward." in key:             # student_backward.2.0.norm1.weight: a list of one block per level
             who, level, _, rest = key.split(".", 3)
             return f"{who}.{level}.{rest}"
         if gate:                            # forward_blocks.2.0.norm_layer.weight
@@ -633,39 +671,46 @@ def our_name(section, key):
 
 
 def read_official(path):
-    """The dict in a checkpoint file; tensors and plain containers only, objects of other classes become Nothing."""
+    """The dict in a checkpoint file; only tensors and plain containers, other objects become Nothing."""
     try:
         ckpt = torch.load(path, map_location="cpu", pickle_module=SAFE, weights_only=False)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:              # the unpickler raises anything at all on a foreign file
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}: {str(error)[:80]})") from None
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one "
+                         f"({type(error).__name__}: {str(error)[:80]})") from None
     sections = ("student", "teacher", "motion_loss")
-    missing = [s for s in sections if not (isinstance(ckpt, dict) and isinstance(ckpt.get(s), dict) and ckpt[s])]
+    missing = [s for s in sections
+               if not (isinstance(ckpt, dict) and isinstance(ckpt.get(s), dict) and ckpt[s])]
     if missing:
-        raise ValueError(f"{path}: not a checkpoint of the authors' Midway Network: it has no {', '.join(missing)}")
+        raise ValueError(f"{path}: not a checkpoint of the authors' Midway Network: "
+                         f"it has no {', '.join(missing)}")
     return ckpt
 
 
 def official_config(state):
-    """Config from the shapes of a converted state dict. Head counts aren't in the tensors: DINO's 64 wide, and the released 3, 6."""
+    """Config from the shapes of a converted state dict."""
     dim, _, _, patch = state["student.patch_embed.weight"].shape
     count = lambda prefix: len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
     depth, n = count("student.blocks."), count("motion_blocks.")
     head = state.get("student_head.weight_v", torch.empty(1, 1))
+    # head counts aren't in the tensors: DINO's 64 wide, and the released 3, 6
     return Config(
-        size=math.isqrt(state["student.pos_embed"].shape[1] - 1) * patch, patch=patch, dim=dim, depth=depth, heads=max(dim // 64, 3),
-        levels=tuple(depth * (i + 1) // (n + 1) for i in range(n + 1)), motion_tokens=state["motion_tokens"].shape[1],
-        motion_dim=state["motion_tokens"].shape[2], motion_depth=count("motion_blocks.0."), forward_depth=count("forward_blocks.0."),
-        backward="student_backward.0.norm1.weight" in state, gating="forward_blocks.0.0.next_gate.norm.weight" in state,
-        dino_weight=float("student_head.weight_v" in state), prototypes=head.shape[0], head_bottleneck=head.shape[1],
-        head_hidden=state.get("student_head.mlp.0.bias", head[0]).shape[0])
+        size=math.isqrt(state["student.pos_embed"].shape[1] - 1) * patch, patch=patch, dim=dim, depth=depth,
+        heads=max(dim // 64, 3), levels=tuple(depth * (i + 1) // (n + 1) for i in range(n + 1)),
+        motion_tokens=state["motion_tokens"].shape[1], motion_dim=state["motion_tokens"].shape[2],
+        motion_depth=count("motion_blocks.0."), forward_depth=count("forward_blocks.0."),
+        backward="student_backward.0.norm1.weight" in state,
+        gating="forward_blocks.0.0.next_gate.norm.weight" in state,
+        dino_weight=float("student_head.weight_v" in state), prototypes=head.shape[0],
+        head_bottleneck=head.shape[1], head_hidden=state.get("student_head.mlp.0.bias", head[0]).shape[0])
 
 
 def load_official(path):
     """
-    Midway from a checkpoint (.pth) of the authors. A missing DINO head, center or optimiser state is said and does no harm.
-    Raises FileNotFoundError, or ValueError that says why the file isn't such a checkpoint. Never executes what the file holds.
+    Midway from a checkpoint (.pth) of the authors. A missing DINO head, center or optimiser state is said and
+    does no harm. Raises FileNotFoundError, or ValueError that says why the file isn't such a checkpoint.
+    Never executes what the file holds.
     """
     ckpt = read_official(path)
     state = {our_name(section, key): value for section in ("student", "teacher", "motion_loss")
@@ -674,21 +719,25 @@ def load_official(path):
     if not all(heads):
         state = {key: value for key, value in state.items() if "_head." not in key}
     center = (ckpt.get("dino_loss") or {}).get("center")
-    missing = ["DINO head"] * (not all(heads)) + ["center"] * (center is None) + ["optimizer"] * (not ckpt.get("optimizer"))
+    missing = (["DINO head"] * (not all(heads)) + ["center"] * (center is None) +
+               ["optimizer"] * (not ckpt.get("optimizer")))
     if missing:
         print(f"{path}: no {', no '.join(missing)} in this file; the features and the dynamics are complete")
     try:
         cfg = official_config(state)
         if cfg.dino_weight and center is not None:
             state["dino_loss.center"] = center
-        state = {key: value for key, value in state.items() if not key.startswith("teacher_backward.0.")}   # never used
+        state = {key: value for key, value in state.items()
+                 if not key.startswith("teacher_backward.0.")}  # never used
         model = Midway(cfg)
         lacks, extra = model.load_state_dict(state, strict=False)
         lacks = [key for key in lacks if not key.endswith((".live", ".center"))]
         if lacks or extra:
-            raise ValueError(f"{len(lacks)} tensors are missing and {len(extra)} unknown, such as {(lacks + extra)[0]}")
+            raise ValueError(f"{len(lacks)} tensors are missing and {len(extra)} unknown, "
+                             f"such as {(lacks + extra)[0]}")
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of the authors' Midway Network: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path}: not a checkpoint of the authors' Midway Network: "
+                         f"{' '.join(str(error).split())[:200]}") from None
     if cfg.dino_weight:
         model.student_head.live.fill_(1)
     return model.eval()
@@ -707,9 +756,11 @@ if __name__ == "__main__":
     loss.backward()
     model.after_step(0.5)
     print(f"one step of {B} pairs: loss {loss:.3f}, {time.perf_counter() - start:.2f} s")
-    print("parameters (trained):", {name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-                                    for name, module in model.named_children() if not name.startswith(("teacher", "dino_loss"))})
+    print("parameters (trained):", {
+        name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+        for name, module in model.named_children() if not name.startswith(("teacher", "dino_loss"))})
     print("features:", [tuple(z.shape) for z in model.features(batch["motion"][:, 0])])
     level = model.predict(batch["motion"][:, 0], batch["motion"][:, 1])[-1]
-    print(f"top level: m {tuple(level.m.shape)}, v {tuple(level.v.shape)}, pred {tuple(level.pred.shape)}, loss {level.loss:.3f}")
+    print(f"top level: m {tuple(level.m.shape)}, v {tuple(level.v.shape)}, pred {tuple(level.pred.shape)}, "
+          f"loss {level.loss:.3f}")
     print({name: round(value.item(), 3) for name, value in logs.items()})

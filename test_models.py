@@ -1,5 +1,5 @@
 """
-The tests: parity with the authors' models, exactness of the data, and a training loop that resumes, spreads and stops well.
+The tests: parity with the authors' models, exact data, a training loop that resumes, spreads and stops well.
 Run them with `python -m pytest -q test_models.py`; no downloads, no GPU, under four minutes on two cores.
 """
 import ast
@@ -41,9 +41,10 @@ def close(a, b, tolerance):
     assert (a - b).abs().max() <= tolerance, f"off by {(a - b).abs().max():.2g}"
 
 
-# ---- Midway: parity with the authors' model ------------------------------------------------------------------------------------
+# ---- Midway: parity with the authors' model ------------------------------------------------------
 def formula_input(name, *shape):
-    return torch.from_numpy(np.random.RandomState(zlib.crc32(f"input/{name}".encode())).standard_normal(shape)).float()
+    return torch.from_numpy(
+        np.random.RandomState(zlib.crc32(f"input/{name}".encode())).standard_normal(shape)).float()
 
 
 def formula_weight(section, key, shape):
@@ -71,9 +72,11 @@ def as_image(x):
 @pytest.fixture(scope="module")
 def official_file(tmp_path_factory):
     names = json.loads(REFERENCE["names"].tobytes())
-    ckpt = {section: {key: formula_weight(section, key, shape) for key, shape in keys.items()} for section, keys in names.items()}
+    ckpt = {section: {key: formula_weight(section, key, shape) for key, shape in keys.items()}
+            for section, keys in names.items()}
     path = tmp_path_factory.mktemp("official") / "tiny.pth"
-    torch.save(dict(ckpt, optimizer=dict(state={}, param_groups=[1]), epoch=5, args=dict(arch="vit_small")), path)
+    torch.save(
+        dict(ckpt, optimizer=dict(state={}, param_groups=[1]), epoch=5, args=dict(arch="vit_small")), path)
     return path
 
 
@@ -105,7 +108,7 @@ def test_features_equal_the_authors(official, frames):
 
 def test_dynamics_equal_the_authors(official, frames):
     x, y = frames
-    with torch.no_grad():                   # row 0 of the reference is x -> y of pair 0, row 1 is y -> x of pair 1
+    with torch.no_grad():           # row 0 of the reference is x -> y of pair 0, row 1 is y -> x of pair 1
         predictions = official.predict(torch.stack([x[0], y[1]]), torch.stack([y[0], x[1]]))
     for i, level in enumerate(predictions):
         for name in ("m", "v", "pred"):
@@ -116,7 +119,8 @@ def test_dynamics_equal_the_authors(official, frames):
 
 def test_dino_loss_gradient_and_center_equal_the_authors():
     loss = DINOLoss(64)
-    assert sorted(loss.pairs) == sorted(map(tuple, REFERENCE["dino_pairs"].tolist())) and len(loss.pairs) == 72
+    assert (sorted(loss.pairs) == sorted(map(tuple, REFERENCE["dino_pairs"].tolist())) and
+            len(loss.pairs) == 72)
     loss.center.copy_(0.1 * formula_input("dino_center", 1, 64))
     student = formula_input("dino_student", 60, 64).requires_grad_()
     value, _ = loss(student, formula_input("dino_teacher", 12, 64))
@@ -131,19 +135,21 @@ def test_a_whole_training_step_equals_the_authors(official_file):
     model = load_official(official_file).double().train()
     for block in model.student.blocks:
         block.drop_path = 0.0
-    x = [as_image(formula_input(f"step_{kind}{i}", 2, 3, size, size)) for kind, n, size in (("g", 6, 32), ("l", 16, 16)) for i in range(n)]
+    x = [as_image(formula_input(f"step_{kind}{i}", 2, 3, size, size))
+         for kind, n, size in (("g", 6, 32), ("l", 16, 16)) for i in range(n)]
     frame_pairs = lambda crops: torch.stack(crops, 1).unflatten(1, (2, -1))        # [frame, box]
-    loss, logs = model(dict(motion=torch.stack(x[:2], 1), globals=frame_pairs(x[2:6]), locals=frame_pairs(x[6:])))
+    loss, logs = model(dict(
+        motion=torch.stack(x[:2], 1), globals=frame_pairs(x[2:6]), locals=frame_pairs(x[6:])))
     close(logs["dino"], REFERENCE["step_dino"], 1e-6)
     close([logs[f"loss_{level}"] for level in (3, 6, 9)], REFERENCE["step_levels"], 1e-9)
-    close(loss, REFERENCE["step_dino"] + REFERENCE["step_levels"].mean(), 1e-6)     # averaged over levels: our choice
+    close(loss, REFERENCE["step_dino"] + REFERENCE["step_levels"].mean(), 1e-6)     # averaged: our choice
     loss.backward()
     model.after_step(0.0)
     close(model.dino_loss.center, REFERENCE["step_center"], 1e-9)
 
 
 def gate_from_own_input(model):
-    def forward(self, h, gate, K):          # what Eq. 2 literally says; `gate` carries the gate's network instead
+    def forward(self, h, gate, K):      # what Eq. 2 literally says; `gate` carries the gate's network instead
         residual = h if gate is None else torch.cat([h[:, :K], h[:, K:] * gate(h[:, K:])], 1)
         h = residual + self.attn(self.norm1(h))
         return h + self.mlp(self.norm2(h)), self.next_gate
@@ -158,7 +164,8 @@ def residual_at_the_top(model):
 
 
 def swapped_positions(model):
-    return dict(target=Midway, name="positions", value=lambda self, L, right=Midway.positions: right(self, L)[::-1])
+    return dict(target=Midway, name="positions",
+                value=lambda self, L, right=Midway.positions: right(self, L)[::-1])
 
 
 def without_cls(model):
@@ -177,12 +184,14 @@ def one_shared_embed(model):
     return dict(target=model, name="teacher_embed", value=model.student_embed)
 
 
-@pytest.mark.parametrize("variant", [gate_from_own_input, residual_at_the_top, swapped_positions, without_cls, one_shared_embed])
+@pytest.mark.parametrize("variant", [
+    gate_from_own_input, residual_at_the_top, swapped_positions, without_cls, one_shared_embed])
 def test_parity_would_catch(variant, official, frames, monkeypatch):
     wrong = variant(official)
     monkeypatch.setattr(wrong["target"], wrong["name"], wrong["value"])
     if variant is gate_from_own_input:      # the gates list then holds networks: means aren't needed here
-        monkeypatch.setattr(midway, "Level", lambda m, v, gates, pred, target, loss: type("L", (), dict(loss=loss)))
+        monkeypatch.setattr(
+            midway, "Level", lambda m, v, gates, pred, target, loss: type("L", (), dict(loss=loss)))
     worst = np.abs(np.array(level_losses(official, frames)) - REFERENCE["losses"]).max()
     assert worst > 1e-4, f"{variant.__name__} would go unnoticed"
 
@@ -228,21 +237,25 @@ def test_official_loader_refuses_other_files(official_file, tmp_path):
         load_official(tmp_path / "nowhere.pth")
 
 
-# ---- Midway: sizes, ablations, invariants --------------------------------------------------------------------------------------
+# ---- Midway: sizes, ablations, invariants --------------------------------------------------------
 def random_batch(cfg, B, device="cpu"):
     crops = dict(motion=(B, 2), globals=(B, 2, 2), locals=(B, 2, cfg.local_crops))
-    return {name: torch.rand(*shape, 3, *2 * [cfg.local_size if name == "locals" else cfg.size], device=device)
-            for name, shape in crops.items()}
+    return {
+        name: torch.rand(*shape, 3, *2 * [cfg.local_size if name == "locals" else cfg.size], device=device)
+        for name, shape in crops.items()}
 
 
-SMALL = Config(size=16, patch=8, dim=24, depth=4, heads=2, levels=(1, 2, 3, 4), motion_dim=12, motion_depth=1, motion_heads=2, forward_depth=2,
-               forward_heads=2, head_hidden=16, head_bottleneck=8, prototypes=32, local_size=8, local_crops=2, drop_path=0.0)
+SMALL = Config(
+    size=16, patch=8, dim=24, depth=4, heads=2, levels=(1, 2, 3, 4), motion_dim=12, motion_depth=1,
+    motion_heads=2, forward_depth=2, forward_heads=2, head_hidden=16, head_bottleneck=8, prototypes=32,
+    local_size=8, local_crops=2, drop_path=0.0)
 
 
 def test_sizes_and_cost_are_the_papers():
     with torch.device("meta"):
         model = Midway(Config())
-        assert sum(p.numel() for p in Midway(Config(**midway.PRESETS["vit_b"])).student.parameters()) == 85_798_656
+        assert sum(
+            p.numel() for p in Midway(Config(**midway.PRESETS["vit_b"])).student.parameters()) == 85_798_656
     trained = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
     encoder, head = trained(model.student), trained(model.student_head)
     assert (encoder, head, trained(model) - encoder - head) == (21_665_664, 22_352_128, 36_600_000)
@@ -253,9 +266,10 @@ def test_sizes_and_cost_are_the_papers():
 
 ROWS = [dict(latent_dynamics=False),                               # Table 3, rows 1 to 9
         dict(backward=False, multi_level=False, refinement=False, gating=False),
-        dict(multi_level=False, refinement=False, gating=False), dict(refinement=False, gating=False), dict(gating=False), dict(),
-        dict(backward=False), dict(multi_level=False), dict(refinement=False),
-        dict(motion_dim=6), dict(motion_dim=24), dict(motion_depth=2), dict(forward_depth=1), dict(dino_weight=0.0), dict(local_crops=0)]
+        dict(multi_level=False, refinement=False, gating=False), dict(refinement=False, gating=False),
+        dict(gating=False), dict(), dict(backward=False), dict(multi_level=False), dict(refinement=False),
+        dict(motion_dim=6), dict(motion_dim=24), dict(motion_depth=2), dict(forward_depth=1),
+        dict(dino_weight=0.0), dict(local_crops=0)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(f"{k}={v}" for k, v in row.items()) or "full")
@@ -264,14 +278,15 @@ def test_every_ablation_trains_all_its_parameters(row):
     loss, logs = model(random_batch(model.cfg, 3))
     loss.backward()
     assert loss.isfinite() and not any(value.requires_grad for value in logs.values())
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)       # or DDP would wait for ever
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)   # or DDP waits for ever
     assert all(p.grad is None for name, p in model.named_parameters() if name.startswith("teacher"))
     assert logs["feature_std"] > 0
 
 
 def test_ablations_change_what_they_name():
     full = sum(p.numel() for p in Midway(Config(**midway.PRESETS["tiny"])).parameters())
-    less = [sum(p.numel() for p in Midway(Config(**midway.PRESETS["tiny"] | row)).parameters()) for row in ROWS[:4] + ROWS[4:5]]
+    less = [sum(p.numel() for p in Midway(Config(**midway.PRESETS["tiny"] | row)).parameters())
+            for row in ROWS[:4] + ROWS[4:5]]
     assert all(n < full for n in less)
     torch.manual_seed(0)
     x, y = torch.rand(2, 2, 3, 16, 16)
@@ -280,7 +295,7 @@ def test_ablations_change_what_they_name():
     unrefined = Midway(replace(SMALL, refinement=False))
     unrefined.load_state_dict(refined.state_dict())
     a, b = refined.predict(x, y), unrefined.predict(x, y)
-    close(a[-1].pred, b[-1].pred.detach(), 0)               # the top level has nothing above it to be refined by
+    close(a[-1].pred, b[-1].pred.detach(), 0)           # the top level has nothing above it to be refined by
     assert (a[0].m - b[0].m).abs().max() > 1e-6
     assert len(Midway(replace(SMALL, gating=False)).predict(x, y)[0].gates) == 0
     assert len(Midway(replace(SMALL, multi_level=False)).predict(x, y)) == 1
@@ -320,8 +335,9 @@ def test_after_step_moves_teacher_center_and_last_layer():
 
 
 def test_wrong_configs_say_what_to_change():
-    for change, word in ((dict(size=20), "size=20 must be a multiple of patch=8: try 16"), (dict(heads=5), "heads=5"),
-                         (dict(levels=(1, 2, 3)), "depth=4"), (dict(latent_dynamics=False, dino_weight=0.0), "nothing to train")):
+    for change, word in ((dict(size=20), "size=20 must be a multiple of patch=8: try 16"),
+                         (dict(heads=5), "heads=5"), (dict(levels=(1, 2, 3)), "depth=4"),
+                         (dict(latent_dynamics=False, dino_weight=0.0), "nothing to train")):
         with pytest.raises(ValueError, match=re.escape(word)):
             Midway(replace(SMALL, **change))
     with pytest.raises(ValueError, match="multiple of the patch size 8"):
@@ -335,14 +351,16 @@ def test_features_take_other_sizes_and_uint8():
     close(model.features(image)[-1].detach(), model.features(image / 255)[-1].detach(), 1e-6)
 
 
-# ---- crops and colours ---------------------------------------------------------------------------------------------------------
-NEUTRAL = [0, 1, 2, 3, 1, 1, 1, 0, 0, 0, 0]     # order of jitter; brightness, contrast, saturation, hue; gray, blur, solarise
+# ---- crops and colours ---------------------------------------------------------------------------
+# order of jitter; brightness, contrast, saturation, hue; gray, blur, solarise
+NEUTRAL = [0, 1, 2, 3, 1, 1, 1, 0, 0, 0, 0]
 
 
 def colours(x, **changes):
     params = torch.tensor([NEUTRAL], dtype=torch.float32)
     for name, value in changes.items():
-        at = dict(brightness=4, contrast=5, saturation=6, hue=7, gray=8, blur=9, solarize=10, order=slice(0, 4))[name]
+        at = dict(brightness=4, contrast=5, saturation=6, hue=7, gray=8, blur=9, solarize=10,
+                  order=slice(0, 4))[name]
         params[:, at] = torch.as_tensor(value, dtype=torch.float32)
     return data.photometric(x, params.expand(len(x), -1).clone())
 
@@ -351,18 +369,22 @@ def test_crop_resize_is_antialiased_bicubic():
     x, no = torch.rand(2, 3, 40, 56), torch.zeros(2, 1, dtype=torch.bool)
     for box, size in (((0, 0, 40, 56), 16), ((3, 7, 20, 31), 24), ((10, 2, 30, 18), 9), ((5, 5, 8, 8), 32)):
         top, left, h, w = box
-        expected = F.interpolate(x[..., top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        expected = F.interpolate(
+            x[..., top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         boxes = torch.tensor([[box], [box]])
         close(data.crop_resize(x, boxes, size, no)[:, 0], expected, 1e-5)
         close(data.crop_resize(x, boxes, size, ~no)[:, 0], expected.flip(-1), 1e-5)
-    close(data.crop_resize(x[..., :40], torch.tensor([[[0, 0, 40, 40]]]), 40, no)[:, 0], x[..., :40], 1e-6)      # identity
+    close(data.crop_resize(x[..., :40], torch.tensor([[[0, 0, 40, 40]]]), 40, no)[:, 0],
+          x[..., :40], 1e-6)                                    # identity
 
 
 def test_uint8_crops_agree_with_the_float_ones():
-    frame = torch.randint(64, 192, (60, 80, 3), dtype=torch.uint8).numpy()     # no overshoot: uint8 would clip between the passes
+    # no overshoot: uint8 would clip between the passes
+    frame = torch.randint(64, 192, (60, 80, 3), dtype=torch.uint8).numpy()
     for box, flip in (((4, 9, 41, 37), False), ((0, 0, 60, 80), True)):
         crop = data.crop_uint8(frame, box, 24, flip)
-        exact = data.crop_resize(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255, torch.tensor([[box]]), 24, torch.tensor([[flip]]))
+        exact = data.crop_resize(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255,
+                                 torch.tensor([[box]]), 24, torch.tensor([[flip]]))
         assert crop.dtype == torch.uint8
         close(crop / 255, exact[0, 0], 1.5 / 255)
 
@@ -380,8 +402,10 @@ def test_colours_on_hand_made_cases():
     close(colours(colours(x, hue=0.1), hue=-0.1), x, 1e-5)
     levels = torch.tensor([0, 127, 128, 255]) / 255
     close(colours(levels.expand(1, 3, 4, 4), solarize=1)[0, 0, 0], torch.tensor([0, 127, 127, 0]) / 255, 1e-6)
-    close(colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3)), ((0.8 * x + 0.2 * luma) * 1.4).clamp(0, 1), 1e-6)
-    assert (colours(x, brightness=1.4, saturation=0.8) - colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3))).abs().max() > 1e-3
+    close(colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3)),
+          ((0.8 * x + 0.2 * luma) * 1.4).clamp(0, 1), 1e-6)
+    assert (colours(x, brightness=1.4, saturation=0.8) -
+            colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3))).abs().max() > 1e-3
 
 
 def test_blur_is_gaussian():
@@ -389,7 +413,8 @@ def test_blur_is_gaussian():
     d = torch.arange(-8, 9.0)
     g = torch.exp(-d ** 2 / (2 * sigma ** 2))
     expected = F.conv2d(x, (g[:, None] * g / g.sum() ** 2)[None, None], padding=8)
-    close(data.blur(x.expand(1, 3, -1, -1), torch.tensor([sigma]))[:, :1, 10:-10, 10:-10], expected[..., 10:-10, 10:-10], 1e-6)
+    close(data.blur(x.expand(1, 3, -1, -1), torch.tensor([sigma]))[:, :1, 10:-10, 10:-10],
+          expected[..., 10:-10, 10:-10], 1e-6)
     close(data.blur(torch.ones(1, 3, 9, 9), torch.tensor([2.0])), torch.ones(1, 3, 9, 9), 1e-6)
 
 
@@ -397,21 +422,26 @@ def test_multicrop_follows_the_papers_rules():
     crops, H, W = MultiCrop(224, 96, 8), 360, 640
     drawn = [crops.draw(np.random.default_rng(i), H, W) for i in range(400)]
     boxes, flips, params = map(np.stack, zip(*drawn))
-    assert boxes.min() >= 0 and (boxes[..., 0] + boxes[..., 2]).max() <= H and (boxes[..., 1] + boxes[..., 3]).max() <= W
+    assert (boxes.min() >= 0 and (boxes[..., 0] + boxes[..., 2]).max() <= H and
+            (boxes[..., 1] + boxes[..., 3]).max() <= W)
     share = boxes[..., 2] * boxes[..., 3] / (H * W)
-    assert (boxes[:, 0] == boxes[:, 1]).all() and not flips[:, :2].any()                        # motion: one box, never flipped
+    assert (boxes[:, 0] == boxes[:, 1]).all() and not flips[:, :2].any()    # motion: one box, never flipped
     assert 0.195 < share[:, 0].min() < 0.22 and 0.38 < share[:, 0].max() < 0.405
-    assert (boxes[:, 2:4] == boxes[:, 4:6]).all() and (flips[:, 2:4] == flips[:, 4:6]).all()    # globals: the same in both frames
-    assert (boxes[:, 6:14] != boxes[:, 14:]).any(-1).all()                                      # locals: independent
-    assert 0.05 * 0.4 * 0.9 < share[:, 2:6].min() and share[:, 2:6].max() < 0.205               # inside the initial crop
+    assert ((boxes[:, 2:4] == boxes[:, 4:6]).all() and                      # globals: the same in both frames
+            (flips[:, 2:4] == flips[:, 4:6]).all())
+    assert (boxes[:, 6:14] != boxes[:, 14:]).any(-1).all()                  # locals: independent
+    assert (0.05 * 0.4 * 0.9 < share[:, 2:6].min() and                      # inside the initial crop
+            share[:, 2:6].max() < 0.205)
     aspect = boxes[..., 3] / boxes[..., 2]
     assert 0.7 < aspect[:, :6].min() and aspect[:, :6].max() < 1.42
     assert abs(flips[:, 2:].mean() - 0.5) < 0.03
     blurred, jittered = params[..., data.BLUR] > 0, (params[..., data.FACTORS] != (1, 1, 1, 0)).any(-1)
-    assert blurred[:, [0, 2, 4]].all() and abs(blurred[:, [1, 3, 5]].mean() - 0.1) < 0.03 and abs(blurred[:, 6:].mean() - 0.5) < 0.03
+    assert (blurred[:, [0, 2, 4]].all() and abs(blurred[:, [1, 3, 5]].mean() - 0.1) < 0.03 and
+            abs(blurred[:, 6:].mean() - 0.5) < 0.03)
     assert abs(jittered.mean() - 0.8) < 0.02 and abs(params[..., data.GRAY].mean() - 0.2) < 0.02
     solarized = params[..., data.SOLARIZE]
-    assert abs(solarized[:, [1, 3, 5]].mean() - 0.2) < 0.05 and solarized[:, [0, 2, 4]].max() == solarized[:, 6:].max() == 0
+    assert (abs(solarized[:, [1, 3, 5]].mean() - 0.2) < 0.05 and
+            solarized[:, [0, 2, 4]].max() == solarized[:, 6:].max() == 0)
     factors = params[..., data.FACTORS].reshape(-1, 4)
     close(factors.min(0), [0.6, 0.6, 0.8, -0.1], 0.01)
     close(factors.max(0), [1.4, 1.4, 1.2, 0.1], 0.01)
@@ -422,18 +452,22 @@ def test_multicrop_gives_the_same_crops_from_uint8_frames_and_from_tensors():
     frames = torch.randint(64, 192, (2, 90, 120, 3), dtype=torch.uint8)
     one = crops(list(frames.numpy()), np.random.default_rng(5))
     two = crops.batch(frames.permute(0, 3, 1, 2)[None] / 255, [np.random.default_rng(5)])
-    assert [tuple(one[n].shape) for n in ("motion", "globals", "locals")] == [(2, 3, 32, 32), (2, 2, 3, 32, 32), (2, 3, 3, 16, 16)]
+    assert [tuple(one[n].shape) for n in ("motion", "globals", "locals")] == [
+        (2, 3, 32, 32), (2, 2, 3, 32, 32), (2, 3, 3, 16, 16)]
     for name in ("motion", "globals", "locals"):
         close(one[name] / 255, two[name][0], 1.5 / 255)
     close(one["params"], two["params"][0], 0)
     finished = crops.finish({name: value[None] for name, value in one.items()})
-    assert sorted(finished) == ["globals", "locals", "motion"] and all(0 <= v.min() and v.max() <= 1 for v in finished.values())
+    assert sorted(finished) == ["globals", "locals", "motion"] and all(
+        0 <= v.min() and v.max() <= 1 for v in finished.values())
 
 
 def test_loader_is_a_pure_function_of_the_sample_number():
     inputs, scenes = SMALL.inputs, dict(size=24, sprites=1)
-    load = lambda batches, **kw: list(data.make_loader("scenes", inputs, batches, seed=3, scenes=scenes, **kw))
-    whole, parts, spread = load([range(6)], workers=0), load([range(2), range(2, 6)], workers=0), load([range(2), range(2, 6)], workers=2)
+    load = lambda batches, **kw: list(
+        data.make_loader("scenes", inputs, batches, seed=3, scenes=scenes, **kw))
+    whole, parts, spread = (load([range(6)], workers=0), load([range(2), range(2, 6)], workers=0),
+                            load([range(2), range(2, 6)], workers=2))
     for name in whole[0]:
         close(torch.cat([p[name] for p in parts]), whole[0][name], 1e-5)
         for a, b in zip(parts, spread):
@@ -441,7 +475,7 @@ def test_loader_is_a_pure_function_of_the_sample_number():
     assert not torch.equal(load([range(6)], workers=0, split="eval")[0]["motion"], whole[0]["motion"])
 
 
-# ---- synthetic scenes ----------------------------------------------------------------------------------------------------------
+# ---- synthetic scenes ----------------------------------------------------------------------------
 CLIPS = range(6)
 
 
@@ -554,7 +588,7 @@ def test_scene_statistics_are_sane():
         assert Scenes(size, frames).batch([0], truth=True)["video"].shape == (1, frames, 3, size, size)
 
 
-# ---- your own videos -----------------------------------------------------------------------------------------------------------
+# ---- your own videos -----------------------------------------------------------------------------
 def encode(path, times, rotation=0, size=(256, 64), gop=12):
     """Writes an mp4 or mkv whose frame i shows the bits of i as ten bars in the lower half."""
     with av.open(str(path), "w") as out:
@@ -734,19 +768,22 @@ def test_missing_and_empty_paths_say_so(tmp_path):
         Videos(tmp_path / "notes.txt")
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------------------
-TINY = ("--model midway --device cpu --workers 0 --batch-size 4 --size 16 --dim 24 --depth 4 --heads 2 --levels 1 2 4 --motion-dim 12 --motion-depth 1 "
-        "--motion-heads 2 --forward-heads 2 --head-hidden 16 --head-bottleneck 8 --prototypes 32 --local-size 8 --local-crops 2 "
+# ---- the loop ------------------------------------------------------------------------------------
+TINY = ("--model midway --device cpu --workers 0 --batch-size 4 --size 16 --dim 24 --depth 4 --heads 2 "
+        "--levels 1 2 4 --motion-dim 12 --motion-depth 1 --motion-heads 2 --forward-heads 2 --head-hidden 16 "
+        "--head-bottleneck 8 --prototypes 32 --local-size 8 --local-crops 2 "
         "--scene-size 24 --scene-textures 8 --log-every 1").split()
 
 
 def command(*args, processes=1):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone",
+              f"--nproc-per-node={processes}"] if processes > 1 else []
     return [sys.executable, *launch, str(HERE / "train.py"), *map(str, args)]
 
 
 def run(*args, processes=1, status=0):
-    done = subprocess.run(command(*args, processes=processes), capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    done = subprocess.run(command(*args, processes=processes), capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -760,7 +797,8 @@ def log(folder):
 
 
 def test_schedules_are_dinos():
-    opt = train.Options(steps=525_000, lr=3.90625e-4, min_lr=1e-6, warmup=1 / 30, weight_decay=0.04, weight_decay_end=0.4)
+    opt = train.Options(steps=525_000, lr=3.90625e-4, min_lr=1e-6, warmup=1 / 30,
+                        weight_decay=0.04, weight_decay_end=0.4)
     for step, lr, decay in REFERENCE["schedule"].T:
         close(train.schedule(opt, int(step)), [lr, decay], 1e-12)
     assert midway.RECIPES["vit_s"]["lr"] == 3.90625e-4 and midway.RECIPES["vit_s"]["batch_size"] == 200
@@ -774,9 +812,11 @@ def test_four_steps_are_two_and_a_resume_and_two(tmp_path, capsys):
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     keep = lambda line: {k: v for k, v in line.items() if k not in ("ms", "samples_per_s")}
-    assert [keep(line) for line in log(tmp_path / "whole")] == [keep(line) for line in log(tmp_path / "parts")]
+    assert ([keep(line) for line in log(tmp_path / "whole")] ==
+            [keep(line) for line in log(tmp_path / "parts")])
     assert all({"step", "loss", "lr"} <= line.keys() for line in log(tmp_path / "whole"))
-    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"ckpt.pt", "log.jsonl", "curves.png", "config.json"}
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {
+        "ckpt.pt", "log.jsonl", "curves.png", "config.json"}
     assert "shuffled" in capsys.readouterr().out
 
 
@@ -810,7 +850,8 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_sigkill_leaves_the_last_whole_checkpoint(tmp_path):
     out = tmp_path / "killed"
-    process = subprocess.Popen(command(*TINY, "--steps", 100_000, "--save-every", 2, "--out", out), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*TINY, "--steps", 100_000, "--save-every", 2, "--out", out),
+                               stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if re.match(r"step ([5-9]|\d\d)", line):
             break
@@ -828,7 +869,8 @@ def test_non_finite_loss_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypat
         loss, logs = forward(self, batch)
         return loss * (float("nan") if self.training and (out / "ckpt.pt").exists() else 1), logs
     monkeypatch.setattr(Midway, "forward", breaks)
-    with pytest.raises(train.Stop, match=r"step 3: the loss is nan.*lr .*last good checkpoint: .*ckpt.pt \(step 2\)"):
+    with pytest.raises(
+            train.Stop, match=r"step 3: the loss is nan.*lr .*last good checkpoint: .*ckpt.pt \(step 2\)"):
         train.main(TINY + ["--steps", "9", "--save-every", "2", "--out", str(out)])
     assert all(value.isfinite().all() for value in weights(out).values())
 
@@ -882,7 +924,8 @@ def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
     assert "no checkpoint at" in message(["--resume", str(tmp_path / "nowhere")], 1)
     (tmp_path / "ckpt.pt").write_bytes(b"damaged")
     assert "damaged" in message(["--resume", str(tmp_path)], 1)
-    torch.save(dict(model={}, optimizer={}, step=1, config=dict(model="moog", preset="tiny", options={}, config={}, scenes={})),
+    torch.save(dict(model={}, optimizer={}, step=1,
+                    config=dict(model="moog", preset="tiny", options={}, config={}, scenes={})),
                tmp_path / "ckpt.pt")
     assert "holds a moog model, not midway" in message(["--model", "midway", "--resume", str(tmp_path)], 1)
     assert not (tmp_path / "never").exists()
@@ -900,21 +943,25 @@ def test_bench_and_bfloat16_run(tmp_path, capsys):
     assert not (tmp_path / "never").exists()
 
 
-# ---- the house -----------------------------------------------------------------------------------------------------------------
+# ---- the house -----------------------------------------------------------------------------------
 def test_model_files_stand_alone():
     for name in train.MODELS:
         if (HERE / f"{name}.py").exists():
             for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
-                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-                assert all(m.split(".")[0] in sys.stdlib_module_names | {"torch"} for m in modules), f"{name}.py imports {modules}"
+                modules = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                           [node.module] if isinstance(node, ast.ImportFrom) else [])
+                assert all(m.split(".")[0] in sys.stdlib_module_names | {"torch"} for m in modules), (
+                    f"{name}.py imports {modules}")
 
 
 def test_readme_names_only_what_exists():
     text = (HERE / "README.md").read_text()
-    flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", " ".join(line for line in text.splitlines() if "train.py" in line)))
+    flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)",
+                           " ".join(line for line in text.splitlines() if "train.py" in line)))
     known = {f.name.replace("_", "-") for cls in (train.Options, Config) for f in fields(cls)}
     known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
-    assert flags - known <= {"nproc-per-node", "nproc_per_node", "nnodes", "rdzv-endpoint", "rdzv-backend", "help"}, flags - known
+    assert flags - known <= {
+        "nproc-per-node", "nproc_per_node", "nnodes", "rdzv-endpoint", "rdzv-backend", "help"}, flags - known
     for picture in re.findall(r"\((assets/[^)]+)\)", text):
         assert (HERE / picture).exists(), picture
     for name, lines in re.findall(r"`(\w+\.py)`[^|\n]*\| *(\d+) lines", text):

@@ -1,19 +1,21 @@
 """
 The one training loop. Every model of this house trains through it; it knows them by their contract alone:
-Model(config), forward(batch) -> (loss, logs), after_step(progress), report(batch), and the inputs that its Config declares.
+Model(config), forward(batch) -> (loss, logs), after_step(progress), report(batch), and Config.inputs.
 
-    python train.py --model midway                                  # a laptop: preset tiny on synthetic scenes
+    python train.py --model midway                            # a laptop: preset tiny on synthetic scenes
     python train.py --model midway --preset vit_s --data PATH/TO/VIDEOS
-    torchrun --nproc_per_node=8 train.py --model midway             # GPUs: the paper's preset
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --model midway --data PATH
-    python train.py --model midway --resume out/midway-tiny         # go on exactly where it stopped
-    python train.py --model midway --no-gating                      # an ablation is a flag of the model's Config
-    python train.py --model midway --bench                          # 20 timed steps: ms, samples/s, FLOPs, MFU, peak memory
+    torchrun --nproc_per_node=8 train.py --model midway       # GPUs: the paper's preset
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
+    python train.py --model midway --resume out/midway-tiny   # go on exactly where it stopped
+    python train.py --model midway --no-gating                # an ablation is a flag of the model's Config
+    python train.py --model midway --bench                    # 20 timed steps: speed, FLOPs, MFU, peak memory
 
-Writes out/MODEL-PRESET/: ckpt.pt, log.jsonl, curves.png, config.json. Ctrl-C or SIGTERM: finishes the step, saves, leaves.
+Writes out/MODEL-PRESET/: ckpt.pt, log.jsonl, curves.png, config.json.
+Ctrl-C or SIGTERM: finishes the step, saves, leaves.
 
-Sample i of a run and the random depth of step s are pure functions of the seed: 4 steps are 2 steps, a resume and 2 steps, bit
-by bit; and since --batch-size is global, one GPU and eight see the same batches (accumulation is derived).
+Sample i of a run and the random depth of step s are pure functions of the seed: 4 steps are 2 steps, a resume
+and 2 steps, bit by bit; and since --batch-size is global, one GPU and eight see the same batches
+(accumulation is derived).
 """
 import argparse
 import dataclasses
@@ -42,19 +44,20 @@ from tqdm import tqdm
 
 import data
 
-MODELS = {"midway": "Midway", "moog": "MooG", "melomotion": "MeloMotion"}      # file: class. All that is known of them by name
+# file: class. All that is known of the models by name
+MODELS = {"midway": "Midway", "moog": "MooG", "melomotion": "MeloMotion"}
 
 
 @dataclass
 class Options:
     model: str = ""                     # midway, moog or melomotion
-    preset: str = ""                    # a preset of the model; default: its smallest without a GPU, the paper's with one
-    data: str = "scenes"                # scenes (synthetic), a video file, or a folder of videos or of frames, at any depth
-    out: str = ""                       # output folder; default out/MODEL-PRESET. An earlier run there is moved aside, not lost
+    preset: str = ""                    # a preset; default: the smallest without a GPU, the paper's with one
+    data: str = "scenes"                # scenes (synthetic), a video, a folder of videos or frames, any depth
+    out: str = ""                       # output folder; default out/MODEL-PRESET. An earlier run moves aside
     resume: str = ""                    # folder or ckpt.pt of an earlier run: go on where it stopped
     steps: int = 1000                   # optimiser steps in all
     batch_size: int = 32                # samples per step, over all processes
-    micro_batch: int = 0                # samples per forward pass and process: lower it when out of memory; 0: all at once
+    micro_batch: int = 0                # samples per pass and process: lower if out of memory; 0: all at once
     lr: float = 1e-3                    # peak learning rate
     min_lr: float = 1e-6                # learning rate at the end of the cosine
     warmup: float = 0.05                # share of the steps with a linear warm-up
@@ -72,7 +75,7 @@ class Options:
     gap: tuple[float, ...] = (0.5, 1.0) # seconds between the two frames of a pair, least and most (videos)
     repeat: int = 5                     # samples drawn from a video each time it is opened (videos)
     fps: float = 30.0                   # rate in which the numbers in frame names count (folders of frames)
-    stride: int = 1                     # source frames between the frames of a clip (videos, models that eat clips)
+    stride: int = 1                     # source frames between the frames of a clip (videos, models of clips)
     bench: bool = False                 # time 20 steps on one batch and leave
 
 
@@ -80,9 +83,9 @@ class Stop(Exception):
     """Ends the program with one line on stderr and exit status 1."""
 
 
-# ---- command line ------------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 def source_comments(thing):
-    """{name: comment} of the fields of a class or the arguments of a function: help texts stand where the names do, once."""
+    """{name: comment} of a class's fields or a function's arguments: help stands where the names do, once."""
     return dict(re.findall(r"^ +(\w+)(?:: [^#\n=]+)?=[^#\n]*#\s*(.+)$", inspect.getsource(thing), re.M))
 
 
@@ -119,14 +122,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def scene_options():
-    """{name: default} of what can be chosen about synthetic scenes: the arguments of data.Scenes that models don't fix."""
+    """{name: default} of synthetic scenes' options: the arguments of data.Scenes that models don't fix."""
     arguments = inspect.signature(data.Scenes).parameters.values()
     return {a.name: a.default for a in arguments if a.name not in ("frames", "seed", "split", "device")}
 
 
 def parse(argv):
-    """Command line -> Options, the model's module, its Config, options of the scenes, and the checkpoint to resume (or None)."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Command line -> Options, model's module, its Config, scenes' options, checkpoint to resume or None."""
+    parser = Parser(prog="train.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     first = Parser(add_help=False, allow_abbrev=False)      # these four decide which other flags there are
     for name in ("model", "preset", "resume", "device"):
         first.add_argument("--" + name, default="")
@@ -148,10 +152,13 @@ def parse(argv):
         except ModuleNotFoundError:
             raise Stop(f"--model {name} needs {name}.py beside train.py") from None
         small, paper = list(module.PRESETS)[:2]
-        preset = known.preset or (ckpt["config"]["preset"] if ckpt else paper if choose_device(known.device).type == "cuda" else small)
+        preset = known.preset or (
+            ckpt["config"]["preset"] if ckpt else
+            paper if choose_device(known.device).type == "cuda" else small)
         if preset not in module.PRESETS:
             parser.error(f"{name} has no preset {preset!r}: choose from {', '.join(module.PRESETS)}")
-        recipe = module.RECIPES[preset] | (ckpt["config"]["options"] if ckpt else {}) | dict(preset=preset, model=name)
+        recipe = (module.RECIPES[preset] | (ckpt["config"]["options"] if ckpt else {}) |
+                  dict(preset=preset, model=name))
         scenes |= recipe.pop("scenes", {}) | (ckpt["config"]["scenes"] if ckpt else {})
         defaults = recipe | dict(resume="")
     add_fields(parser.add_argument_group("training"), Options, defaults)
@@ -162,7 +169,8 @@ def parse(argv):
         add_flag(group, "scene_" + key, kind, default, comments[key])
     if name:
         model_defaults = ckpt["config"]["config"] if ckpt else module.PRESETS[preset]
-        add_fields(parser.add_argument_group(f"model: {name}, preset {preset}"), module.Config, model_defaults)
+        add_fields(parser.add_argument_group(f"model: {name}, preset {preset}"),
+                   module.Config, model_defaults)
     else:
         parser.epilog = "Add --model midway (or moog, melomotion) to see the flags of a model."
     given = vars(parser.parse_args(argv))
@@ -172,13 +180,15 @@ def parse(argv):
     flags = {f.name: given[f.name] for f in fields(module.Config) if f.name in given}
     for key, value in flags.items():
         if ckpt and list_like(value) != list_like(model_defaults.get(key)):
-            raise Stop(f"--{key.replace('_', '-')} can't change on --resume: the checkpoint has {key}={model_defaults.get(key)}")
+            raise Stop(f"--{key.replace('_', '-')} can't change on --resume: "
+                       f"the checkpoint has {key}={model_defaults.get(key)}")
     as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in (model_defaults | flags).items()}
     for key in ("steps", "batch_size", "log_every", "save_every", "repeat", "stride"):
         if getattr(opt, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1, not {getattr(opt, key)}")
     if len(opt.gap) != 2 or not 0 < opt.gap[0] <= opt.gap[1]:
-        parser.error(f"--gap wants two rising positive numbers, such as 0.5 1.0, not {' '.join(map(str, opt.gap))}")
+        parser.error("--gap wants two rising positive numbers, such as 0.5 1.0, not "
+                     f"{' '.join(map(str, opt.gap))}")
     opt.out = opt.out or f"out/{opt.model}-{opt.preset}"
     return opt, module, module.Config(**as_tuples), scenes, ckpt
 
@@ -187,7 +197,7 @@ def list_like(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-# ---- device, checkpoints -----------------------------------------------------------------------------------------------------
+# ---- device, checkpoints -------------------------------------------------------------------------
 def choose_device(name=""):
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -195,7 +205,8 @@ def choose_device(name=""):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise Stop(f"no device {name!r} on this machine: leave out --device, or choose from cuda, mps, cpu") from None
+        raise Stop(f"no device {name!r} on this machine: leave out --device, "
+                   "or choose from cuda, mps, cpu") from None
     return device
 
 
@@ -209,17 +220,18 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         ckpt["path"] = str(path)
         ckpt["config"]["model"], ckpt["model"], ckpt["optimizer"], ckpt["step"]
-    except Exception as error:              # a truncated zip, a foreign pickle, another layout: torch raises many kinds
+    except Exception as error:    # a truncated zip, a foreign pickle, another layout: torch raises many kinds
         raise Stop(f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})") from None
     return ckpt
 
 
 def save_checkpoint(path, model, optimizer, step, config):
-    """To a temporary name, to disk, then renamed: a checkpoint is whole or not there, and a full disk spares the old one."""
+    """To a temporary name, to disk, then renamed: whole or not there, and a full disk spares the old one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=config), file)
+            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                            config=config), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -229,9 +241,9 @@ def save_checkpoint(path, model, optimizer, step, config):
         raise Stop(f"could not save {path} at step {step}: {str(error).splitlines()[0]}; {old}") from None
 
 
-# ---- schedules, measures, pictures -------------------------------------------------------------------------------------------
+# ---- schedules, measures, pictures ---------------------------------------------------------------
 def schedule(opt, step):
-    """Learning rate (linear from 0, then a cosine to min_lr) and weight decay (a cosine) of a step: DINO's. paper: Table 8"""
+    """DINO's learning rate (linear from 0, then cosine to min_lr), weight decay (cosine). paper: Table 8"""
     warm, cosine = int(opt.warmup * opt.steps), lambda x: (1 + math.cos(math.pi * x)) / 2
     if step < warm:
         lr = opt.lr * step / max(warm - 1, 1)
@@ -247,11 +259,12 @@ def default_groups(model, weight_decay):
             dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0, decayed=False)]
 
 
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "L4": 121e12}
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
+             "RTX 3090": 71e12, "L4": 121e12}
 
 
 def peak_flops(device):
-    """Dense bf16 FLOP/s of this GPU after its data sheet, None if we don't know it: no MFU rather than a wrong one."""
+    """Dense bf16 FLOP/s of this GPU by its data sheet, None if unknown: no MFU rather than a wrong one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
@@ -287,7 +300,7 @@ def draw_curves(out):
     plt.close(figure)
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 class Run:
     """Where this process stands among the others. No process group for one process."""
 
@@ -313,7 +326,7 @@ class Run:
 
 
 def batches(opt, run, start, accum, micro):
-    """The samples of each micro-batch of this process, from step `start` on: consecutive numbers, never random."""
+    """Samples of this process's micro-batches, from step `start` on: consecutive numbers, never random."""
     for step in range(start, opt.steps):
         for a in range(accum):
             first = step * opt.batch_size + (a * run.world + run.rank) * micro
@@ -321,11 +334,12 @@ def batches(opt, run, start, accum, micro):
 
 
 def held_out(opt, run, model, scenes, autocast):
-    """Means of model.report over samples that training never sees: {row: {column: number}}. Every process does its share."""
+    """Means of model.report over unseen samples: {row: {column: number}}. Every process does its share."""
     n, count = min(opt.batch_size, 32), 8
     share = [range(i * n, (i + 1) * n) for i in range(run.rank, count * run.world, run.world)]
-    loader = data.make_loader(opt.data, model.cfg.inputs, share, run.device, opt.seed, split="eval", colours=False, scenes=scenes,
-                              gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
+    loader = data.make_loader(
+        opt.data, model.cfg.inputs, share, run.device, opt.seed, split="eval", colours=False, scenes=scenes,
+        gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
     model.eval()
     with autocast:
         reports = [model.report(batch) for batch in loader]
@@ -333,7 +347,8 @@ def held_out(opt, run, model, scenes, autocast):
     cells = [(row, column) for row in reports[0] for column in reports[0][row]]
     if not cells:
         return {}
-    sums = run.mean(torch.stack([sum(r[row][column].float() for r in reports) / len(reports) for row, column in cells])).tolist()
+    sums = run.mean(torch.stack([
+        sum(r[row][column].float() for r in reports) / len(reports) for row, column in cells])).tolist()
     table = {}
     for (row, column), value in zip(cells, sums):
         table.setdefault(row, {})[column] = value
@@ -344,8 +359,9 @@ def show_table(table, title):
     columns = list(dict.fromkeys(c for row in table.values() for c in row))
     width = max(map(len, [title, *table]))
     lines = [f"{title:<{width}}" + "".join(f"{c:>11}" for c in columns)]
-    return "\n".join(lines + [f"{r:<{width}}" + "".join(f"{row[c]:>11.3f}" if c in row else " " * 11 for c in columns)
-                              for r, row in table.items()])
+    return "\n".join(lines + [
+        f"{r:<{width}}" + "".join(f"{row[c]:>11.3f}" if c in row else " " * 11 for c in columns)
+        for r, row in table.items()])
 
 
 def main(argv):
@@ -357,7 +373,8 @@ def main(argv):
     micro = opt.micro_batch or opt.batch_size // run.world
     accum, rest = divmod(opt.batch_size, max(micro * run.world, 1))
     if not accum or rest:
-        raise Stop(f"batch_size={opt.batch_size} must be a multiple of micro_batch x processes = {micro} x {run.world}")
+        raise Stop(f"batch_size={opt.batch_size} must be a multiple of micro_batch x processes = "
+                   f"{micro} x {run.world}")
 
     # ---- precision
     torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in float32
@@ -366,7 +383,8 @@ def main(argv):
         raise Stop(f"--dtype {opt.dtype}: choose from auto, bfloat16, float32")
     bf16 = opt.dtype == "bfloat16" or (opt.dtype == "auto" and bf16_gpu)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    use_compile = opt.compile if opt.compile is not None else device.type == "cuda" and platform.system() == "Linux"
+    use_compile = opt.compile if opt.compile is not None else (
+        device.type == "cuda" and platform.system() == "Linux")
 
     # ---- model, optimiser
     torch.manual_seed(opt.seed)
@@ -388,13 +406,16 @@ def main(argv):
     if use_compile:
         model.compile(dynamic=False)                # in place, so the keys of the state dict stay clean
     wrapped = model
-    if run.world > 1:                               # buffers: each process keeps its own; after_step() makes them agree
-        wrapped = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    if run.world > 1:                   # buffers: each process keeps its own; after_step() makes them agree
+        wrapped = DDP(model, device_ids=[device.index] if device.type == "cuda" else None,
+                      broadcast_buffers=False)
 
     # ---- data: opened before the output folder is touched, so that a wrong path leaves no trace
-    loader = data.make_loader(opt.data, cfg.inputs, batches(opt, run, start, accum, micro), device, opt.seed, opt.workers,
-                              scenes=scenes, gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
-    run.say(f"{opt.model} {opt.preset} on {opt.data}: {sum(p.numel() for p in trained) / 1e6:.2f} M trained parameters, {run.world} x "
+    loader = data.make_loader(
+        opt.data, cfg.inputs, batches(opt, run, start, accum, micro), device, opt.seed, opt.workers,
+        scenes=scenes, gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
+    run.say(f"{opt.model} {opt.preset} on {opt.data}: "
+            f"{sum(p.numel() for p in trained) / 1e6:.2f} M trained parameters, {run.world} x "
             f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
             f"{'bfloat16 autocast' if bf16 else 'float32'}, compile {'on' if use_compile else 'off'}, "
             f"batch {opt.batch_size} = {accum} x {run.world} x {micro}, torch {torch.__version__}")
@@ -406,7 +427,8 @@ def main(argv):
     config = dict(model=opt.model, preset=opt.preset, options=asdict(opt), config=asdict(cfg), scenes=scenes)
     if run.rank == 0:
         prepare_folder(out, start, bool(ckpt))
-        (out / "config.json").write_text(json.dumps(dict(config, torch=torch.__version__, command=sys.argv), indent=1) + "\n")
+        (out / "config.json").write_text(
+            json.dumps(dict(config, torch=torch.__version__, command=sys.argv), indent=1) + "\n")
 
     # ---- signals: finish the step, save, leave; a second Ctrl-C leaves at once
     caught = []
@@ -417,9 +439,10 @@ def main(argv):
         signal.signal(number, on_signal)
 
     # ---- train
-    window, clock = [], time.perf_counter()         # what the steps since the last line of the log gave, still on the device
+    window, clock = [], time.perf_counter()     # meters since the last line of the log, still on the device
     good = f"{out / 'ckpt.pt'} (step {start})" if ckpt else "none yet"
-    bar = tqdm(total=opt.steps, initial=start, disable=run.rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True, unit="step")
+    bar = tqdm(total=opt.steps, initial=start, disable=run.rank > 0 or not sys.stderr.isatty(),
+               dynamic_ncols=True, unit="step")
     samples = iter(loader)
     for step in range(start, opt.steps):
         lr, decay = schedule(opt, step)
@@ -429,7 +452,8 @@ def main(argv):
         meters = {}
         for a in range(accum):
             batch = next(samples)
-            torch.manual_seed((opt.seed << 32) + (step * accum + a) * run.world + run.rank)     # random depth and the like
+            # random depth and the like
+            torch.manual_seed((opt.seed << 32) + (step * accum + a) * run.world + run.rank)
             last_micro = run.world == 1 or a == accum - 1
             with nullcontext() if last_micro else wrapped.no_sync():    # gradients travel once a step
                 with autocast:
@@ -451,13 +475,14 @@ def main(argv):
             halt = step % 10 == 0 and (dist.all_reduce(flag, dist.ReduceOp.MAX) or flag.item() > 0)
         done = halt or step + 1 == opt.steps
         save = done or (step + 1) % opt.save_every == 0
-        if device.type == "cpu":                    # reading costs nothing here, so a bad step is noticed at once
+        if device.type == "cpu":                # reading costs nothing here, so a bad step is noticed at once
             check_finite(opt, window[-1:], step, good)
         if not (save or step == start or (step + 1) % opt.log_every == 0):
             continue
         check_finite(opt, window, step, good)
         names = list(window[0])
-        means = run.mean(torch.stack([torch.stack([m[n].float() for n in names]) for m in window]).mean(0)).tolist()
+        means = run.mean(torch.stack([
+            torch.stack([m[n].float() for n in names]) for m in window]).mean(0)).tolist()
         seconds = (time.perf_counter() - clock) / len(window)
         line = dict(step=step + 1, **dict(zip(names, means)), lr=lr, weight_decay=decay, ms=1000 * seconds,
                     samples_per_s=opt.batch_size / seconds)
@@ -478,8 +503,8 @@ def main(argv):
 
     bar.close()
     if halt:
-        run.say(f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal'} after step {step + 1}; saved. Go on with: "
-                f"--model {opt.model} --resume {out}")
+        run.say(f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal'} after step "
+                f"{step + 1}; saved. Go on with: --model {opt.model} --resume {out}")
     else:
         title = "scenes never seen in training" if opt.data == "scenes" else "other moments of these videos"
         run.say("\n" + show_table(line["held_out"], title) + "\n" if line["held_out"] else "")
@@ -495,7 +520,8 @@ def prepare_folder(out, start, resuming):
     """A new run moves an earlier one aside; a resumed run forgets the log of steps that it will do again."""
     log = out / "log.jsonl"
     if (out / "ckpt.pt").exists() and not resuming:
-        aside = next(p for p in (out.with_name(f"{out.name}.{i}") for i in range(1, 10_000)) if not p.exists())
+        aside = next(p for p in (out.with_name(f"{out.name}.{i}") for i in range(1, 10_000))
+                     if not p.exists())
         out.rename(aside)
         tqdm.write(f"an earlier run in {out} is now in {aside}")
     out.mkdir(parents=True, exist_ok=True)
@@ -504,20 +530,24 @@ def prepare_folder(out, start, resuming):
 
 
 def check_finite(opt, window, step, good):
-    """Stops at the first step of the window whose loss or gradient isn't finite, before anything bad is saved."""
-    values = torch.stack([torch.stack([m["loss"].float(), m["grad_norm"].float()]) for m in window]).cpu()  # (steps, 2)
+    """Stops at the window's first step whose loss or gradient isn't finite, before anything bad is saved."""
+    values = torch.stack([torch.stack([m["loss"].float(), m["grad_norm"].float()])
+                          for m in window]).cpu()               # (steps, 2)
     broken = (~values.isfinite()).any(1).nonzero()[:, 0].tolist()
     if broken:
         loss, norm = values[broken[0]].tolist()
         step = step + 1 - len(window) + broken[0]
-        raise Stop(f"step {step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, at lr {schedule(opt, step)[0]:.3g}; last good "
-                   f"checkpoint: {good}. Resume from it with a lower --lr, or a smaller --clip (now {opt.clip:g})")
+        raise Stop(f"step {step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, "
+                   f"at lr {schedule(opt, step)[0]:.3g}; last good checkpoint: {good}. "
+                   f"Resume from it with a lower --lr, or a smaller --clip (now {opt.clip:g})")
 
 
 def show_line(line, opt, device):
-    shown = [n for n in line if n not in ("step", "loss", "grad_norm", "lr", "weight_decay", "ms", "samples_per_s", "held_out")][:3]
-    parts = [f"step {line['step']}/{opt.steps}", f"loss {line['loss']:.4f}", *(f"{n} {line[n]:.3f}" for n in shown),
-             f"lr {line['lr']:.1e}", f"gnorm {line['grad_norm']:.2f}", f"{line['ms']:.0f} ms", f"{line['samples_per_s']:.1f} samples/s"]
+    shown = [n for n in line if n not in (
+        "step", "loss", "grad_norm", "lr", "weight_decay", "ms", "samples_per_s", "held_out")][:3]
+    parts = [f"step {line['step']}/{opt.steps}", f"loss {line['loss']:.4f}",
+             *(f"{n} {line[n]:.3f}" for n in shown), f"lr {line['lr']:.1e}", f"gnorm {line['grad_norm']:.2f}",
+             f"{line['ms']:.0f} ms", f"{line['samples_per_s']:.1f} samples/s"]
     if device.type == "cuda":
         parts.append(f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB")
     left = (opt.steps - line["step"]) * line["ms"] / 1000
@@ -525,7 +555,7 @@ def show_line(line, opt, device):
 
 
 def bench(opt, run, module, model_class, cfg, wrapped, optimizer, trained, loader, micro, autocast):
-    """20 timed steps on one batch of this process, after 3 to warm up (and to compile): no data loading in the figures."""
+    """20 timed steps on one batch of this process, after 3 to warm up and compile: without data loading."""
     batch, device, times = next(iter(loader)), run.device, []
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     warm = time.perf_counter()
@@ -547,11 +577,15 @@ def bench(opt, run, module, model_class, cfg, wrapped, optimizer, trained, loade
         memory = torch.cuda.max_memory_allocated(device) / 2**30
     else:
         import resource                         # POSIX; a GPU-less Windows has no peak to show
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
-    run.say(f"bench: {1000 * median:.1f} ms a step (median of 20; {1000 * min(times[3:]):.1f} to {1000 * max(times[3:]):.1f}; first "
-            f"{times[0]:.1f} s), micro batch {micro} x {run.world}, {rate:.2f} samples/s, {flops / 1e9:.1f} GFLOP a sample (forward and "
-            f"backward), {rate * flops / 1e12 / run.world:.2f} TFLOP/s each, MFU "
-            f"{f'{100 * rate * flops / run.world / peak:.1f} % of bf16 peak' if peak else 'n/a'}, peak memory {memory:.1f} GB")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**30 if platform.system() == "Darwin" else 2**20)
+    run.say(
+        f"bench: {1000 * median:.1f} ms a step (median of 20; {1000 * min(times[3:]):.1f} to "
+        f"{1000 * max(times[3:]):.1f}; first {times[0]:.1f} s), micro batch {micro} x {run.world}, "
+        f"{rate:.2f} samples/s, {flops / 1e9:.1f} GFLOP a sample (forward and backward), "
+        f"{rate * flops / 1e12 / run.world:.2f} TFLOP/s each, MFU "
+        f"{f'{100 * rate * flops / run.world / peak:.1f} % of bf16 peak' if peak else 'n/a'}, "
+        f"peak memory {memory:.1f} GB")
     if run.world > 1:
         dist.destroy_process_group()
 
@@ -560,7 +594,8 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (Stop, ValueError, OSError) as error:
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]      # of a worker's error: its traceback comes first
+        # of a worker's error the last line: its traceback comes first
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         os.write(2, f"train.py: error: {re.sub(r'^[A-Za-z]+Error: ', '', last)}\n".encode())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -568,6 +603,6 @@ if __name__ == "__main__":
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        os.write(2, b"train.py: error: out of memory: give a --micro-batch below --batch-size / processes (the same run, in smaller "
-                    b"pieces)\n")
+        os.write(2, b"train.py: error: out of memory: give a --micro-batch below --batch-size / processes "
+                    b"(the same run, in smaller pieces)\n")
         sys.exit(1)
