@@ -153,7 +153,7 @@ class Scenes:
         if split not in ("train", "eval"):
             raise ValueError(f"split={split!r} must be 'train' or 'eval'")
         if not 0 <= seed < 10**9:
-            raise ValueError(f"seed={seed} must lie in 0 .. 10**9 - 1: larger ones are for split='eval'")
+            raise ValueError(f"seed={seed} must lie in 0 .. 10**9 - 1 (split='eval' uses the numbers above)")
         self.size, self.frames, self.sprites, self.device = size, frames, sprites, device
         self.speed, self.pan, self.zoom, self.roll, self.radius = speed, pan, zoom, roll, radius
         self.grain, self.textures, self.bank = grain, textures, None        # the bank is made at first use
@@ -889,8 +889,8 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
 
 def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
-    # a terminal's Ctrl-C reaches them too; leaving is the main process's to say
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):      # a signal to the whole group: when to leave is the main
+        signal.signal(number, signal.SIG_IGN)           # process's decision, which still wants its batch
 
 
 class Finished:

@@ -898,15 +898,11 @@ def test_a_second_run_moves_the_first_aside(tmp_path, capsys):
 
 def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
     def message(args, status):
-        try:
-            with pytest.raises(SystemExit if status == 2 else (train.Stop, ValueError, OSError)) as caught:
-                train.main(args)
-        finally:
-            err = capsys.readouterr().err
-        if status == 2:
-            assert caught.value.code == 2
-        text = err if status == 2 else str(caught.value)
-        assert len(text.strip().splitlines()) == 1, text
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            train.cli(args)
+        text = capsys.readouterr().err
+        assert leaving.value.code == status and text.startswith("train.py: error: ") and text.count("\n") == 1, text
         return text
 
     out = ["--out", str(tmp_path / "never")]
@@ -929,6 +925,23 @@ def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
                tmp_path / "ckpt.pt")
     assert "holds a moog model, not midway" in message(["--model", "midway", "--resume", str(tmp_path)], 1)
     assert not (tmp_path / "never").exists()
+
+
+def test_out_of_memory_suggests_a_micro_batch(monkeypatch, capsys, tmp_path):
+    def too_much(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(Midway, "forward", too_much)
+    with pytest.raises(SystemExit):
+        train.cli(TINY + ["--steps", "1", "--out", str(tmp_path / "run")])
+    assert "--micro-batch" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(self, batch):
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setattr(Midway, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train.cli(TINY + ["--steps", "1", "--out", str(tmp_path / "run")])
 
 
 def test_errors_leave_status_1_and_no_traceback(tmp_path):

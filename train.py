@@ -18,7 +18,6 @@ and 2 steps, bit by bit; and since --batch-size is global, one GPU and eight see
 (accumulation is derived).
 """
 import argparse
-import dataclasses
 import difflib
 import importlib
 import inspect
@@ -318,6 +317,14 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
+    def any(self, condition):
+        """Whether the condition is true in any process."""
+        if self.world == 1:
+            return bool(condition)
+        flag = torch.tensor(float(bool(condition)), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag.item() > 0
+
     def mean(self, values):
         """Mean over processes of a 1-D tensor, in place."""
         if self.world > 1:
@@ -340,9 +347,11 @@ def held_out(opt, run, model, scenes, autocast):
     loader = data.make_loader(
         opt.data, model.cfg.inputs, share, run.device, opt.seed, split="eval", colours=False, scenes=scenes,
         gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
+    reports = []
     model.eval()
-    with autocast:
-        reports = [model.report(batch) for batch in loader]
+    for batch in loader:
+        with autocast:
+            reports.append(model.report(batch))
     model.train()
     cells = [(row, column) for row in reports[0] for column in reports[0][row]]
     if not cells:
@@ -407,8 +416,9 @@ def main(argv):
         model.compile(dynamic=False)                # in place, so the keys of the state dict stay clean
     wrapped = model
     if run.world > 1:                   # buffers: each process keeps its own; after_step() makes them agree
+        renamed = "forward_sync_buffers" in inspect.signature(DDP).parameters       # in torch 2.13
         wrapped = DDP(model, device_ids=[device.index] if device.type == "cuda" else None,
-                      broadcast_buffers=False)
+                      **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
     # ---- data: opened before the output folder is touched, so that a wrong path leaves no trace
     loader = data.make_loader(
@@ -447,13 +457,12 @@ def main(argv):
     for step in range(start, opt.steps):
         lr, decay = schedule(opt, step)
         for group in optimizer.param_groups:
-            group.update(lr=lr, weight_decay=decay if group["decayed"] else 0.0)
+            group.update(lr=lr, weight_decay=decay if group.get("decayed", True) else 0.0)
 
         meters = {}
         for a in range(accum):
             batch = next(samples)
-            # random depth and the like
-            torch.manual_seed((opt.seed << 32) + (step * accum + a) * run.world + run.rank)
+            torch.manual_seed((opt.seed << 32) + (step * accum + a) * run.world + run.rank)     # random depth
             last_micro = run.world == 1 or a == accum - 1
             with nullcontext() if last_micro else wrapped.no_sync():    # gradients travel once a step
                 with autocast:
@@ -469,10 +478,7 @@ def main(argv):
         bar.update()
 
         # ---- log and save; nothing above waits for the device
-        halt = bool(caught)
-        if run.world > 1:                           # all leave together: ask the others every 10 steps
-            flag = torch.tensor(float(halt), device=device)
-            halt = step % 10 == 0 and (dist.all_reduce(flag, dist.ReduceOp.MAX) or flag.item() > 0)
+        halt = run.any(caught) if run.world == 1 or step % 10 == 0 else False   # all processes leave together
         done = halt or step + 1 == opt.steps
         save = done or (step + 1) % opt.save_every == 0
         if device.type == "cpu":                # reading costs nothing here, so a bad step is noticed at once
@@ -504,7 +510,7 @@ def main(argv):
     bar.close()
     if halt:
         run.say(f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal'} after step "
-                f"{step + 1}; saved. Go on with: --model {opt.model} --resume {out}")
+                f"{step + 1}; saved. Go on with: python train.py --resume {out}")
     else:
         title = "scenes never seen in training" if opt.data == "scenes" else "other moments of these videos"
         run.say("\n" + show_table(line["held_out"], title) + "\n" if line["held_out"] else "")
@@ -590,19 +596,22 @@ def bench(opt, run, module, model_class, cfg, wrapped, optimizer, trained, loade
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def cli(argv):
+    """main(), but what the user can mend is told in one line on stderr, with exit status 1, and no traceback."""
     try:
-        main(sys.argv[1:])
-    except (Stop, ValueError, OSError) as error:
-        # of a worker's error the last line: its traceback comes first
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        os.write(2, f"train.py: error: {re.sub(r'^[A-Za-z]+Error: ', '', last)}\n".encode())
-        sys.exit(1)
-    except KeyboardInterrupt:
+        main(argv)
+    except KeyboardInterrupt:                       # before the signals are caught
         sys.exit(130)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        os.write(2, b"train.py: error: out of memory: give a --micro-batch below --batch-size / processes "
-                    b"(the same run, in smaller pieces)\n")
+    except (Stop, ValueError, OSError, RuntimeError) as error:
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            last = "out of memory: give a --micro-batch below --batch-size / processes; the run stays the same"
+        elif isinstance(error, RuntimeError):
+            raise                                   # a bug, not the user's doing
+        last = re.sub(r"^[A-Za-z]+Error: ", "", last)       # a data process's error ends in "ValueError: ..."
+        sys.stderr.write(f"train.py: error: {last}\n")
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])
