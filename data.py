@@ -889,8 +889,8 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
 
 def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
-    for number in (signal.SIGINT, signal.SIGTERM):      # a signal to the whole group: when to leave is the main
-        signal.signal(number, signal.SIG_IGN)           # process's decision, which still wants its batch
+    for number in (signal.SIGINT, signal.SIGTERM):      # a signal to the whole group: when to leave is for
+        signal.signal(number, signal.SIG_IGN)           # the main process to say, which still wants its batch
 
 
 class Finished:

@@ -2,7 +2,7 @@
 Midway Network: learning representations for recognition and motion from latent dynamics
 (Hoang & Ren, 2025, arXiv 2510.05558), in one file that needs nothing but torch.
 
-The idea. Two frames of a video, half a second apart, differ by motion. An *inverse* model looks at the
+The idea. Two frames of a video, up to a second apart, differ by motion. An *inverse* model looks at the
 features of both and writes down what moved in a few motion latents m; a *forward* model gets the first frame
 and m, and has to predict the features of the second frame, token by token. Because m is narrow, it pays to
 put motion into m and everything else into the features. The inverse model runs top-down ("midway"): it starts
@@ -14,32 +14,38 @@ above has already made. A DINO loss on smaller crops keeps the features from col
 Glossary (paper's symbol where it differs)
     B       pairs of frames                 D       encoder width
     H W     pixels                          d       width of the midway path
-    h w     patch grid                      K       motion tokens (10), and DINO prototypes in the head
-    L       1 + h*w tokens, CLS first       l       level: 3, 6, 9 are predicted, 12 starts the top-down path
+    h w     patch grid                      K       motion tokens (10)
+    L       1 + h*w tokens, CLS first       P       DINO prototypes
+            (the paper's L: highest level)  level   3, 6, 9 are predicted, 12 starts the top-down path
     z       student features (z_t)          zt      teacher (EMA) features of the target (z~_t+1), no gradient
-    v       backward features               vt      the same from the EMA backward layers
+    v       backward features               vt      the same of the target, from EMA copies of the layers
     m       motion latents                  pred    predicted target features (z^_t+1)
+    backward layers: top-down cross-attention from the level above; nothing to do with loss.backward()
 
     images ──> ViT ──> z_3 z_6 z_9 z_12, then from the top down, at each level l = 9, 6, 3:
-        m_l    = midway_l(m_above, [source or the prediction above], [target vt above]) + m_above
-        v_l    = backward_l(z_l, v_above)
+        m_l    = midway_l(m_above, [z_12, or the prediction above], [target: vt above]) + m_above
+        v_l    = backward_l(z_l, v_above)                                          (no + m_above at level 9)
         pred_l = forward_l([m_l, v_l])     with gated residual connections (Eq. 2)
 
 Left out: the downstream heads (they belong to evaluation). Departures from the paper or from the authors'
 released models are marked "our choice". Usage:
 
     model = Midway(Config(**PRESETS["vit_s"]))       # or: model = load_official("midway-bdd-vit-s-ep300.pth")
+    model.train()
     loss, logs = model(dict(motion=..., globals=..., locals=...))
-    loss.backward(); optimizer.step(); model.after_step(progress)
-    z3, z6, z9, z12 = model.features(images)         # images (B, 3, H, W) in [0, 1] -> four times (B, L, D)
-    low, mid, top = model.predict(frame_1, frame_2)  # Level(m, v, gates, pred, target, loss), lowest first
+    loss.backward(); model.before_step(progress); optimizer.step(); model.after_step(progress)
+
+    model.eval()
+    with torch.no_grad():
+        z3, z6, z9, z12 = model.features(images)         # images (B, 3, H, W) in [0, 1] -> 4 times (B, L, D)
+        low, mid, top = model.predict(frame_1, frame_2)  # Level(m, v, gates, pred, target, loss), low to high
 
 `python midway.py` runs a demo in seconds. MIT licence: copy this file freely.
 """
 import math
 import pickle
 import types
-from collections import OrderedDict
+import zipfile
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,7 +65,7 @@ class Config:
     depth: int = 12                         # blocks of the encoder
     heads: int = 6                          # attention heads of the encoder
     levels: tuple[int, ...] = (3, 6, 9, 12) # tapped blocks, counted from 1; all but the last are predicted
-    drop_path: float = 0.1                  # chance to skip the student's last block; grows linearly from 0
+    drop_path: float = 0.1                  # of the student's last block, per branch; grows linearly from 0
     motion_tokens: int = 10                 # K, motion latents
     motion_dim: int = 192                   # d, width of the midway path          (Table 5: 96, 384)
     motion_depth: int = 4                   # blocks of the midway path per level  (Table 5: 1, 2)
@@ -68,22 +74,23 @@ class Config:
     forward_heads: int = 6                  # attention heads of the forward model and the backward layers
     latent_dynamics: bool = True            # off: the DINO baseline               (Table 3, row 1)
     backward: bool = True                   # off: raw features instead of backward layers
-    multi_level: bool = True                # off: predict at the highest level only
-    refinement: bool = True                 # off: midway path sees source features, not the prediction above
+    multi_level: bool = True                # off: predict at the highest level (9) only
+    refinement: bool = True                 # off: midway path sees v of the level above, not its prediction
     gating: bool = True                     # off: plain residual connections in the forward model
     dino_weight: float = 1.0                # weight of the DINO loss; 0 leaves the head out
     head_hidden: int = 2048                 # width of the DINO head's hidden layers
     head_bottleneck: int = 256              # width before the last layer
     prototypes: int = 65536                 # outputs of the DINO head
     ema: float = 0.996                      # teacher momentum at the start; follows a cosine to 1
-    local_size: int = 96                    # pixels
+    local_size: int = 96                    # pixels, as released (paper: all crops are 224)
     local_crops: int = 8                    # per frame
 
     @property
     def inputs(self):
         """What the model eats: crops of frame pairs. `blur`: largest sigma in pixels, DINO's 2 at 224."""
         return dict(frames=2, size=self.size, crops=dict(
-            local_size=self.local_size, local_crops=self.local_crops, blur=2 * self.size / 224))
+            local_size=self.local_size, local_crops=self.local_crops if self.dino_weight else 0,
+            blur=2 * self.size / 224))
 
 
 PRESETS = {
@@ -98,17 +105,20 @@ PRESETS = {
     "vit_b": dict(dim=768, heads=12),
 }
 
-# What train.py starts from, preset by preset; every entry is a flag. paper: Table 8
+# What train.py starts from, preset by preset; every entry is a flag.
+# paper: Table 8; the steps, 60 passes over BDD100K, and min_lr as released
 PAPER = dict(
     steps=105_000, batch_size=200, lr=3.90625e-4, min_lr=1e-6,      # lr: 5e-4 per 256 pairs, as in DINO
-    warmup=1 / 30, weight_decay=0.04, weight_decay_end=0.4, betas=(0.9, 0.999), clip=3.0,
-    scenes=dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32))   # only for runs without --data
+    warmup=1 / 30, betas=(0.9, 0.999),
+    weight_decay=0.04, weight_decay_end=0.4,    # our choice: of all; released: the dynamics keep 0.01, a slip
+    clip=3.0)   # our choice: of the one global norm, as is usual; released: tensor by tensor, dynamics never
+SCENES = dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32)      # for runs without --data
 RECIPES = {
-    # Small budgets want camera pans of about a patch or two over rich textures; sprites come with larger presets.
+    # Small budgets want camera pans of a patch or two over rich textures; sprites come with larger presets.
     "tiny": PAPER | dict(steps=600, batch_size=32, lr=2e-3, min_lr=1e-5, warmup=0.1,
                          scenes=dict(size=96, sprites=0, pan=18.0, zoom=0.0, roll=0.0)),
-    "vit_s": PAPER,
-    "vit_b": PAPER,
+    "vit_s": PAPER | dict(scenes=SCENES),
+    "vit_b": PAPER | dict(scenes=SCENES),
 }
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet
@@ -122,8 +132,13 @@ def normalize(images):
 
 
 def full(x):
-    """At least float32, whatever autocast made of it: losses and meters are computed in full precision."""
+    """At least float32, whatever autocast made of it: for losses, gates and meters."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(x):
+    """Context without autocast on the device of x (on the meta device there is none)."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def interpolate_positions(pos, grid, size):
@@ -227,7 +242,7 @@ class Gate(nn.Module):
         self.mlp = MLP(dim, dim)
 
     def forward(self, x):
-        return torch.sigmoid(self.mlp(self.norm(x)) + 4)
+        return torch.sigmoid(full(self.mlp(self.norm(x))) + 4)  # near 1 bf16 has but a handful of values
 
 
 class GatedBlock(Block):
@@ -255,7 +270,10 @@ class GatedBlock(Block):
 
 # ---- encoder and DINO ----------------------------------------------------------------------------
 class ViT(nn.Module):
-    """The encoder f: DINO's ViT, with its one final LayerNorm applied to every tapped level."""
+    """
+    The encoder f: DINO's ViT.
+    our choice: its one final LayerNorm is applied to every tapped level, as released; the paper doesn't say.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -287,7 +305,7 @@ class ViT(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """CLS features (B, D) -> logits (B, prototypes): 3 layers, then cosines with weight-normed prototypes."""
+    """CLS features (B, D) -> logits (B, P): 3 layers, then cosines with prototypes, times weight_g."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -296,14 +314,12 @@ class DINOHead(nn.Module):
                                  nn.Linear(cfg.head_hidden, cfg.head_bottleneck))
         self.weight_g = nn.Parameter(torch.ones(cfg.prototypes, 1))
         self.weight_v = nn.Parameter(torch.empty(cfg.prototypes, cfg.head_bottleneck))
-        self.register_buffer("live", torch.ones(()))            # 0 while the last layer is frozen
 
     def forward(self, x):
-        x = F.normalize(full(self.mlp(x)), dim=-1)              # (B, bottleneck)
-        weight = self.weight_g * F.normalize(self.weight_v, dim=-1)     # (prototypes, bottleneck)
-        if self.training:
-            weight = torch.lerp(weight.detach(), weight, self.live)     # same values; gradient times 0 or 1
-        return F.linear(x, weight)                              # (B, prototypes)
+        x = self.mlp(x)                                         # (B, bottleneck)
+        with full_precision(x):     # bf16 logits, divided by a temperature of 0.04, would be too coarse
+            weight = self.weight_g * F.normalize(self.weight_v, dim=-1)     # (P, bottleneck)
+            return F.linear(F.normalize(full(x), dim=-1), weight)           # (B, P)
 
 
 class DINOLoss(nn.Module):
@@ -316,11 +332,11 @@ class DINOLoss(nn.Module):
     our choice: pairs within one frame count too, as in the released code (paper: "crops across frames").
     """
 
-    def __init__(self, prototypes, local_crops=8, student_temp=0.1, teacher_temp=0.04, center_momentum=0.9):
+    STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9
+    TEACHER_TEMP = 0.04     # our choice: constant, as released ("as in DINO", with a warm-up, in the paper)
+
+    def __init__(self, prototypes, local_crops=8):
         super().__init__()
-        self.student_temp, self.center_momentum = student_temp, center_momentum
-        # our choice: constant, as released ("as in DINO", with a warm-up, in the paper)
-        self.teacher_temp = teacher_temp
         self.pairs = [(q, v) for q in range(4) for v in range(4 + 2 * local_crops) if v >= 4 or (v - q) % 2]
         mask = torch.zeros(4, 4 + 2 * local_crops)
         mask[tuple(zip(*self.pairs))] = 1 / len(self.pairs)
@@ -331,33 +347,34 @@ class DINOLoss(nn.Module):
         self.register_buffer("count", torch.zeros(()), persistent=False)
 
     def forward(self, student, teacher):
-        """Logits of student (crops*B, prototypes) and teacher (4*B, prototypes), crop-major -> loss, logs."""
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        """Logits of student (crops*B, P) and teacher (4*B, P), crop-major -> loss, logs."""
+        with full_precision(student):
             student, teacher = full(student), full(teacher)
-            p = ((teacher - self.center) / self.teacher_temp).softmax(-1).unflatten(0, (4, -1))  # (4, B, K)
-            s = (student / self.student_temp).unflatten(0, (self.mask.shape[1], -1))        # (crops, B, K)
+            p = ((teacher - self.center) / self.TEACHER_TEMP).softmax(-1).unflatten(0, (4, -1))  # (4, B, P)
+            s = (student / self.STUDENT_TEMP).unflatten(0, (self.mask.shape[1], -1))        # (crops, B, P)
             # p . log softmax(s) = p . s - logsumexp(s), since p sums to 1:
-            # no (pairs, B, K) tensor, not even log-probabilities
+            # no (pairs, B, P) tensor, not even log-probabilities
             dots = p.transpose(0, 1) @ s.permute(1, 2, 0) - s.logsumexp(-1).T[:, None]      # (B, 4, crops)
             loss = -(dots * self.mask).sum((1, 2)).mean()
             if self.training:
                 self.seen.add_(teacher.mean(0, keepdim=True).detach())
                 self.count.add_(1)
             mean = p.mean((0, 1))
-            # nats: log K if assignments are uniform, 0 if all images share one prototype
+            # in nats: of each crop's assignment, log P if it is uniform; and of the mean over the batch,
+            # 0 if all crops share one prototype
             logs = dict(teacher_entropy=-(p * (p + 1e-12).log()).sum(-1).mean(),
                         batch_entropy=-(mean * (mean + 1e-12).log()).sum())
         return loss, logs
 
     @torch.no_grad()
     def update_center(self):
-        """Moves the center to the mean teacher output of this step, over all micro-batches and processes."""
+        """Moves the center towards the mean teacher output of a step's micro-batches in all processes."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.seen)
             dist.all_reduce(self.count)
         mean = self.seen / self.count.clamp(min=1)
         self.center.copy_(
-            torch.where(self.count > 0, torch.lerp(mean, self.center, self.center_momentum), self.center))
+            torch.where(self.count > 0, torch.lerp(mean, self.center, self.CENTER_MOMENTUM), self.center))
         self.seen.zero_()
         self.count.zero_()
 
@@ -405,6 +422,7 @@ class Midway(nn.Module):
         D, d = cfg.dim, cfg.motion_dim
         self.levels = tuple(cfg.levels) if cfg.latent_dynamics else (cfg.depth,)
         n = len(self.levels) - 1            # predicted levels; level index i = 0..n-1 from the lowest
+        # our choice: without multi_level the highest level stays; the paper doesn't say which
         self.predicted = list(range(n)) if cfg.multi_level else list(range(n))[-1:]
 
         self.student = ViT(cfg)
@@ -430,7 +448,6 @@ class Midway(nn.Module):
         self.teacher = deepcopy(self.student)
         if cfg.dino_weight:
             self.teacher_head = deepcopy(self.student_head)
-            self.student_head.live.zero_()  # the student's last layer starts frozen, see after_step()
         if cfg.latent_dynamics:
             self.teacher_embed = deepcopy(self.student_embed)
             # our choice: none at the lowest level, where the released code computes one and never uses it
@@ -501,22 +518,23 @@ class Midway(nn.Module):
         return h[:, K:], gates
 
     def dynamics(self, z, zt):
-        """Features z of the sources, zt of the targets, each level (B, L, D) -> Levels, lowest first."""
+        """Levels z of sources, zt of targets, each (B, L, D) -> list of Level, lowest first."""
         m, v, vt = None, z[-1], zt[-1]
         source, levels = z[-1], []
         for i in reversed(self.predicted):
-            # our choice: the target enters through the EMA backward layers, as released;
-            # the paper's formula has the raw z~ there
+            # our choice: the target enters through the EMA backward layers, as released; paper: raw z~
             m = self.infer(i, m, source, vt)
             if self.cfg.backward:
                 v = self.student_backward[str(i)](z[i], v)
                 if i != self.predicted[0]:
                     with torch.no_grad():
                         vt = self.teacher_backward[str(i)](zt[i], vt)
-            else:
+            else:       # our choice: the level's own features stand for v and vt alike; the paper doesn't say
                 v, vt = z[i], zt[i]
             pred, gates = self.predict_forward(i, m, v)
+            # our choice: CLS is a token like the others, predicted and in the loss, as released
             levels.append(Level(m, v, gates, pred, zt[i], prediction_loss(pred, zt[i])))
+            # our choice: without refinement v takes the prediction's place; paper: z, before it brings in v
             source = pred if self.cfg.refinement else v
         return levels[::-1]
 
@@ -531,14 +549,15 @@ class Midway(nn.Module):
         if self.cfg.dino_weight:
             dino, cls, meters = self.invariance(batch["globals"], batch["locals"])
             loss = self.cfg.dino_weight * dino
-            logs.update(dino=dino, feature_std=full(cls).std(0).mean(), **meters)
+            logs.update(dino=dino, cls_std=full(cls).std(0).mean(), **meters)
         if self.cfg.latent_dynamics:
             levels, z = self.both_directions(batch["motion"])
             # our choice: averaged (paper); the released code sums
             dynamics = sum(level.loss for level in levels) / len(levels)
             loss = loss + dynamics
             # feature_std: over pairs, place by place
-            logs = dict(dynamics=dynamics) | logs | dict(feature_std=full(z[-1]).std(0).mean())
+            feature_std = full(z[-1]).std(0).mean()         # over the frames, place by place
+            logs = dict(dynamics=dynamics, feature_std=feature_std) | logs
             for i, level in zip(self.predicted, levels):
                 name = self.levels[i]
                 logs |= {f"loss_{name}": level.loss, f"m_var_{name}": full(level.m).var(0).mean()}
@@ -561,13 +580,20 @@ class Midway(nn.Module):
         last = [self.cfg.depth]
         cls = torch.cat([self.student(images, last)[0][:, 0] for images in (crops, small) if len(images)])
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher(crops, last)[0][:, 0])         # (4B, prototypes)
+            teacher = self.teacher_head(self.teacher(crops, last)[0][:, 0])         # (4B, P)
         loss, meters = self.dino_loss(self.student_head(cls), teacher)
         return loss, cls, meters
 
+    def before_step(self, progress):
+        """Before each optimiser step, with progress in [0, 1): the DINO head's last layer waits."""
+        # our choice: for the first 5 of 300 epochs, as released; the paper doesn't say.
+        # No gradient rather than a zero one: AdamW then skips the tensors, decay and moments included.
+        if self.cfg.dino_weight and progress < 1 / 60:
+            self.student_head.weight_g.grad = self.student_head.weight_v.grad = None
+
     @torch.no_grad()
     def after_step(self, progress):
-        """After each optimiser step (progress in [0, 1]): teacher's EMA, center, DINO's frozen last layer."""
+        """After each optimiser step, with progress in (0, 1]: EMA of the teacher, and DINO's center."""
         # our choice: DINO's cosine to 1; the released code indexes the schedule wrongly and stays at 0.996
         momentum = 1 - (1 - self.cfg.ema) * (math.cos(math.pi * progress) + 1) / 2
         student, teacher = [], []
@@ -578,19 +604,20 @@ class Midway(nn.Module):
         get_ema_multi_avg_fn(momentum)(teacher, student, None)
         if self.cfg.dino_weight:
             self.dino_loss.update_center()
-            # frozen for the first 5 of 300 epochs, as released
-            self.student_head.live.fill_(float(progress >= 1 / 60))
 
-    # -- inference --
+    # -- inference: after model.eval(), which switches off the drop path --
     def features(self, images, teacher=False):
-        """Images (B, 3, H, W), uint8 or float in [0, 1] -> list of tapped levels (B, L, D), lowest first."""
+        """Images (B, 3, H, W), uint8 or float in [0, 1] -> the tapped levels (B, L, D), lowest first."""
         return (self.teacher if teacher else self.student)(normalize(images), self.levels)
 
     def predict(self, source, target):
-        """Frames (B, 3, H, W), uint8 or float in [0, 1] -> Levels of source -> target, lowest first."""
+        """
+        What the dynamics say of source -> target, frames (B, 3, H, W), uint8 or float in [0, 1]: a list of
+        Level, lowest first. Source goes through the student, target through the teacher. Raises ValueError
+        if the model has no dynamics.
+        """
         if not self.cfg.latent_dynamics:
-            raise ValueError("this model was trained without latent dynamics (latent_dynamics=False): "
-                             "it cannot predict")
+            raise ValueError("this model has no latent dynamics (latent_dynamics=False): it can't predict")
         with torch.no_grad():
             zt = self.features(target, teacher=True)
         return self.dynamics(self.features(source), zt)
@@ -598,22 +625,23 @@ class Midway(nn.Module):
     @torch.no_grad()
     def report(self, batch):
         """
-        How much motion the latents carry: mean 2 - 2 cos of the prediction of each level with the right
-        latents, with those of another pair of the batch, with zeros, and of copying the teacher's source
-        features. {row: {column: scalar}}.
+        How much motion the latents carry: {row: {column: scalar}} with the mean 2 - 2 cos of each level's
+        prediction with its right latents, with those of another pair of the batch (same direction; none if
+        there is but one pair), with zeros, and of copying the teacher's source features. Only the latents of
+        the level itself are exchanged: v is the source's own, and the levels above stay as they are.
         """
         if not self.cfg.latent_dynamics:
             return {}
-        levels, _ = self.both_directions(batch["motion"])
-        rows = {}
-        for i, level in zip(self.predicted, levels):
-            loss = lambda m: prediction_loss(self.predict_forward(i, m, level.v)[0], level.target)
-            rows[f"level {self.levels[i]}"] = dict(
-                right=level.loss, shuffled=loss(level.m.roll(1, 0)), zero=loss(torch.zeros_like(level.m)),
-                copy=prediction_loss(level.target.roll(len(level.target) // 2, 0), level.target))
-        rows["mean"] = {name: sum(row[name] for row in rows.values()) / len(rows)
-                        for name in rows[f"level {self.levels[i]}"]}
-        return {f"2-2cos, {name}": row for name, row in rows.items()}
+        rows, B = {}, len(batch["motion"])
+        for i, level in zip(self.predicted, self.both_directions(batch["motion"])[0]):
+            other = level.m.unflatten(0, (2, B)).roll(1, 1).flatten(0, 1)       # (2B, K, d)
+            latents = dict(right=level.m, shuffled=other, zero=torch.zeros_like(level.m))
+            row = {name: prediction_loss(self.predict_forward(i, m, level.v)[0], level.target)
+                   for name, m in latents.items() if B > 1 or name != "shuffled"}
+            row["copy"] = prediction_loss(level.target.roll(B, 0), level.target)    # rows of x <-> rows of y
+            rows[f"2-2cos, level {self.levels[i]}"] = row
+        rows["2-2cos, mean"] = {name: sum(r[name] for r in rows.values()) / len(rows) for name in row}
+        return rows
 
 
 # ---- the authors' checkpoints --------------------------------------------------------------------
@@ -638,7 +666,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         known = (module, name) in PLAIN or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        known = known or (module.startswith("torch") and name.endswith("Storage"))
+        known = known or (module in ("torch", "torch.storage") and name.endswith("Storage"))
         return super().find_class(module, name) if known else Nothing
 
 
@@ -648,7 +676,8 @@ SAFE.Unpickler, SAFE.load = Unpickler, lambda file, **kwargs: Unpickler(file, **
 NAMES = (  # of the authors -> ours, applied in this order
     ("backbone.patch_embed.proj.", "patch_embed."), ("backbone.", ""),
     ("dino_head.last_layer.", "_head."), ("dino_head.", "_head."), ("_feature_blocks_", "_backward."),
-    (".cross_attn.proj", ".cross_attn."), (".cross_attn..", ".cross_attn.proj."),
+    (".cross_attn.projq", ".cross_attn.q"), (".cross_attn.projk", ".cross_attn.k"),
+    (".cross_attn.projv", ".cross_attn.v"),
     ("forward_predictor_", "forward_blocks."), ("motion_blocks_", "motion_blocks."),
     ("gating_mlps_", "forward_blocks."))
 
@@ -674,8 +703,11 @@ def our_name(section, key):
 def read_official(path):
     """The dict in a checkpoint file; only tensors and plain containers, other objects become Nothing."""
     try:
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("constants.pkl") for name in names):   # torch.load would run it
+            raise ValueError("a TorchScript program")
         ckpt = torch.load(path, map_location="cpu", pickle_module=SAFE, weights_only=False)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+    except OSError:                         # no such file, a folder, no permission
         raise
     except Exception as error:              # the unpickler raises anything at all on a foreign file
         raise ValueError(f"{path}: not a checkpoint, or a damaged one "
@@ -694,24 +726,26 @@ def official_config(state):
     dim, _, _, patch = state["student.patch_embed.weight"].shape
     count = lambda prefix: len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
     depth, n = count("student.blocks."), count("motion_blocks.")
-    head = state.get("student_head.weight_v", torch.empty(1, 1))
-    # head counts aren't in the tensors: DINO's 64 wide, and the released 3, 6
+    head = dict(dino_weight=0.0)
+    if "student_head.weight_v" in state:
+        prototypes, bottleneck = state["student_head.weight_v"].shape
+        head = dict(prototypes=prototypes, head_bottleneck=bottleneck,
+                    head_hidden=len(state["student_head.mlp.0.bias"]))
+    # head counts aren't in the tensors: DINO's are 64 wide, and the dynamics have the released 3 and 6
     return Config(
         size=math.isqrt(state["student.pos_embed"].shape[1] - 1) * patch, patch=patch, dim=dim, depth=depth,
         heads=max(dim // 64, 3), levels=tuple(depth * (i + 1) // (n + 1) for i in range(n + 1)),
         motion_tokens=state["motion_tokens"].shape[1], motion_dim=state["motion_tokens"].shape[2],
         motion_depth=count("motion_blocks.0."), forward_depth=count("forward_blocks.0."),
         backward="student_backward.0.norm1.weight" in state,
-        gating="forward_blocks.0.0.next_gate.norm.weight" in state,
-        dino_weight=float("student_head.weight_v" in state), prototypes=head.shape[0],
-        head_bottleneck=head.shape[1], head_hidden=state.get("student_head.mlp.0.bias", head[0]).shape[0])
+        gating="forward_blocks.0.0.next_gate.norm.weight" in state, **head)
 
 
 def load_official(path):
     """
     Midway from a checkpoint (.pth) of the authors. A missing DINO head, center or optimiser state is said and
-    does no harm. Raises FileNotFoundError, or ValueError that says why the file isn't such a checkpoint.
-    Never executes what the file holds.
+    does no harm. Comes in eval mode: model.train() to go on training. Never executes what the file holds.
+    Raises OSError if the file can't be read, ValueError that says why it isn't such a checkpoint.
     """
     ckpt = read_official(path)
     state = {our_name(section, key): value for section in ("student", "teacher", "motion_loss")
@@ -732,15 +766,13 @@ def load_official(path):
                  if not key.startswith("teacher_backward.0.")}  # never used
         model = Midway(cfg)
         lacks, extra = model.load_state_dict(state, strict=False)
-        lacks = [key for key in lacks if not key.endswith((".live", ".center"))]
+        lacks = [key for key in lacks if not key.endswith(".center")]
         if lacks or extra:
             raise ValueError(f"{len(lacks)} tensors are missing and {len(extra)} unknown, "
                              f"such as {(lacks + extra)[0]}")
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: not a checkpoint of the authors' Midway Network: "
                          f"{' '.join(str(error).split())[:200]}") from None
-    if cfg.dino_weight:
-        model.student_head.live.fill_(1)
     return model.eval()
 
 
@@ -756,10 +788,11 @@ if __name__ == "__main__":
     loss, logs = model(batch)
     loss.backward()
     model.after_step(0.5)
+    model.eval()
     print(f"one step of {B} pairs: loss {loss:.3f}, {time.perf_counter() - start:.2f} s")
-    print("parameters (trained):", {
-        name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-        for name, module in model.named_children() if not name.startswith(("teacher", "dino_loss"))})
+    trained = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
+    encoder, head, total = trained(model.student), trained(model.student_head), trained(model)
+    print(f"trained parameters: encoder {encoder:,}, dynamics {total - encoder - head:,}, DINO head {head:,}")
     print("features:", [tuple(z.shape) for z in model.features(batch["motion"][:, 0])])
     level = model.predict(batch["motion"][:, 0], batch["motion"][:, 1])[-1]
     print(f"top level: m {tuple(level.m.shape)}, v {tuple(level.v.shape)}, pred {tuple(level.pred.shape)}, "

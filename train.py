@@ -1,10 +1,11 @@
 """
 The one training loop. Every model of this house trains through it; it knows them by their contract alone:
-Model(config), forward(batch) -> (loss, logs), after_step(progress), report(batch), and Config.inputs.
+a module with PRESETS, RECIPES, Config (whose `inputs` say what the model eats) and Model(config), which has
+forward(batch) -> (loss, logs), report(batch), after_step(progress) and, if it likes, before_step(progress).
 
-    python train.py --model midway                            # a laptop: preset tiny on synthetic scenes
+    python train.py --model midway                            # without a GPU: preset tiny, synthetic scenes
     python train.py --model midway --preset vit_s --data PATH/TO/VIDEOS
-    torchrun --nproc_per_node=8 train.py --model midway       # GPUs: the paper's preset
+    torchrun --nproc_per_node=8 train.py --model midway --data PATH     # GPUs: the paper's preset
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
     python train.py --model midway --resume out/midway-tiny   # go on exactly where it stopped
     python train.py --model midway --no-gating                # an ablation is a flag of the model's Config
@@ -13,9 +14,9 @@ Model(config), forward(batch) -> (loss, logs), after_step(progress), report(batc
 Writes out/MODEL-PRESET/: ckpt.pt, log.jsonl, curves.png, config.json.
 Ctrl-C or SIGTERM: finishes the step, saves, leaves.
 
-Sample i of a run and the random depth of step s are pure functions of the seed: 4 steps are 2 steps, a resume
-and 2 steps, bit by bit; and since --batch-size is global, one GPU and eight see the same batches
-(accumulation is derived).
+Sample i of a run is a pure function of (seed, i), the random depth of a micro-batch of (seed, its number). So
+a run that was interrupted and resumed ends with the same weights, bit by bit on a CPU (the kernels of a GPU
+need not be deterministic); and since --batch-size is global, one GPU and eight see the same batches.
 """
 import argparse
 import difflib
@@ -188,6 +189,8 @@ def parse(argv):
     if len(opt.gap) != 2 or not 0 < opt.gap[0] <= opt.gap[1]:
         parser.error("--gap wants two rising positive numbers, such as 0.5 1.0, not "
                      f"{' '.join(map(str, opt.gap))}")
+    if ckpt and "out" not in given:         # where the checkpoint lies now, not where it was written
+        opt.out = os.path.dirname(ckpt["path"]) or "."
     opt.out = opt.out or f"out/{opt.model}-{opt.preset}"
     return opt, module, module.Config(**as_tuples), scenes, ckpt
 
@@ -198,14 +201,20 @@ def list_like(value):
 
 # ---- device, checkpoints -------------------------------------------------------------------------
 def choose_device(name=""):
+    """This process's torch.device; under torchrun the GPU of its LOCAL_RANK, before anything is allocated."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda:") and "LOCAL_RANK" in os.environ:
+        raise Stop(f"--device {name} under torchrun would put every process on one GPU: leave it out")
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise Stop(f"no device {name!r} on this machine: leave out --device, "
-                   "or choose from cuda, mps, cpu") from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise Stop(f"no device {name!r} here: leave out --device, or choose from cuda, mps, cpu") from None
     return device
 
 
@@ -258,12 +267,13 @@ def default_groups(model, weight_decay):
             dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0, decayed=False)]
 
 
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
-             "RTX 3090": 71e12, "L4": 121e12}
+# Dense bf16 FLOP/s by the data sheets; the first name that fits counts
+PEAK_BF16 = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200": 989e12,
+             "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device):
-    """Dense bf16 FLOP/s of this GPU by its data sheet, None if unknown: no MFU rather than a wrong one."""
+    """Dense bf16 FLOP/s of this GPU, None if we don't know it: no MFU rather than a wrong one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
@@ -305,11 +315,7 @@ class Run:
 
     def __init__(self, device_name):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = choose_device(device_name)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", local)
-            torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -341,9 +347,9 @@ def batches(opt, run, start, accum, micro):
 
 
 def held_out(opt, run, model, scenes, autocast):
-    """Means of model.report over unseen samples: {row: {column: number}}. Every process does its share."""
-    n, count = min(opt.batch_size, 32), 8
-    share = [range(i * n, (i + 1) * n) for i in range(run.rank, count * run.world, run.world)]
+    """Means of model.report over 8 batches that training never sees, shared out: {row: {column: number}}."""
+    n, each = min(opt.batch_size, 32), -(-8 // run.world)       # batches for each process, rounded up
+    share = [range(i * n, (i + 1) * n) for i in range(run.rank, each * run.world, run.world)]
     loader = data.make_loader(
         opt.data, model.cfg.inputs, share, run.device, opt.seed, split="eval", colours=False, scenes=scenes,
         gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
@@ -400,10 +406,12 @@ def main(argv):
     model_class = MODELS[opt.model]
     model = getattr(module, model_class)(cfg).to(device)
     groups = getattr(model, "param_groups", lambda decay: default_groups(model, decay))(opt.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=opt.lr, betas=opt.betas, fused=device.type in ("cuda", "cpu"))
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(groups, lr=opt.lr, betas=opt.betas, fused=fused)
     trained = [p for group in groups for p in group["params"]]
-    start = 0
+    start, in_place = 0, False
     if ckpt:
+        in_place = Path(ckpt["path"]).resolve() == (out / "ckpt.pt").resolve()
         try:
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
@@ -412,6 +420,9 @@ def main(argv):
         start = ckpt["step"]
         if start >= opt.steps:
             raise Stop(f"{ckpt['path']} is at step {start} already: to go on, give more --steps than that")
+        for group in optimizer.param_groups:
+            group.update(betas=opt.betas, fused=fused)  # of this run and device, not of the earlier one
+        del ckpt["model"], ckpt["optimizer"]            # a copy of all weights and moments
     if use_compile:
         model.compile(dynamic=False)                # in place, so the keys of the state dict stay clean
     wrapped = model
@@ -436,7 +447,7 @@ def main(argv):
     # ---- output folder
     config = dict(model=opt.model, preset=opt.preset, options=asdict(opt), config=asdict(cfg), scenes=scenes)
     if run.rank == 0:
-        prepare_folder(out, start, bool(ckpt))
+        prepare_folder(out, start, in_place)
         (out / "config.json").write_text(
             json.dumps(dict(config, torch=torch.__version__, command=sys.argv), indent=1) + "\n")
 
@@ -451,6 +462,7 @@ def main(argv):
     # ---- train
     window, clock = [], time.perf_counter()     # meters since the last line of the log, still on the device
     good = f"{out / 'ckpt.pt'} (step {start})" if ckpt else "none yet"
+    before_step = getattr(model, "before_step", lambda progress: None)
     bar = tqdm(total=opt.steps, initial=start, disable=run.rank > 0 or not sys.stderr.isatty(),
                dynamic_ncols=True, unit="step")
     samples = iter(loader)
@@ -471,6 +483,7 @@ def main(argv):
             for name, value in dict(loss=loss.detach(), **logs).items():
                 meters[name] = meters.get(name, 0) + value / accum
         meters["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, opt.clip or math.inf, foreach=True)
+        before_step(step / opt.steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.after_step((step + 1) / opt.steps)
@@ -597,7 +610,7 @@ def bench(opt, run, module, model_class, cfg, wrapped, optimizer, trained, loade
 
 
 def cli(argv):
-    """main(), but what the user can mend is told in one line on stderr, with exit status 1, and no traceback."""
+    """main(), but what the user can mend is told in one line on stderr, with exit status 1, no traceback."""
     try:
         main(argv)
     except KeyboardInterrupt:                       # before the signals are caught
@@ -605,7 +618,7 @@ def cli(argv):
     except (Stop, ValueError, OSError, RuntimeError) as error:
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            last = "out of memory: give a --micro-batch below --batch-size / processes; the run stays the same"
+            last = "out of memory: give a --micro-batch below --batch-size / processes; same run, less memory"
         elif isinstance(error, RuntimeError):
             raise                                   # a bug, not the user's doing
         last = re.sub(r"^[A-Za-z]+Error: ", "", last)       # a data process's error ends in "ValueError: ..."
