@@ -6,9 +6,9 @@ Videos in, batches out: synthetic scenes with exact truth, your own videos, and 
     MultiCrop   a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
     make_loader ties them together: index lists in, batches on the device out
 
-Everything random about sample i of a run is a pure function of (seed, i): drawn from
-np.random.default_rng((seed, i)), never from a worker's or a device's generator. So the data are the same with
-any number of workers or GPUs and after any resume.
+Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i) and
+(seed, i, 1), for videos also (seed, pass) and (seed, opening), never from a worker's or a device's generator.
+So the data are the same with any number of workers or processes and after any resume.
 
     loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
     loader = make_loader("PATH/TO/VIDEOS", model.cfg.inputs, batches, device="cuda", workers=8)
@@ -16,9 +16,13 @@ any number of workers or GPUs and after any resume.
 Glossary: B clips, T frames, H W pixels, n crops. Pixel centres lie at integers.
 Boxes of crops are (top, left, height, width).
 """
+import argparse
+import atexit
+import contextlib
 import heapq
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -30,13 +34,16 @@ import torch
 import torch.nn.functional as F
 
 
+EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
+
+
 # ---- synthetic scenes ----------------------------------------------------------------------------
 SHAPES = ("disc", "square", "triangle", "flower", "cross", "ring", "moon", "bar")   # classes 1..8
 CELLS = 128                             # a silhouette is a table of CELLS x CELLS yes/no cells
 
 
 def silhouettes():
-    """The 8 shapes as tables (8, 128, 128) uint8, and 128 hull points of each about its centre, complex."""
+    """The 8 shapes as tables (8, 128, 128) uint8, and the hull points of each about its centre, complex."""
     y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1             # in (-1, 1); the rim must stay empty
     longer, shorter = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
     r, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -44,13 +51,14 @@ def silhouettes():
         r < 0.9, longer < 0.78, (y < 0.6) & (y > 1.8 * abs(x) - 0.95), r < 0.66 + 0.29 * np.cos(5 * angle),
         (shorter < 0.28) & (longer < 0.92), (r < 0.95) & (r > 0.5),
         (r < 0.95) & (np.hypot(x - 0.5, y) > 0.62), (abs(x) < 0.95) & (abs(y) < 0.34)])
-    rays = np.exp(2j * np.pi * np.arange(128) / 128)
+    rays = np.exp(2j * np.pi * np.arange(4096) / 4096)
     hulls = []
     for table in tables:                # a hull point is the cell corner furthest along a ray
         v, u = np.nonzero(table)
         corners = np.unique(np.add.outer([0, 1, 1j, 1 + 1j], u + 1j * v)) - (1 + 1j) * CELLS / 2
-        hulls.append(corners[(corners[:, None] * rays.conj()).real.argmax(0)])
-    return tables.astype(np.uint8), np.stack(hulls)
+        hulls.append(corners[np.unique((corners[:, None] * rays.conj()).real.argmax(0))])
+    most = max(map(len, hulls))             # to one length, by repeating points
+    return tables.astype(np.uint8), np.stack([np.resize(hull, most) for hull in hulls])
 
 
 def dead_leaves(rng, canvas, grain):
@@ -114,7 +122,8 @@ class Scenes:
     owner of a pixel = the nearest layer whose silhouette holds q; flow = a_l(t+1) q + b_l(t+1) - p;
     occluded = another layer owns the landing point, or it lies outside the frame.
 
-    Clip i depends on (seed, split, i) and the options alone, whatever batch or device it is made in.
+    Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in; on another kind of
+    device up to rounding.
     Pixel centres lie at integers, x right, y down: the frame spans [-0.5, size - 0.5]. `batch` returns
 
     video     (B, T, 3, H, W)    float32 in [0, 1]; without `truth` the only entry
@@ -124,7 +133,7 @@ class Scenes:
     ids       (B, T, H, W)       long: 0 background, 1..K sprites, the larger the nearer
     depth     (B, T, H, W)       1 background, 0.4 to 0.9 sprites (no unit; parallax is 1 / depth)
     boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette: also where it is hidden
-                                 or outside the frame; exact to 0.01 pixel
+                                 or outside the frame
     tracks    (B, T, P, 2)       (x, y) in pixels of P points, at random pixels of frame 0
     visible   (B, T, P)          bool
 
@@ -152,12 +161,18 @@ class Scenes:
     ):
         if split not in ("train", "eval"):
             raise ValueError(f"split={split!r} must be 'train' or 'eval'")
-        if not 0 <= seed < 10**9:
+        if not (size >= 8 and frames >= 1 and sprites >= 0 and textures >= 3 and grain > 0 and
+                min(speed, pan, zoom, roll) >= 0 and len(radius) == 2 and 0 < radius[0] <= radius[1]):
+            raise ValueError(
+                f"scenes: {size=} {frames=} {sprites=} {textures=} {grain=} {speed=} {pan=} {zoom=} {roll=} "
+                f"{radius=}: want size 8, frames 1, textures 3 or more, grain > 0, a radius of two rising "
+                "numbers, and none negative")
+        if not 0 <= seed < EVAL:
             raise ValueError(f"seed={seed} must lie in 0 .. 10**9 - 1 (split='eval' uses the numbers above)")
         self.size, self.frames, self.sprites, self.device = size, frames, sprites, device
         self.speed, self.pan, self.zoom, self.roll, self.radius = speed, pan, zoom, roll, radius
         self.grain, self.textures, self.bank = grain, textures, None        # the bank is made at first use
-        self.seed = seed + (10**9 if split == "eval" else 0)                # splits share no clip, no texture
+        self.seed = seed + EVAL * (split == "eval")                # splits share no clip, no texture
         tables, self.hulls = silhouettes()
         self.tables = torch.from_numpy(tables).flatten().to(device)
         line = torch.arange(size, dtype=torch.float32, device=device)
@@ -192,16 +207,20 @@ class Scenes:
             periods=2 * radius / CELLS / self.size * 2 ** (stretch - 0.5),               # of texture per cell
             gain=0.12 + 0.16 * gain, lift=0.3 + 0.4 * tint[0] + 0.3 * (tint[1:] - 0.5))  # lift (3, B, L)
 
+    def _put(self, array):
+        """A numpy array on the device, without waiting for what the device is at."""
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
     def _maps(self, a, b):
         """Complex a, b (B, T, L) -> (4, B*T, L) float32 for `similarity`."""
         m = np.stack([a.real, a.imag, b.real, b.imag]).reshape(4, math.prod(a.shape[:2]), a.shape[2])
-        return torch.from_numpy(m.astype(np.float32)).to(self.device)
+        return self._put(m.astype(np.float32))
 
     def _owner(self, world, t, x, y):
         """Nearest layer (N, P) at points x, y (N, P) or (P,) of the frames t, a slice; N = B * len(t)."""
         a, b = world["a"][:, t], world["b"][:, t]
         into = self._maps(1 / a, (1 + 1j) * CELLS / 2 - b / a)
-        table = torch.from_numpy(np.repeat(world["kind"] * CELLS**2, a.shape[1], 0)).int().to(self.device)
+        table = self._put(np.repeat(world["kind"] * CELLS**2, a.shape[1], 0)).int()
         owner = torch.zeros(len(table), x.shape[-1], dtype=torch.uint8, device=self.device)
         for k in range(1, self.sprites + 1):            # far to near: the larger number wins
             u, v = similarity(into[..., k:k + 1], x, y)
@@ -215,11 +234,11 @@ class Scenes:
         if self.bank is None:                           # four words of seed: no clip draws these numbers
             rng = np.random.default_rng((self.seed, 0, 0, 1))
             bank = make_textures(rng, self.textures, self.size, self.grain)
-            self.bank = torch.from_numpy(bank).to(self.device)
+            self.bank = self._put(bank)
         (B, L), S = world["depth"].shape, self.size
-        gain, lift = (torch.from_numpy(v.astype(np.float32)).to(self.device)[..., None, None]
+        gain, lift = (self._put(v.astype(np.float32))[..., None, None]
                       for v in (world["gain"][..., None], world["lift"].transpose(1, 2, 0)))
-        atlas = self.bank[torch.from_numpy(world["texture"]).to(self.device)]           # (B, L, 3, S+1, S+1)
+        atlas = self.bank[self._put(world["texture"])]           # (B, L, 3, S+1, S+1)
         atlas = atlas.mul_(gain).add_(lift).clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
         a = world["periods"][:, None] / world["a"][:, t]
         maps = self._maps(a, world["shift"][:, None] - a * world["b"][:, t])
@@ -256,12 +275,12 @@ class Scenes:
     def _labels(self, world, owner):
         B, T, S = len(world["a"]), self.frames, self.size
         a, b, kind = world["a"][..., 1:, None], world["b"][..., 1:, None], world["kind"]
-        hull = a * self.hulls[kind[:, None, 1:]] + b                                    # (B, T, K, 128)
+        hull = a * self.hulls[kind[:, None, 1:]] + b                                    # (B, T, K, points)
         boxes = np.stack([hull.real.min(-1), hull.imag.min(-1), hull.real.max(-1), hull.imag.max(-1)], -1)
         kind = np.concatenate([np.zeros_like(kind[:, :1]), kind[:, 1:] + 1], 1)
-        classes, depth = (torch.from_numpy(v).to(self.device).gather(1, owner.view(B, -1)).view(B, T, S, S)
+        classes, depth = (self._put(v).gather(1, owner.view(B, -1)).view(B, T, S, S)
                           for v in (kind, world["depth"].astype(np.float32)))
-        boxes = torch.from_numpy(boxes.astype(np.float32)).to(self.device)
+        boxes = self._put(boxes.astype(np.float32))
         return dict(classes=classes, ids=owner.view(B, T, S, S), depth=depth, boxes=boxes)
 
     def _motion(self, world, owner):
@@ -277,7 +296,7 @@ class Scenes:
 
     def _tracks(self, world):
         a, b, B, T = world["a"], world["b"], len(world["a"]), self.frames
-        x, y = torch.from_numpy(world["queries"]).float().to(self.device).unbind(-1)    # (B, P)
+        x, y = self._put(world["queries"]).float().unbind(-1)    # (B, P)
         owner = self._owner(world, slice(1), x, y)
         x, y, owner = (v.repeat_interleave(T, 0) for v in (x, y, owner))                # (B*T, P)
         ratio = a / a[:, :1]
@@ -303,9 +322,10 @@ class Reader:
     def __init__(self, path):
         import av                           # here, so that synthetic scenes need no FFmpeg
         self.path, self.container = path, av.open(path)
-        if not self.container.streams.video:
-            raise ValueError(f"{path}: holds no video stream")
-        self.stream = self.container.streams.video[0]
+        self.stream = next(iter(self.container.streams.video), None)
+        if self.stream is None or self.stream.codec_context is None:
+            self.container.close()
+            raise ValueError(f"{path}: holds no video stream that FFmpeg can decode")
         # One thread: the loader's workers are the parallelism; threads below them cost 10 % more CPU.
         self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
         self.tick = float(self.stream.time_base)
@@ -365,6 +385,9 @@ class Reader:
 
     def _next(self, t):
         for frame in self.frames:
+            if frame.is_corrupt:            # what FFmpeg paints over gaps depends on where it began to decode
+                self.frame, self.time = None, math.inf
+                raise ValueError(f"{self.path}: is damaged near {t:.2f} s")
             if frame.pts is not None:
                 self.frame, self.time = frame, frame.pts * self.tick - self.start
                 return
@@ -378,6 +401,7 @@ def read_frames(path, times):
     Returns (list of uint8 (H, W, 3) arrays, list of their true times in s). Each is the first frame at or
     after the time asked for, within the rounding of the file's clock, at variable frame rates too. Phone
     clips come upright. Raises ValueError if the file ends before, av.error.FFmpegError if it is damaged.
+    AVI files with B-frames carry no times of presentation: there a frame may be one or two too early.
     """
     reader = Reader(path)
     try:
@@ -385,6 +409,14 @@ def read_frames(path, times):
     finally:
         reader.close()
     return [image for image, _ in found], [time for _, time in found]
+
+
+def read_image(path):
+    """First image of a file, uint8 (H, W, 3) RGB, upright by its Exif tag; 16-bit grey by its high byte."""
+    with iio.imopen(path, "r", plugin="pillow") as file:
+        deep = file.metadata(index=0, exclude_applied=False).get("mode", "").startswith("I")
+        image = file.read(index=0, rotate=True, mode=None if deep else "RGB")
+    return np.repeat((image >> 8).astype(np.uint8)[..., None], 3, 2) if deep else image
 
 
 def find_files(root):
@@ -432,7 +464,8 @@ class Videos(torch.utils.data.Dataset):
     there are both, the videos win (the images are then thumbnails or labels).
 
     Sample i, for any i >= 0, depends on (seed, i) alone: not on workers, batches or where a run resumed.
-    A video is opened once for `repeat` samples in a row, since opening costs as much as decoding ten frames,
+    A video gives `repeat` samples in a row (in one opening, unless a batch ends between them), since opening
+    costs as much as decoding ten frames,
     and each pass takes the videos in a new order. Images need no opening: there every frame that can begin a
     sample counts as a video of its own, and `repeat` is 1. Gaps are met within half a frame.
 
@@ -498,7 +531,7 @@ class Videos(torch.utils.data.Dataset):
                 why = self._report(*error.args)
             if len(picks) > 1:              # half a file may be good: each sample decides as if asked alone
                 return [self._opening(k, [pick])[0] for pick in picks]
-        raise OSError(f"{self.root}: {min(n, 10)} {self.kind}s in a row give no sample; last: {why}")
+        raise OSError(f"{self.root}: the last {min(n, 10)} {self.kind}(s) tried give no sample; {why}")
 
     def _report(self, file, error):
         name = self.files[file]
@@ -624,7 +657,7 @@ class Videos(torch.utils.data.Dataset):
         for file in places:
             try:
                 path = os.path.join(self.folder, self.files[file])
-                images.append(iio.imread(path, plugin="pillow", mode="RGB", rotate=True))   # (H, W, 3)
+                images.append(read_image(path))                                     # (H, W, 3)
             except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged PNG chunk
                 raise Broken(int(file), error) from None
             if images[-1].shape != images[0].shape:
@@ -678,6 +711,18 @@ def resize_weights(start, length, full, size, flip):
     return weights / weights.sum(-1, keepdim=True)
 
 
+@contextlib.contextmanager
+def no_tf32():
+    """Float32 matrix products in full: TF32, which training asks for, would be off by a grey level here."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@no_tf32()
 def crop_resize(frames, boxes, size, flip):
     """
     Frames (..., 3, H, W) float, boxes (..., n, 4), flip (..., n) bool -> crops (..., n, 3, size, size). Two
@@ -707,6 +752,7 @@ def rotate_hue(x, turn):
     return high - (high - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
+@no_tf32()
 def blur(x, sigma):
     """Gaussian blur of (N, 3, S, S), sigma (N,) pixels: two band matrix products, borders renormalised."""
     d = torch.arange(x.shape[-1], device=x.device)
@@ -800,7 +846,7 @@ class MultiCrop:
     def batch(self, video, rngs):
         """Same for float video (B, 2, 3, H, W) in [0, 1], any device, one rng per pair; crops stay float."""
         boxes, flips, params = map(np.stack, zip(*(self.draw(rng, *video.shape[-2:]) for rng in rngs)))
-        boxes, flips = torch.from_numpy(boxes).to(video.device), torch.from_numpy(flips).to(video.device)
+        boxes, flips = (torch.from_numpy(v).to(video.device, non_blocking=True) for v in (boxes, flips))
         crop = lambda at, size: crop_resize(
             video, boxes[:, at].unflatten(1, (2, -1)), size, flips[:, at].unflatten(1, (2, -1)))
         return {"motion": crop(slice(0, 2), self.size)[:, :, 0], "globals": crop(slice(2, 6), self.size),
@@ -834,11 +880,10 @@ class SquareClip:
 class Batches(torch.utils.data.Dataset):
     """A list of sample numbers in, their collated batch out: what DataLoader's workers run."""
 
-    def __init__(self, source, crops, seed, first):
-        self.source, self.crops, self.seed, self.first = source, crops, seed, first
+    def __init__(self, source, crops, seed):
+        self.source, self.crops, self.seed = source, crops, seed
 
     def __getitem__(self, numbers):
-        numbers = [self.first + i for i in numbers]
         if not isinstance(self.source, Scenes):
             samples = self.source.__getitems__(numbers)
             return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
@@ -848,22 +893,24 @@ class Batches(torch.utils.data.Dataset):
 
 
 def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True,
-                scenes=None, **videos):
+                scenes=None, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0):
     """
-    Batches on the device, in order.
+    Batches on the device, in order; to be iterated over once.
 
     source    "scenes", or the path of a video, of a folder of videos, or of a folder of frames
     inputs    what the model eats: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for
               pairs cut into crops
-    batches   iterable of lists of sample numbers; sample i is a pure function of (seed, split, i)
+    batches   iterable of lists of sample numbers
     workers   processes that prepare batches; 0: in this one; -1: choose
-    split     "train" or "eval": other samples (and for scenes other textures); of a video: other moments of
-              the same file
+    split     "train" or "eval": for scenes other clips with other textures; for videos other draws from the
+              same files, so most of what "eval" shows was seen in training
     colours   False leaves the photometric augmentation out
     scenes    options of Scenes, such as dict(sprites=0); `size` may exceed the inputs' if there are crops
-    videos    options of Videos: gap, stride, repeat, fps
+    gap, stride, repeat, fps    of Videos
     Raises FileNotFoundError or ValueError with what to do if the source can't be read.
     """
+    if split not in ("train", "eval"):
+        raise ValueError(f"split={split!r} must be 'train' or 'eval'")
     device, synthetic = torch.device(device), source == "scenes"
     crops = MultiCrop(inputs["size"], **inputs["crops"], colours=colours) if "crops" in inputs else None
     if workers < 0:     # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
@@ -871,19 +918,20 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
         most = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         workers = 0 if synthetic and device.type != "cpu" else min(most, 1 if synthetic else 16)
     if synthetic:
-        options = dict(scenes or {}, frames=inputs["frames"])
-        if crops is None or "size" not in options:
-            options["size"] = inputs["size"] * (2 if crops else 1)
+        options = dict(size=2 * inputs["size"]) | (scenes or {}) | dict(frames=inputs["frames"])
+        if crops is None:                   # what isn't cropped is rendered in the size that the model eats
+            options["size"] = inputs["size"]
         dataset = Scenes(seed=seed, split=split, device="cpu" if workers else device, **options)
-    else:
-        dataset = Videos(source, frames=inputs["frames"], seed=seed,
-                         transform=crops or SquareClip(inputs["size"]), **videos)
-    first = 10**9 if split == "eval" and not synthetic else 0
+    seed = seed + EVAL * (split == "eval")
+    if not synthetic:
+        dataset = Videos(source, inputs["frames"], gap, stride, repeat, fps, seed,
+                         transform=crops or SquareClip(inputs["size"]))
     loader = torch.utils.data.DataLoader(
-        Batches(dataset, crops, seed + (10**9 if split == "eval" else 0), first),
-        batch_size=None, sampler=batches, num_workers=workers,
+        Batches(dataset, crops, seed), batch_size=None, sampler=batches, num_workers=workers,
         pin_memory=device.type == "cuda" and not (synthetic and not workers),
-        prefetch_factor=4 if workers else None, worker_init_fn=start_worker)
+        prefetch_factor=2 if workers else None, worker_init_fn=start_worker)
+    if workers:
+        atexit.register(end_workers)
     return Finished(loader, crops, device)
 
 
@@ -891,6 +939,14 @@ def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
     for number in (signal.SIGINT, signal.SIGTERM):      # a signal to the whole group: when to leave is for
         signal.signal(number, signal.SIG_IGN)           # the main process to say, which still wants its batch
+
+
+def end_workers():
+    """At exit, after an error: workers that ignore SIGTERM would be waited for without end."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # DataLoader's handler would call it a failure
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Finished:
@@ -948,10 +1004,10 @@ def show(source, path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit("usage: python data.py [VIDEO or FOLDER]")
+    parser = argparse.ArgumentParser(description="Writes out/data.png: what training sees.")
+    parser.add_argument("data", nargs="?", default="scenes", help="a video, or a folder of videos or frames")
     try:
-        show(sys.argv[1] if len(sys.argv) > 1 else "scenes", "out/data.png")
+        show(parser.parse_args().data, "out/data.png")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: error: {error}")
     print("written: out/data.png")

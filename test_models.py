@@ -457,7 +457,14 @@ def test_multicrop_follows_the_papers_rules():
     assert (boxes[:, 6:14] != boxes[:, 14:]).any(-1).all()                  # locals: independent
     assert (0.05 * 0.4 * 0.9 < share[:, 2:6].min() and                      # inside the initial crop
             share[:, 2:6].max() < 0.205)
+    extent = (boxes[:, 2:, :2] + boxes[:, 2:, 2:]).max(1) - boxes[:, 2:, :2].min(1)
+    assert 0.1 < (extent[:, 0] * extent[:, 1] / (H * W)).max() < 0.205                          # locals too
+    assert share[:, 6:].min() < 0.01 and 0.06 < share[:, 6:].max() < 0.4 * 0.205
+    middle = (boxes[..., :2] + boxes[..., 2:] / 2).mean((0, 1)) / (H, W)
+    assert abs(middle - 0.5).max() < 0.03                                                       # any corner
+    assert (flips[:, 2] != flips[:, 3]).mean() > 0.4                    # each box by itself
     aspect = boxes[..., 3] / boxes[..., 2]
+    assert aspect[:, 6:].min() < 0.8 and aspect[:, 6:].max() > 1.25
     assert 0.7 < aspect[:, :6].min() and aspect[:, :6].max() < 1.42
     assert abs(flips[:, 2:].mean() - 0.5) < 0.03
     blurred, jittered = params[..., data.BLUR] > 0, (params[..., data.FACTORS] != (1, 1, 1, 0)).any(-1)
@@ -467,9 +474,17 @@ def test_multicrop_follows_the_papers_rules():
     solarized = params[..., data.SOLARIZE]
     assert (abs(solarized[:, [1, 3, 5]].mean() - 0.2) < 0.05 and
             solarized[:, [0, 2, 4]].max() == solarized[:, 6:].max() == 0)
+    assert len(np.unique(params[..., data.ORDER].reshape(-1, 4), axis=0)) == 24                 # any order
+    assert params[..., data.BLUR].max() <= 2.0 and params[..., data.BLUR][blurred].min() >= 0.1
+    assert (params[:, 0, data.FACTORS] != params[:, 1, data.FACTORS]).any(1).mean() > 0.9   # each crop
     factors = params[..., data.FACTORS].reshape(-1, 4)
     close(factors.min(0), [0.6, 0.6, 0.8, -0.1], 0.01)
     close(factors.max(0), [1.4, 1.4, 1.2, 0.1], 0.01)
+
+
+def test_random_boxes_of_a_long_frame_are_the_largest_centred_ones():
+    boxes = data.random_boxes(np.random.default_rng(0), 4, 400, (0.5, 1.0), 3)
+    assert boxes.tolist() == 3 * [[0, 197, 4, 5]]       # aspect at most 4/3
 
 
 def test_multicrop_gives_the_same_crops_from_uint8_frames_and_from_tensors():
@@ -482,7 +497,13 @@ def test_multicrop_gives_the_same_crops_from_uint8_frames_and_from_tensors():
     for name in ("motion", "globals", "locals"):
         close(one[name] / 255, two[name][0], 1.5 / 255)
     close(one["params"], two["params"][0], 0)
+    plain = MultiCrop(32, 16, 3, colours=False).finish({name: value[None] for name, value in one.items()})
     finished = crops.finish({name: value[None] for name, value in one.items()})
+    for name, at in (("motion", slice(0, 2)), ("globals", slice(2, 6)), ("locals", slice(6, None))):
+        close(plain[name][0], one[name] / 255, 1e-6)
+        crop = (one[name] / 255).flatten(0, -4)
+        close(finished[name][0].flatten(0, -4), data.photometric(crop, one["params"][at]), 1e-6)
+        assert (finished[name] - plain[name]).abs().max() > 0.05
     assert sorted(finished) == ["globals", "locals", "motion"] and all(
         0 <= v.min() and v.max() <= 1 for v in finished.values())
 
@@ -551,6 +572,36 @@ def test_scene_points_keep_colour_and_owner_while_visible(scenes):
         colour, at = s.at(CLIPS, d["tracks"][:, t], t)
         assert (colour - start)[d["visible"][:, t]].abs().max() < 1e-3
         assert torch.equal(at[d["visible"][:, t]], owner[d["visible"][:, t]])
+
+
+def test_scene_depth_parallax_and_classes():
+    s = Scenes(frames=2, sprites=3, speed=0, pan=6, zoom=0, roll=0)
+    d = s.batch(range(4), truth=True)
+    for b in range(4):
+        nearness = [d["depth"][b, 0][d["ids"][b, 0] == k].unique() for k in range(4)]
+        seen = [depth.item() for depth in nearness if len(depth)]
+        assert all(len(depth) < 2 for depth in nearness) and seen == sorted(seen, reverse=True)
+        camera = d["flow"][b, 0][:, d["ids"][b, 0] == 0].mean(1)
+        for k in range(1, 4):               # parallax: twice as near, twice as far across the picture
+            if len(nearness[k]):
+                close(d["flow"][b, 0][:, d["ids"][b, 0] == k].mean(1), camera / nearness[k], 1e-3)
+    one = Scenes(frames=1, sprites=1, radius=(0.45, 0.45), zoom=0, roll=0)
+    tables, _ = data.silhouettes()
+    areas = np.array([table.mean() for table in tables]) * (0.9 * 64) ** 2
+    d = one.batch(range(64), truth=True)
+    for b in range(64):                     # a silhouette that lies wholly inside shows the area of its class
+        x1, y1, x2, y2 = d["boxes"][b, 0, 0].tolist()
+        if min(x1, y1) > 0 and max(x2, y2) < 63:
+            shape = d["classes"][b, 0].max().item()
+            assert abs((d["classes"][b, 0] > 0).sum().item() - areas[shape - 1]) < 0.05 * areas[shape - 1]
+
+
+def test_scenes_say_what_is_wrong_with_their_options():
+    for wrong in (dict(textures=0), dict(sprites=-1), dict(grain=0), dict(radius=(0.2,)), dict(size=4)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+            Scenes(**wrong)
+    with pytest.raises(ValueError, match="seed=-1"):
+        Scenes(seed=-1)
 
 
 def test_scene_masks_lie_inside_their_boxes(scenes):
@@ -771,15 +822,35 @@ def test_broken_files_are_named_once_and_replaced(tmp_path, capfd):
     assert "too short" in lines[2] and dataset.broken.sum() == 3        # the workers counted together
 
 
+def test_files_without_a_decoder_are_skipped(tmp_path, capfd):
+    good, bad = encode(tmp_path / "good.mp4", CONSTANT), encode(tmp_path / "odd.mp4", CONSTANT)
+    bad.write_bytes(bad.read_bytes().replace(b"avc1", b"zzzz"))
+    assert len(numbers(Videos(tmp_path), range(20))) == 20
+    assert "odd.mp4: holds no video stream that FFmpeg can decode" in capfd.readouterr().err
+
+
+def test_damaged_videos_give_the_same_samples_alone_and_in_a_batch(tmp_path, capfd):
+    names = [encode(tmp_path / f"{n}.mp4", CONSTANT, gop=40) for n in range(3)]
+    for n, path in enumerate(names[:2]):    # bits of two files get lost; their frames are still decoded
+        content, rng = bytearray(path.read_bytes()), np.random.default_rng(n)
+        at = rng.integers(len(content) // 4, len(content) // 2, 12)
+        for place in at:
+            content[place] ^= 255
+        path.write_bytes(content)
+    together = Videos(tmp_path).__getitems__(list(range(30)))
+    for i in range(30):
+        assert torch.equal(Videos(tmp_path)[i]["video"], together[i]["video"]), i
+
+
 def test_ten_broken_files_in_a_row_stop_the_run(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}.mp4").write_bytes(b"junk")
-    with pytest.raises(OSError, match=r"10 videos in a row.*\.mp4: Invalid data"):
+    with pytest.raises(OSError, match=r"the last 10 video\(s\) tried.*\.mp4: Invalid data"):
         Videos(tmp_path)[0]
     os.remove(tmp_path / "0.mp4")
     write_frames(tmp_path / "frames", {"a1.png": 1, "a16.png": 2})
     (tmp_path / "frames" / "a16.png").write_bytes(b"junk")
-    with pytest.raises(OSError, match="1 frames in a row.*a16.png"):
+    with pytest.raises(OSError, match=r"the last 1 frame\(s\) tried.*a16.png"):
         Videos(tmp_path / "frames")[0]
 
 
@@ -992,6 +1063,49 @@ def test_bench_and_bfloat16_run(tmp_path, capsys):
     assert not (tmp_path / "never").exists()
 
 
+def test_training_on_videos_and_on_frames(tmp_path):
+    encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
+    (tmp_path / "frames").mkdir()
+    for n in range(0, 90, 15):
+        iio.imwrite(tmp_path / "frames" / f"drive_{n:04d}.png", np.full((40, 60, 3), 2 * n, np.uint8))
+    for name, workers in (("clip.mp4", "1"), ("frames", "0")):
+        train.main(TINY + ["--data", str(tmp_path / name), "--workers", workers, "--steps", "2",
+                           "--out", f"{tmp_path}/out-{workers}"])
+        last = log(tmp_path / f"out-{workers}")[-1]
+        assert last["step"] == 2 and "shuffled" in last["held_out"]["2-2cos, mean"]
+    data.show(str(tmp_path / "clip.mp4"), str(tmp_path / "look.png"))
+    assert iio.imread(tmp_path / "look.png").shape[0] > 100
+
+
+def test_loader_start_methods_agree(tmp_path):
+    encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
+    batches, loaded = [[0, 1], [2, 3]], []
+    for method, workers in ((None, 0), ("fork", 2), ("spawn", 1)):
+        loader = data.make_loader(str(tmp_path / "clip.mp4"), SMALL.inputs, batches, workers=workers)
+        loader.loader.multiprocessing_context = method
+        loaded.append(list(loader))
+    for other in loaded[1:]:
+        for a, b in zip(loaded[0], other, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_images_of_other_kinds_are_read_right(tmp_path):
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    iio.imwrite(tmp_path / "grey.png", grey)
+    iio.imwrite(tmp_path / "deep.png", grey.astype(np.uint16) * 256 + 7)
+    iio.imwrite(tmp_path / "alpha.png", np.dstack([grey, grey, grey, np.full_like(grey, 200)]))
+    for name in ("grey.png", "deep.png", "alpha.png"):
+        assert np.array_equal(data.read_image(tmp_path / name), np.dstack([grey, grey, grey])), name
+
+
+def test_an_error_with_workers_running_still_ends(tmp_path):
+    script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import data\n"
+              "loader = iter(data.make_loader('scenes', dict(frames=2, size=16), [range(2)] * 9, workers=1,"
+              " scenes=dict(textures=3)))\nnext(loader); raise RuntimeError('a bug')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug"), done.stderr
+
+
 # ---- the house -----------------------------------------------------------------------------------
 def test_model_files_stand_alone():
     for name in train.MODELS:
@@ -1005,13 +1119,13 @@ def test_model_files_stand_alone():
 
 def test_readme_names_only_what_exists():
     text = (HERE / "README.md").read_text()
-    flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)",
-                           " ".join(line for line in text.splitlines() if "train.py" in line)))
     known = {f.name.replace("_", "-") for cls in (train.Options, Config) for f in fields(cls)}
     known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
-    assert flags - known <= {
-        "nproc-per-node", "nproc_per_node", "nnodes", "rdzv-endpoint", "rdzv-backend", "help"}, flags - known
+    known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint"}    # of others
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) <= known
     for picture in re.findall(r"\((assets/[^)]+)\)", text):
         assert (HERE / picture).exists(), picture
-    for name, lines in re.findall(r"`(\w+\.py)`[^|\n]*\| *(\d+) lines", text):
+    lengths = dict(re.findall(r"`(\w+\.py)`[^|\n]*\| *(\d+) lines", text))
+    assert lengths.keys() == {path.name for path in HERE.glob("*.py")}
+    for name, lines in lengths.items():
         assert len((HERE / name).read_text().splitlines()) == int(lines), f"{name} has not {lines} lines"

@@ -35,8 +35,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# CPU threads that wait for each other should soon sleep: spinning on, as is OpenMP's way, a run beside one other
-# busy process took 5.4 s a step instead of 0.6, and alone it is no faster. OpenMP reads this when torch loads.
+# CPU threads that wait for each other should soon sleep. Spinning on, as is OpenMP's way, stalls a run beside
+# any other busy process, and alone it is no faster. OpenMP reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
