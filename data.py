@@ -523,15 +523,16 @@ class Videos(torch.utils.data.Dataset):
         if self._order[0] != turn:
             self._order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
         step = 7919 if n % 7919 else 1      # a prime, so that the tries meet different files
-        for attempt in range(min(n, 10)):
+        read = self._read_video if self.kind == "video" else self._read_images
+        for attempt in range(10):           # another file, and where there are few, other moments of them
             start = (int(self._order[1][place]) + attempt * step) % n
             try:
-                return (self._read_video if self.kind == "video" else self._read_images)(start, k, picks)
+                return read(start, (self.seed, k, attempt, 0) if attempt else (self.seed, k), picks)
             except Broken as error:
                 why = self._report(*error.args)
             if len(picks) > 1:              # half a file may be good: each sample decides as if asked alone
                 return [self._opening(k, [pick])[0] for pick in picks]
-        raise OSError(f"{self.root}: the last {min(n, 10)} {self.kind}(s) tried give no sample; {why}")
+        raise OSError(f"{self.root}: ten {self.kind}s tried in a row give no sample; the last is {why}")
 
     def _report(self, file, error):
         name = self.files[file]
@@ -555,10 +556,10 @@ class Videos(torch.utils.data.Dataset):
             self._readers.pop(next(iter(self._readers))).close()
         return reader
 
-    def _read_video(self, file, k, picks):
+    def _read_video(self, file, key, picks):
         import av
         try:
-            return self._decode(self._reader(file), np.random.default_rng((self.seed, k)), picks)
+            return self._decode(self._reader(file), np.random.default_rng(key), picks)
         except (av.error.FFmpegError, ValueError, OSError, IndexError) as error:
             self._readers.pop(file, None)   # the next try begins with a fresh decoder
             raise Broken(file, error) from None
@@ -645,12 +646,12 @@ class Videos(torch.utils.data.Dataset):
         step = step[count.argmax()] if len(step) else 1
         return first + np.arange(self.frames) * self.stride * step              # (T,) or (n, T)
 
-    def _read_images(self, start, k, picks):
+    def _read_images(self, start, key, picks):
         first, begin, end = self.starts[start]
         number = self.number[begin:end]
         if self.frames == 2:
             low, high = self._partners(number, self.number[first])
-            places = [first, begin + np.random.default_rng((self.seed, k)).integers(low, high)]
+            places = [first, begin + np.random.default_rng(key).integers(low, high)]
         else:
             places = begin + np.searchsorted(number, self._clip(number, self.number[first]))
         images = []

@@ -98,8 +98,8 @@ PRESETS = {
     "tiny": dict(
         size=48, patch=8, dim=64, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
         motion_dim=48, motion_depth=2, forward_depth=2, forward_heads=2,
-        head_hidden=256, head_bottleneck=1024, prototypes=256, ema=0.99,    # a wide bottleneck: DINO starts at
-        local_size=24, local_crops=2),                                      # log(prototypes), not below it by luck
+        head_hidden=256, prototypes=256, ema=0.99, local_size=24, local_crops=2,
+        head_bottleneck=1024),      # so wide that DINO starts at log(prototypes) and not below it, by luck
     # as published: 66 hours on two A100 (paper); full run not reproduced here
     "vit_s": dict(),
     # as released: the dynamics keep ViT-S's head counts and midway width; 27 hours on eight A6000 (paper)
