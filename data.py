@@ -1001,7 +1001,7 @@ def show(source, path):
             axis.imshow(cell[1], cmap="viridis")
             axis.set_title(cell[0], fontsize=8)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ PAPER = dict(
 SCENES = dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32)      # for runs without --data
 RECIPES = {
     # Small budgets want camera pans of a patch or two over rich textures; sprites come with larger presets.
-    "tiny": PAPER | dict(steps=600, batch_size=32, lr=2e-3, min_lr=1e-5, warmup=0.1,
+    "tiny": PAPER | dict(steps=500, batch_size=32, lr=2e-3, min_lr=1e-5, warmup=0.1,
                          scenes=dict(size=96, sprites=0, pan=18.0, zoom=0.0, roll=0.0)),
     "vit_s": PAPER | dict(scenes=SCENES),
     "vit_b": PAPER | dict(scenes=SCENES),
