@@ -147,7 +147,7 @@ class Scenes:
         self,
         size=64,                # pixels: frames are size x size
         frames=8,               # T
-        sprites=4,              # K
+        sprites=4,              # K, how many
         seed=0,                 # below 10**9
         split="train",          # or "eval", whose clips and textures are others
         speed=5.0,              # pixels per frame in mid-clip, at most; each sprite 0..1 of it, any direction
@@ -964,8 +964,8 @@ class Finished:
 
 
 # ---- look at your data ---------------------------------------------------------------------------
-def show(source, path):
-    """Writes a picture of what training sees: scenes with ground truth (not of videos), crops of pairs."""
+def show(source, path, **videos):
+    """Writes a picture: scenes with their ground truth (not of videos), and crops like those of training."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -984,7 +984,8 @@ def show(source, path):
                 ("occluded in frame 2", clip["occluded"][b, 0].numpy()),
                 ("class", clip["classes"][b, 0].numpy()), ("depth", clip["depth"][b, 0].numpy())])
     inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
-    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=dict(size=192, pan=12.0))))
+    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=dict(size=192, pan=12.0),
+                                  **videos)))
     image = lambda x: x.permute(1, 2, 0).numpy()
     for motion, large, small in zip(batch["motion"], batch["globals"], batch["locals"]):
         rows.append(
@@ -1005,10 +1006,13 @@ def show(source, path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes out/data.png: what training sees.")
+    parser = argparse.ArgumentParser(description="Writes out/data.png: scenes with their truth, and crops.")
     parser.add_argument("data", nargs="?", default="scenes", help="a video, or a folder of videos or frames")
+    parser.add_argument("--fps", type=float, default=30.0, help="rate of the numbers in frame names")
+    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between two frames")
+    args = parser.parse_args()
     try:
-        show(parser.parse_args().data, "out/data.png")
+        show(args.data, "out/data.png", fps=args.fps, gap=args.gap)
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: error: {error}")
     print("written: out/data.png")

@@ -74,7 +74,7 @@ class Config:
     forward_heads: int = 6                  # attention heads of the forward model and the backward layers
     latent_dynamics: bool = True            # off: the DINO baseline               (Table 3, row 1)
     backward: bool = True                   # off: raw features instead of backward layers
-    multi_level: bool = True                # off: predict at the highest level (9) only
+    multi_level: bool = True                # off: predict at the highest level but one (9) only
     refinement: bool = True                 # off: midway path sees v of the level above, not its prediction
     gating: bool = True                     # off: plain residual connections in the forward model
     dino_weight: float = 1.0                # weight of the DINO loss; 0 leaves the head out
@@ -82,7 +82,7 @@ class Config:
     head_bottleneck: int = 256              # width before the last layer
     prototypes: int = 65536                 # outputs of the DINO head
     ema: float = 0.996                      # teacher momentum at the start; follows a cosine to 1
-    local_size: int = 96                    # pixels, as released (paper: all crops are 224)
+    local_size: int = 96                    # pixels; our choice: as released (paper: all crops are 224)
     local_crops: int = 8                    # per frame
 
     @property
@@ -383,6 +383,14 @@ class DINOLoss(nn.Module):
 # ---- the model -----------------------------------------------------------------------------------
 def check(cfg):
     """Raises a ValueError that says what to change if a Config can't be built."""
+    counts = ("patch", "dim", "heads", "motion_tokens", "motion_dim", "motion_depth", "motion_heads",
+              "forward_depth", "forward_heads", "head_hidden", "head_bottleneck", "prototypes")
+    for name in counts:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
+    if cfg.local_crops < 0 or not 0 <= cfg.drop_path < 1 or not 0 <= cfg.ema <= 1:
+        raise ValueError(f"local_crops={cfg.local_crops}, drop_path={cfg.drop_path}, ema={cfg.ema}: "
+                         "want 0 or more, 0 to below 1, 0 to 1")
     for name in ("size", "local_size"):
         pixels = getattr(cfg, name)
         if pixels < cfg.patch or pixels % cfg.patch:

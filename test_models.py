@@ -3,9 +3,9 @@ The tests: parity with the authors' models, exact data, a training loop that res
 Run them with `python -m pytest -q test_models.py`; no downloads, no GPU, under four minutes on two cores.
 """
 import ast
-import pickle
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -1024,6 +1024,10 @@ def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
     assert "did you mean --batch-size?" in message(["--model", "midway", "--batch-sise", "3"], 2)
     assert "tiny, vit_s, vit_b" in message(["--model", "midway", "--preset", "huge"], 2)
     assert "--steps must be at least 1" in message(["--model", "midway", "--steps", "0"], 2)
+    assert "--betas can't be" in message(["--model", "midway", "--betas", "0.9"], 2)
+    assert "--micro-batch can't be -1" in message(["--model", "midway", "--micro-batch", "-1"], 2)
+    assert "heads=0 must be at least 1" in message(TINY + out + ["--heads", "0"], 1)
+    assert "try --batch-size 3" in message(TINY + out + ["--micro-batch", "3"], 1)
     assert "--gap wants two rising" in message(["--model", "midway", "--gap", "1", "0.5"], 2)
     assert "nowhere" in message(TINY + out + ["--data", str(tmp_path / "nowhere")], 1)
     (tmp_path / "empty").mkdir()
@@ -1127,7 +1131,8 @@ def test_readme_names_only_what_exists():
     text = (HERE / "README.md").read_text()
     known = {f.name.replace("_", "-") for cls in (train.Options, Config) for f in fields(cls)}
     known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
-    known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint"}    # of others
+    known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint",
+              "shm-size"}        # of other programs
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) <= known
     for picture in re.findall(r"\((assets/[^)]+)\)", text):
         assert (HERE / picture).exists(), picture

@@ -67,7 +67,7 @@ class Options:
     warmup: float = 0.05                # share of the steps with a linear warm-up
     weight_decay: float = 0.04          # at the start; 1-D parameters have none
     weight_decay_end: float = 0.04      # at the end, by a cosine
-    betas: tuple[float, ...] = (0.9, 0.999)     # AdamW
+    betas: tuple[float, ...] = (0.9, 0.999)     # AdamW's two
     clip: float = 1.0                   # largest global norm of the gradient; 0: no clipping
     seed: int = 0                       # of weights, data and random depth
     workers: int = -1                   # data processes per training process; -1: choose
@@ -149,6 +149,8 @@ def parse(argv):
         parser.error(f"no model {name!r}: choose from {', '.join(MODELS)}")
     if ckpt and name != ckpt["config"]["model"]:
         raise Stop(f"{known.resume} holds a {ckpt['config']['model']} model, not {name}")
+    if ckpt and known.preset not in ("", ckpt["config"]["preset"]):
+        raise Stop(f"{known.resume} holds preset {ckpt['config']['preset']}, not {known.preset}")
     defaults, scenes, module = {}, scene_options(), None
     if name:
         try:
@@ -190,12 +192,21 @@ def parse(argv):
     for key in ("steps", "batch_size", "log_every", "save_every", "repeat", "stride"):
         if getattr(opt, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1, not {getattr(opt, key)}")
+    for key, right in (("micro_batch", opt.micro_batch >= 0), ("clip", opt.clip >= 0), ("lr", opt.lr > 0),
+                       ("warmup", 0 <= opt.warmup < 1), ("fps", opt.fps > 0),
+                       ("betas", len(opt.betas) == 2 and all(0 <= b < 1 for b in opt.betas))):
+        if not right:
+            parser.error(f"--{key.replace('_', '-')} can't be {getattr(opt, key)}: see --help")
     if len(opt.gap) != 2 or not 0 < opt.gap[0] <= opt.gap[1]:
         parser.error("--gap wants two rising positive numbers, such as 0.5 1.0, not "
                      f"{' '.join(map(str, opt.gap))}")
     if ckpt and "out" not in given:         # where the checkpoint lies now, not where it was written
         opt.out = os.path.dirname(ckpt["path"]) or "."
     opt.out = opt.out or f"out/{opt.model}-{opt.preset}"
+    if opt.out in (".", ".."):              # a folder that can be moved aside needs its name
+        opt.out = os.path.abspath(opt.out)
+    if os.path.isfile(opt.out):
+        raise Stop(f"--out {opt.out} is a file: name a folder")
     return opt, module, module.Config(**as_tuples), scenes, ckpt
 
 
@@ -392,10 +403,11 @@ def main(argv):
     micro = opt.micro_batch or opt.batch_size // run.world
     accum, rest = divmod(opt.batch_size, max(micro * run.world, 1))
     if not accum or rest:
+        piece = max(micro, 1) * run.world
         raise Stop(f"batch_size={opt.batch_size} must be a multiple of micro_batch x processes = "
-                   f"{micro} x {run.world}")
+                   f"{micro} x {run.world}: try --batch-size {max(round(opt.batch_size / piece), 1) * piece}")
 
-    # ---- precision
+    # ---- precision. our choice: bf16 autocast, which needs no loss scaling; paper: fp16
     torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in float32
     bf16_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if opt.dtype not in ("auto", "bfloat16", "float32"):
@@ -562,7 +574,7 @@ def check_finite(opt, window, step, good):
         step = step + 1 - len(window) + broken[0]
         raise Stop(f"step {step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, "
                    f"at lr {schedule(opt, step)[0]:.3g}; last good checkpoint: {good}. "
-                   f"Resume from it with a lower --lr, or a smaller --clip (now {opt.clip:g})")
+                   f"Go on, or start again, with a lower --lr, or a smaller --clip (now {opt.clip:g})")
 
 
 def show_line(line, opt, device, first):
