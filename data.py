@@ -19,6 +19,7 @@ Boxes of crops are (top, left, height, width).
 import argparse
 import atexit
 import contextlib
+import functools
 import heapq
 import itertools
 import math
@@ -42,6 +43,7 @@ SHAPES = ("disc", "square", "triangle", "flower", "cross", "ring", "moon", "bar"
 CELLS = 128                             # a silhouette is a table of CELLS x CELLS yes/no cells
 
 
+@functools.cache
 def silhouettes():
     """The 8 shapes as tables (8, 128, 128) uint8, and the hull points of each about its centre, complex."""
     y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1             # in (-1, 1); the rim must stay empty
@@ -54,8 +56,10 @@ def silhouettes():
     rays = np.exp(2j * np.pi * np.arange(4096) / 4096)
     hulls = []
     for table in tables:                # a hull point is the cell corner furthest along a ray
-        v, u = np.nonzero(table)
-        corners = np.unique(np.add.outer([0, 1, 1j, 1 + 1j], u + 1j * v)) - (1 + 1j) * CELLS / 2
+        rows = np.flatnonzero(table.any(1))
+        left, right = table[rows].argmax(1), CELLS - table[rows, ::-1].argmax(1)
+        corners = np.unique([u + 1j * v for u in (left, right) for v in (rows, rows + 1)])
+        corners = corners - (1 + 1j) * CELLS / 2
         hulls.append(corners[np.unique((corners[:, None] * rays.conj()).real.argmax(0))])
     most = max(map(len, hulls))             # to one length, by repeating points
     return tables.astype(np.uint8), np.stack([np.resize(hull, most) for hull in hulls])

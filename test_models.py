@@ -16,6 +16,8 @@ from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # before torch loads: small models, several processes
+
 import av
 import imageio.v3 as iio
 import numpy as np
