@@ -189,6 +189,19 @@ def parse(argv):
             raise Stop(f"--{key.replace('_', '-')} can't change on --resume: "
                        f"the checkpoint has {key}={model_defaults.get(key)}")
     as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in (model_defaults | flags).items()}
+    check_options(parser, opt)
+    if ckpt and "out" not in given:         # where the checkpoint lies now, not where it was written
+        opt.out = os.path.dirname(ckpt["path"]) or "."
+    opt.out = opt.out or f"out/{opt.model}-{opt.preset}"
+    if opt.out in (".", ".."):              # a folder that can be moved aside needs its name
+        opt.out = os.path.abspath(opt.out)
+    if os.path.isfile(opt.out):
+        raise Stop(f"--out {opt.out} is a file: name a folder")
+    return opt, module, module.Config(**as_tuples), scenes, ckpt
+
+
+def check_options(parser, opt):
+    """Refuses impossible values by name, as wrong arguments."""
     for key in ("steps", "batch_size", "log_every", "save_every", "repeat", "stride"):
         if getattr(opt, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1, not {getattr(opt, key)}")
@@ -200,14 +213,6 @@ def parse(argv):
     if len(opt.gap) != 2 or not 0 < opt.gap[0] <= opt.gap[1]:
         parser.error("--gap wants two rising positive numbers, such as 0.5 1.0, not "
                      f"{' '.join(map(str, opt.gap))}")
-    if ckpt and "out" not in given:         # where the checkpoint lies now, not where it was written
-        opt.out = os.path.dirname(ckpt["path"]) or "."
-    opt.out = opt.out or f"out/{opt.model}-{opt.preset}"
-    if opt.out in (".", ".."):              # a folder that can be moved aside needs its name
-        opt.out = os.path.abspath(opt.out)
-    if os.path.isfile(opt.out):
-        raise Stop(f"--out {opt.out} is a file: name a folder")
-    return opt, module, module.Config(**as_tuples), scenes, ckpt
 
 
 def list_like(value):
