@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from dataclasses import fields, replace
 from fractions import Fraction

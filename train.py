@@ -367,7 +367,10 @@ def batches(opt, run, start, accum, micro):
 
 
 def held_out(opt, run, model, scenes, autocast):
-    """Means of model.report over 8 batches that training never sees, shared out: {row: {column: number}}."""
+    """
+    Means of model.report over 8 batches, shared out: {row: {column: number}}. Scenes are none that training
+    sees; of videos these are other draws from the same files.
+    """
     n, each = min(opt.batch_size, 32), -(-8 // run.world)       # batches for each process, rounded up
     share = [range(i * n, (i + 1) * n) for i in range(run.rank, each * run.world, run.world)]
     loader = data.make_loader(
@@ -546,7 +549,7 @@ def main(argv):
         run.say(f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal'} after step "
                 f"{step + 1}; saved. Go on with: python train.py --resume {out}")
     else:
-        title = "scenes never seen in training" if opt.data == "scenes" else "other moments of these videos"
+        title = "scenes never seen in training" if opt.data == "scenes" else "other draws from these videos"
         run.say("\n" + show_table(line["held_out"], title) + "\n" if line["held_out"] else "")
         run.say(f"written: {out}/ckpt.pt, log.jsonl, curves.png, config.json")
     if run.world > 1:
