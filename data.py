@@ -161,21 +161,24 @@ class Scenes:
         radius=(0.12, 0.24),    # least and most radius of the sprites, as a share of size
         grain=8.0,              # pixels: how large the things in a texture are
         textures=128,           # how many there are, per split
+        flat=0.0,               # 0: textured, 1: sprites and background in one plain colour each
         device="cpu",
     ):
         if split not in ("train", "eval"):
             raise ValueError(f"split={split!r} must be 'train' or 'eval'")
         if not (size >= 8 and frames >= 1 and sprites >= 0 and textures >= 3 and grain > 0 and
-                min(speed, pan, zoom, roll) >= 0 and len(radius) == 2 and 0 < radius[0] <= radius[1]):
+                min(speed, pan, zoom, roll) >= 0 and 0 <= flat <= 1 and
+                len(radius) == 2 and 0 < radius[0] <= radius[1]):
             raise ValueError(
                 f"scenes: {size=} {frames=} {sprites=} {textures=} {grain=} {speed=} {pan=} {zoom=} {roll=} "
-                f"{radius=}: want size 8, frames 1, textures 3 or more, grain > 0, a radius of two rising "
-                "numbers, and none negative")
+                f"{radius=} {flat=}: want size 8, frames 1, textures 3 or more, grain > 0, a radius of two "
+                "rising numbers, flat from 0 to 1, and none negative")
         if not 0 <= seed < EVAL:
             raise ValueError(f"seed={seed} must lie in 0 .. 10**9 - 1 (split='eval' uses the numbers above)")
         self.size, self.frames, self.sprites, self.device = size, frames, sprites, device
         self.speed, self.pan, self.zoom, self.roll, self.radius = speed, pan, zoom, roll, radius
-        self.grain, self.textures, self.bank = grain, textures, None        # the bank is made at first use
+        self.grain, self.textures, self.flat = grain, textures, flat
+        self.bank = None                                            # of textures; made at first use
         self.seed = seed + EVAL * (split == "eval")                # splits share no clip, no texture
         tables, self.hulls = silhouettes()
         self.tables = torch.from_numpy(tables).flatten().to(device)
@@ -203,13 +206,14 @@ class Scenes:
         warp = np.exp(rates[:, None] * tau)                                              # (B, T, L)
         camera, middle = warp[..., :1], (1 + 1j) * (self.size - 1) / 2
         home = self.size * ((x - 0.5) + 1j * (y - 0.5))[:, None]                         # sprites in mid-clip
+        lift = 0.3 + 0.4 * tint[0] + 0.3 * (tint[1:] - 0.5)                              # (3, B, L)
         a = camera * np.where(front, warp, 1) * (2 * radius / CELLS * np.exp(2j * np.pi * turn))[:, None]
         b = middle + camera * np.where(front, home + path, 0) + path[..., :1] / depth[:, None]
         return dict(
             a=a, b=b, kind=(kind * len(SHAPES)).astype(int), depth=depth, queries=queries,
             texture=(texture * self.textures).astype(int), shift=shift[0] + 1j * shift[1],
             periods=2 * radius / CELLS / self.size * 2 ** (stretch - 0.5),               # of texture per cell
-            gain=0.12 + 0.16 * gain, lift=0.3 + 0.4 * tint[0] + 0.3 * (tint[1:] - 0.5))  # lift (3, B, L)
+            gain=(1 - self.flat) * (0.12 + 0.16 * gain), lift=lift + self.flat * (lift - 0.5))
 
     def _put(self, array):
         """A numpy array on the device, without waiting for what the device is at."""
