@@ -2,6 +2,7 @@
 The tests: parity with the authors' models, exact data, a training loop that resumes, spreads and stops well.
 Run them with `python -m pytest -q test_models.py`; no downloads, no GPU, under four minutes on two cores.
 """
+import argparse
 import ast
 import json
 import os
@@ -27,7 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import eval as evaluate
 import midway
+import moog
 import train
 from data import MultiCrop, Scenes, Videos, read_frames
 from midway import Config, DINOLoss, GatedBlock, Midway, load_official
@@ -375,6 +378,521 @@ def test_features_take_other_sizes_and_uint8():
     assert [tuple(z.shape) for z in model.features(torch.rand(2, 3, 24, 40))] == 4 * [(2, 1 + 3 * 5, 24)]
     image = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
     close(model.features(image)[-1].detach(), model.features(image / 255)[-1].detach(), 1e-6)
+
+
+# ---- MooG: parity with the authors' model --------------------------------------------------------
+MOOG = np.load(HERE / "reference" / "moog.npz")
+MOOG_SEEDS = dict(released=1234, movi=777, point_head=61, box_head=62, point_readout=55, depth_readout=56)
+
+
+def moog_ref(kind, name):
+    return torch.from_numpy(np.atleast_1d(MOOG[f"{kind}/{name}"]))
+
+
+def channels_first(video):
+    return video.movedim(-1, -3)
+
+
+def moog_arrays(kind, seed=None):
+    """The fixtures' weights, by the formula that they were made with, under the authors' names."""
+    random, arrays = np.random.RandomState(seed or MOOG_SEEDS[kind]), {}
+    for name, shape in sorted(json.loads(MOOG["shapes"].tobytes())[kind].items()):
+        n, last = random.standard_normal(shape), name.split("/")[-1]
+        fan_in = shape[0] if re.search("query/|key/|value/|embedding/", name) else np.prod(shape[:-1])
+        scale = dict(scale=lambda: 1 + 0.1 * n, bias=lambda: 0.1 * n, embeddings=lambda: 0.2 * n)
+        arrays[name] = scale.get(last, lambda: n / np.sqrt(fan_in))().astype(np.float32)
+    return arrays
+
+
+def moog_weights(kind):
+    return moog.convert({name: torch.from_numpy(x) for name, x in moog_arrays(kind).items()})
+
+
+@pytest.fixture(scope="module")
+def moog_files(tmp_path_factory):
+    """The authors' files, released.npz with a prefix; cross.npz has none, and a decoder without self_att."""
+    folder = tmp_path_factory.mktemp("moog")
+    for kind in ("released", "movi", "point_head", "box_head"):
+        arrays = moog_arrays(kind)
+        if kind == "released":
+            cross = {k: x for k, x in arrays.items() if not re.search("decoder/.*self_att", k)}
+            np.savez(folder / "cross.npz", **cross)
+            arrays = {f"pretrained_model/{k}": x for k, x in arrays.items()} | dict(step=np.int64(3))
+        np.savez(folder / f"{kind}.npz", **arrays)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moog_models(moog_files):
+    return {name: moog.load_official(moog_files / f"{name}.npz") for name in ("released", "cross", "movi")}
+
+
+def released_outputs(model):
+    video, state = channels_first(moog_ref("released", "video")), moog_ref("released", "state0")
+    states = model.unroll(video, state)
+    before = model.anticipate(video, state)[:, :-1]
+    frames, attention = model.decode(before, video.shape[-2:], return_attention=True)
+    return dict(
+        encoder_output=model.encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2]),
+        states_after_sa=states.predicted, states_after_ca=states.corrected, decoder_input_states=before,
+        recon=channels_last(frames), dec_cross_attn_last=attention[:, 3:], features=states.features)
+
+
+def channels_last(frames):
+    return frames.movedim(-3, -1)
+
+
+@torch.no_grad()
+def test_moog_released_equals_the_authors(moog_models):
+    out = released_outputs(moog_models["released"])
+    close(out["features"], out["states_after_ca"], 0)
+    for name in out.keys() - {"features"}:
+        close(out[name], moog_ref("released", name), 2e-5)
+    assert moog_models["released"].cfg.decoder_self_attention
+    out = released_outputs(moog_models["cross"])
+    close(out["recon"], moog_ref("released", "recon_xonly"), 2e-5)
+    close(out["dec_cross_attn_last"], moog_ref("released", "dec_cross_attn_last_xonly"), 2e-5)
+    assert not moog_models["cross"].cfg.decoder_self_attention
+
+
+@torch.no_grad()
+def test_moog_of_the_paper_equals_the_authors(moog_models):
+    model, ref = moog_models["movi"], lambda name: moog_ref("movi", name)
+    video = channels_first(ref("video"))
+    size = video.shape[-2:]
+    states = model.unroll(video, model.state_norm(ref("state0")))
+    frames, attention = model.decode(states.predicted, size, return_attention=True)
+    close(model.encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2])[:1], ref("encoder_output"), 2e-5)
+    close(states.predicted[:1], ref("states_predicted"), 2e-5)
+    close(states.corrected[:1], ref("states_corrected"), 2e-5)
+    close(states.features, torch.cat([states.predicted, states.corrected], 2), 0)
+    close(channels_last(frames)[:1], ref("video_predicted"), 2e-5)
+    close(attention[:1, 3:], ref("dec_cross_attn_last"), 2e-5)
+    index = moog.subsample(size, 4)
+    close(model.decode(states.predicted, size, index)[:1], ref("eval4_video_predicted").flatten(2, 3), 2e-5)
+    for factor in (2, 8):
+        index = moog.subsample(size, factor, ref(f"train{factor}_offsets").long())
+        close(moog.pick(video[:1], index), ref(f"train{factor}_targets").flatten(2, 3), 0)
+        close(model.decode(states.predicted[:1], size, index),
+              ref(f"train{factor}_video_predicted").flatten(2, 3), 2e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_moog_loss_and_gradients_equal_the_authors(moog_files, monkeypatch, recompute):
+    model = moog.load_official(moog_files / "movi.npz").train()
+    model.cfg = replace(model.cfg, subsample=1, checkpoint=recompute)
+    state = moog_ref("movi", "state0")
+    monkeypatch.setattr(model, "initial_state", lambda B, tokens: model.state_norm(state))
+    loss, _ = model(dict(video=channels_first(moog_ref("movi", "video"))))
+    loss.backward()
+    close(loss.detach(), MOOG["movi/loss"], 1e-6)
+    # in the authors' layout, to compare the same few entries of each tensor
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    for name, norm, some in zip(sorted(moog_arrays("movi")), MOOG["movi/grad_norm"], MOOG["movi/grad_some"]):
+        tag = torch.arange(np.prod(moog_arrays_shape("movi", name)), dtype=torch.float64)
+        [(key, order)] = moog.convert({name: tag.view(moog_arrays_shape("movi", name))}).items()
+        theirs = torch.empty_like(tag, dtype=torch.float32)
+        theirs[order.flatten().long()] = gradients[key].flatten()
+        assert abs(theirs.double().norm() - norm) <= 1e-4 * norm, name
+        entries = np.resize(theirs[np.linspace(0, len(theirs) - 1, 8).astype(int)], 8)
+        assert np.abs(entries - some).max() <= 1e-4 * norm, name
+
+
+def moog_arrays_shape(kind, name):
+    return json.loads(MOOG["shapes"].tobytes())[kind][name]
+
+
+@torch.no_grad()
+def test_moog_heads_equal_the_authors(moog_files):
+    for kind in ("point_head", "box_head"):
+        ref = lambda name: moog_ref(kind, name)
+        head = moog.load_official_head(moog_files / f"{kind}.npz")
+        out = head(ref("features"), ref("queries"))
+        close(out.values, ref("values"), 2e-5)
+        if kind == "point_head":
+            close(out.logits, torch.cat([ref("logits_visible"), ref("logits_certainty")], -1), 2e-5)
+            assert (out.visible == ref("visible")[..., 0]).all()
+        with pytest.raises(ValueError, match="exactly 16 frames, not 15"):
+            head(ref("features")[:, 1:], ref("queries"))
+
+
+@torch.no_grad()
+def test_moog_readouts_equal_the_authors():
+    ref = lambda name: moog_ref("point_readout", name)
+    points = moog.PointReadout(32, 32, (3, 8, 32), 64)
+    points.load_state_dict(moog_weights("point_readout"))
+    out = points(ref("features"), ref("queries"), ref("query_frame"))
+    assert (out.visible == ref("visible")[..., 0]).all()
+    free = points(ref("features"), ref("queries"))
+    for name in ("values", "logits", "state"):
+        close(getattr(out, name), ref(name), 2e-5)
+        close(getattr(free, name), ref("nomask_" + name), 2e-5)
+
+    ref = lambda name: moog_ref("depth_readout", name)
+    depth = moog.DepthReadout(32, (3, 8, 32), 64)
+    depth.load_state_dict(moog_weights("depth_readout"))
+    features = ref("features").flatten(0, 1)
+    close(depth(features, (16, 16)).view_as(ref("values")), ref("values"), 2e-5)
+    index = moog.subsample((16, 16), 4)
+    close(depth(features, (16, 16), index).view_as(ref("eval4_values")), ref("eval4_values"), 2e-5)
+    index = moog.subsample((16, 16), 4, ref("train4_offsets").long())
+    close(depth(features, (16, 16), index.flatten(0, 1)).view_as(ref("train4_values")),
+          ref("train4_values"), 2e-5)
+    target = moog.pick(channels_first(ref("depth")), index).view_as(ref("train4_subsampled_targets"))
+    close(target, ref("train4_subsampled_targets"), 0)
+
+
+NEAR_MISSES = {
+    "exact gelu": lambda m: m.setattr(moog.F, "gelu", lambda x, approximate, gelu=F.gelu: gelu(x)),
+    "torch's linspace": lambda m: m.setattr(
+        moog, "axis_positions", lambda n, device=None: torch.linspace(-1, 1, n)),
+    "padding before": lambda m: m.setattr(
+        moog.F, "pad", lambda x, pad, old=F.pad: old(x, [pad[i ^ 1] for i in range(len(pad))])),
+    "(x, y) order": lambda m: m.setattr(
+        moog, "grid_positions", lambda h, w, device=None, grid=moog.grid_positions: grid(h, w).flip(-1)),
+    "normed keys and values": lambda m: m.setattr(
+        moog.Block, "forward", lambda self, x, y=None, weights=False, forward=moog.Block.forward: forward(
+            self, x, y if y is None else F.layer_norm(y, y.shape[-1:]), weights)),
+    "decoding the prediction": lambda m: m.setattr(
+        moog.MooG, "anticipate", lambda self, video, state: self.recurrence(
+            torch.cat([video, video[:, :1]], 1), state)[0]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("miss", NEAR_MISSES)
+def test_moog_parity_would_catch(miss, moog_models, monkeypatch):
+    NEAR_MISSES[miss](monkeypatch)
+    out = released_outputs(moog_models["released"])
+    off = [(out[name] - moog_ref("released", name)).abs().max() for name in out.keys() - {"features"}]
+    assert max(off) > 1e-4
+
+
+def test_moog_loaders_refuse_other_files(moog_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = moog_arrays("movi")
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "objects.npz", x=np.array([Foreign()], dtype=object))
+    np.savez(tmp_path / "lacks.npz", **{k: x for k, x in arrays.items() if "recon" not in k})
+    np.savez(tmp_path / "shape.npz", **arrays | {"corrector/layer_0/MLP_in/bias": np.zeros(3, np.float32)})
+    np.savez(tmp_path / "other.npz", x=np.zeros(3, np.float32))
+    whole = (moog_files / "movi.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole[:len(whole) // 2])
+    np.savez(tmp_path / "flat.npz", **{"a/kernel": np.zeros(3, np.float32)})
+    for name, reason in [("text", "not a .npz of arrays"), ("objects", "it has no"), ("flat", "Dimension"),
+                         ("lacks", "recon"), ("shape", "mlp_in.bias"), ("other", "it has no"),
+                         ("short", "not a .npz of arrays")]:
+        with pytest.raises(ValueError, match=reason):
+            moog.load_official(tmp_path / f"{name}.npz")
+    assert not Path("executed").exists()
+    with pytest.raises(FileNotFoundError):
+        moog.load_official(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match="use load_official_head"):
+        moog.load_official(moog_files / "box_head.npz")
+    with pytest.raises(ValueError, match="use load_official$"):
+        moog.load_official_head(moog_files / "released.npz")
+
+
+def test_moog_npz_of_other_orders_and_kinds(tmp_path):
+    x = np.arange(6, dtype=np.float64).reshape(2, 3)
+    np.savez_compressed(tmp_path / "x.npz", c=x, f=np.asfortranarray(x), half=x.astype(np.float16),
+                        empty=x[:0], scalar=x[0, 1], integer=x.astype(int), struct=np.zeros(2, [("a", "f4")]))
+    arrays = moog.read_npz(tmp_path / "x.npz")
+    assert arrays.keys() == {"c", "f", "half", "empty", "scalar"}
+    for name in ("c", "f", "half"):
+        close(arrays[name], x, 0)
+    assert arrays["empty"].shape == (0, 3) and arrays["scalar"] == 1
+
+
+# ---- MooG: sizes, recurrence, training -----------------------------------------------------------
+def tiny_moog(**options):
+    torch.manual_seed(0)
+    return moog.MooG(moog.Config(**dict(
+        size=16, frames=3, tokens=6, dim=16, channels=(8, 8, 16), strides=(2, 1, 2),
+        encoder_bases=4, decoder_bases=4, predictor=(1, 2, 8), corrector=(1, 2, 16), decoder=(2, 2, 8),
+        mlp=24, subsample=4) | options))
+
+
+def test_moog_sizes_are_the_papers():
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    with torch.device("meta"):
+        released = moog.Config(**moog.PRESETS["released"])
+        assert count(moog.MooG(released)) == 35_193_811
+        assert count(moog.MooG(replace(released, decoder_self_attention=True))) == 36_967_507
+        paper = moog.Config(**moog.PRESETS["paper"])
+        assert count(moog.MooG(paper)) == 34_726_787
+        for baseline in (dict(grid=True), dict(grid=True, recurrent=False)):    # same size
+            assert count(moog.MooG(replace(paper, **baseline))) == 34_726_787
+        assert count(moog.AttentionReadout(2)) == 11_338_760
+        assert count(moog.AttentionReadout(4, heads=4, copies=1)) == 11_424_832
+        assert count(moog.PointReadout()) == 11_324_804 and count(moog.DepthReadout()) == 10_434_817
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 16), (10, 20), (9, 7)])
+@pytest.mark.parametrize("released", [False, True])
+def test_moog_chunks_are_one_long_unroll(released, size):
+    model, video = tiny_moog(released=released).eval(), torch.rand(2, 7, 3, *size)
+    state = model.initial_state(2, 20)              # not as many tokens as in training
+    whole = model.unroll(video, state)
+    first, rest = model.unroll(video[:, :3], state), None
+    rest = model.unroll(video[:, 3:], first.last)
+    for name in ("predicted", "corrected", "features"):
+        close(torch.cat([getattr(first, name), getattr(rest, name)], 1), getattr(whole, name), 4e-6)
+    close(rest.last, whole.last, 4e-6)
+    assert whole.features.shape == (2, 7, 20 if released else 40, 16)
+    assert model.encoder(video[:, 0]).shape[1] == -(-size[0] // 4) * -(-size[1] // 4)     # h, w rounded up
+    frames, attention = model.decode(whole.predicted, size, return_attention=True)
+    assert frames.shape == video.shape and frames.isfinite().all()
+    close(attention.sum(-1), torch.ones(2, 7, 2, size[0] * size[1]), 1e-5)
+    with pytest.raises(ValueError, match="given state has 20"):
+        model.unroll(video, state, tokens=8)
+
+
+@torch.no_grad()
+def test_moog_tokens_have_no_order_and_no_place():
+    model, video = tiny_moog().eval(), torch.rand(1, 3, 3, 16, 16)
+    state, order = model.initial_state(1, 9), torch.randperm(9)
+    a, b = model.unroll(video, state), model.unroll(video, state[:, order])
+    close(a.corrected[:, :, order], b.corrected, 2e-6)
+    close(model.decode(a.predicted, (16, 16)), model.decode(b.predicted, (16, 16)), 2e-6)
+
+
+@torch.no_grad()
+def test_moog_predicts_before_it_sees():
+    video = torch.rand(1, 4, 3, 16, 16)
+    other = video.clone()
+    other[:, 2] = 1 - other[:, 2]
+    for options in (dict(), dict(released=True), dict(grid=True), dict(grid=True, recurrent=False)):
+        model = tiny_moog(**options).eval()
+        state = model.initial_state(1, 16)
+        a, b = (model.decode(model.anticipate(v, state), (16, 16)) for v in (video, other))
+        assert a.shape[1] == 5                      # the frame after the video too
+        close(a[:, :3], b[:, :3], 0)
+        assert (a[:, 3] - b[:, 3]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_moog_grid_baselines_differ_in_what_they_remember():
+    video = torch.rand(1, 4, 3, 16, 16)
+    other = video.clone()
+    other[:, 0] = 1 - other[:, 0]                   # two frames back, for the last prediction but one
+    for recurrent in (True, False):
+        model = tiny_moog(grid=True, recurrent=recurrent).eval()
+        state = model.initial_state(1, 16)
+        a, b = (model.unroll(v, state).predicted for v in (video, other))
+        same = (a[:, 2:] - b[:, 2:]).abs().max() == 0
+        assert same == (not recurrent)
+    assert model.unroll(video).predicted.shape == (1, 4, 16, 16)        # one token for each place
+    with pytest.raises(ValueError, match="released"):
+        tiny_moog(grid=True, released=True)
+    with pytest.raises(ValueError, match="grid=True"):
+        tiny_moog(recurrent=False)
+
+
+@torch.no_grad()
+def test_moog_decodes_each_pixel_by_itself(monkeypatch):
+    model = tiny_moog().eval()
+    states = model.unroll(torch.rand(2, 3, 3, 16, 16)).predicted
+    whole = model.decode(states, (16, 16))
+    index = torch.randint(256, (2, 3, 5))
+    close(model.decode(states, (16, 16), index), moog.pick(whole, index), 2e-6)
+    monkeypatch.setattr(moog, "PIECE", 60)          # 10 pixels at once
+    pieces, attention = model.decode(states, (16, 16), return_attention=True)
+    close(pieces, whole, 2e-6)
+    assert attention.shape == (2, 3, 2, 256, 6)
+    with pytest.raises(ValueError, match="can't be subsampled by 3"):
+        moog.subsample((16, 16), 3)
+
+
+def test_moog_random_pixels_cover_the_frame_evenly():
+    torch.manual_seed(0)
+    index = moog.subsample((8, 12), 4, torch.randint(4, (4000, 2)))
+    counts = torch.bincount(index.flatten(), minlength=96)
+    assert index.shape == (4000, 6) and (counts / 250 - 1).abs().max() < 0.25
+    rows, columns = index // 12, index % 12
+    assert (columns.view(4000, 2, 3).diff(dim=2) % 12 == 4).all()
+    assert (rows.view(4000, 2, 3).diff(dim=1) % 8 == 4).all()
+
+
+def test_moog_meters_on_hand_made_cases(monkeypatch):
+    close(moog.psnr(torch.full((1, 1, 4, 3), 0.6), torch.full((1, 1, 4, 3), 0.5)), 20.0, 1e-4)
+    model = tiny_moog(subsample=1)
+    video = torch.rand(2, 1, 3, 16, 16).expand(-1, 3, -1, -1, -1)       # nothing moves: copying is exact
+    state = model.initial_state(2, 6).detach()
+    monkeypatch.setattr(model, "initial_state", lambda B, tokens: state)
+    loss, logs = model(dict(video=video))
+    assert logs["copy_psnr"] == 100 and 1 / 6 <= logs["tokens_used"] <= 1
+    with torch.no_grad():
+        error = (model.decode(model.anticipate(video)[:, :-1], (16, 16)) - video).square()
+    close(loss.detach(), error.mean(), 1e-6)
+    close(logs["psnr"], -10 * error[:, 1:].mean((2, 3, 4)).log10().mean(), 1e-4)    # not of frame 0
+    assert 0 < logs["state_norm"] <= 2 * 16 ** 0.5 + 0.01       # sum of two normalised vectors
+    same = torch.ones(1, 1, 1, 16).expand(1, 3, 6, 16) + 0.0
+    index = moog.subsample((16, 16), 4).expand(1, 3, -1)
+    assert model.tokens_used(same, (16, 16), index) == 1 / 6            # tokens alike: always the first
+
+
+def test_moog_starts_as_it_says():
+    model = tiny_moog(dim=64, state_scale=0.5, released=True)
+    state = model.initial_state(4, 50)
+    assert state.shape == (4, 50, 64) and abs(state.std() - 0.5) < 0.02
+    model.state_norm.weight.data.fill_(2.0)
+    normed = moog.MooG(replace(model.cfg, released=False)).initial_state(4, 50)
+    close(normed.std(-1, correction=0).detach(), torch.ones(4, 50), 1e-3)
+    for module in model.modules():
+        if isinstance(module, moog.Attention):
+            assert (module.norm_query.weight == 1).all() and (module.norm_key.weight == 1).all()
+            assert abs(module.query.weight.std() * 64 ** 0.5 - 1) < 0.3         # variance 1 / fan-in
+    frames = model.decode(model.anticipate(torch.rand(1, 2, 3, 16, 16)), (16, 16))
+    assert abs(frames.mean() - 0.5) < 0.1 and frames.std() < 0.2                # near grey
+    [group] = model.param_groups(1e-4)              # all decay
+    assert len(group["params"]) == len(list(model.parameters())) and group["weight_decay"] == 1e-4
+
+
+def test_moog_draws_other_pixels_and_noise_each_time():
+    model, video = tiny_moog(), torch.rand(2, 3, 3, 16, 16)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model(dict(video=video))[0].item())
+    assert losses[0] == losses[1] != losses[2]
+    state = model.initial_state(2, 6)
+    model.initial_state = lambda B, tokens: state
+    assert model(dict(video=video))[0] != model(dict(video=video))[0]           # the pixels
+
+
+@torch.no_grad()
+def test_moog_report_is_of_frames_not_yet_seen():
+    model, video = tiny_moog().eval(), torch.rand(3, 4, 3, 16, 16)
+    torch.manual_seed(5)
+    table = model.report(dict(video=video))
+    torch.manual_seed(5)
+    frames = model.decode(model.anticipate(video), (16, 16))[:, :-1]
+    at = slice(2, None, 4)                          # every fourth pixel
+    error = lambda a, b: (a - b)[..., at, at].square().mean((2, 3, 4))          # (B, T)
+    level = lambda e: (-10 * e.log10()).mean()
+    guess, copy = error(frames, video)[:, 1:], error(video[:, :-1], video[:, 1:])
+    for row, part in (("t >= 1", slice(0, 3)), ("t = 1", slice(0, 1)), ("t = 3", slice(2, 3))):
+        close(table[f"PSNR in dB, {row}"]["predicted"], level(guess[:, part]), 1e-4)
+        close(table[f"PSNR in dB, {row}"]["copy"], level(copy[:, part]), 1e-4)
+    assert len({value.item() for value in table["PSNR in dB, t >= 1"].values()}) == 4
+    assert model.unroll(video, tokens=9).predicted.shape == (3, 4, 9, 16)
+
+
+def test_moog_takes_bytes_and_any_precision():
+    video = torch.randint(256, (1, 3, 3, 16, 16), dtype=torch.uint8)
+    model = tiny_moog().eval()
+    state = model.initial_state(1, 6)
+    with torch.no_grad():
+        close(model.unroll(video, state).last, model.unroll(video / 255, state).last, 1e-6)
+        double = model.double().unroll(video, state.double())
+        assert double.last.dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            close(model.float().unroll(video, state).last, double.last, 0.2)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(predictor=(1, 2)), "predictor"), (dict(decoder=(1, 3, 8)), "multiple"),
+    (dict(corrector=(0, 1, 8)), "corrector"), (dict(channels=()), "0 channels"),
+    (dict(strides=(2,)), "1 strides"), (dict(subsample=0), "subsample=0"),
+    (dict(size=18), "multiple of subsample"), (dict(frames=1), "frames=1"),
+    (dict(state_scale=0.0), "positive"),
+    (dict(grid=True, released=True), "released"), (dict(recurrent=False), "grid=True")])
+def test_moog_wrong_configs_say_what_to_change(options, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_moog(**options)
+
+
+@torch.no_grad()
+def test_moog_wrong_inputs_say_what_to_change():
+    model, video = tiny_moog(), torch.rand(2, 3, 3, 16, 16)
+    state = model.initial_state(2, 6)
+    for bad in (video[0], video[:, :0], video[:, :, :1]):
+        with pytest.raises(ValueError, match="a video of shape"):
+            model.unroll(bad)
+    with pytest.raises(ValueError, match="given state has 6"):
+        model.anticipate(video, state, tokens=3)
+    with pytest.raises(ValueError, match="tokens=0"):
+        model.unroll(video, tokens=0)
+    with pytest.raises(ValueError, match="16 places"):
+        tiny_moog(grid=True).unroll(video, tokens=9)
+    for states, index in ((state, None), (state[:, None], torch.zeros(1, 5, dtype=torch.long))):
+        with pytest.raises(ValueError, match="want .B, T, N, D."):
+            model.decode(states, (16, 16), index)
+
+
+def test_moog_learns_one_clip():
+    model = tiny_moog(tokens=16, dim=32, channels=(16, 16, 32), mlp=64, subsample=1)
+    clip = Scenes(size=16, frames=3, sprites=1, speed=3, textures=4, seed=3).batch([0])["video"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        loss, _ = model(dict(video=clip))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * clip.var((0, 1, 3, 4), correction=0).mean(), losses[::10]
+
+
+def test_moog_readouts_start_where_they_are_asked_and_go_on():
+    torch.manual_seed(0)
+    features, queries = torch.randn(2, 5, 6, 16), torch.rand(2, 3, 4)
+    when = torch.tensor([[0, 2, 3], [1, 0, 4]])
+    readout = moog.BoxReadout(16, 8, (1, 2, 8), 16)
+    whole = readout(features, queries, when)
+    first = readout(features[:, :2], queries, when)
+    rest = readout(features[:, 2:], queries, when - 2, first.state)
+    for name in ("values", "logits"):
+        both = torch.cat([getattr(first, name), getattr(rest, name)], 1)
+        close(both.detach(), getattr(whole, name).detach(), 1e-6)
+    other = features.clone()
+    other[:, 1] += 1                                # before the query of (0, 1) and (0, 2): must not matter
+    close(readout(other, queries, when).values[0, 2:, 1].detach(), whole.values[0, 2:, 1].detach(), 0)
+    assert (readout(other, queries, when).values[0, 1:, 0] - whole.values[0, 1:, 0]).abs().max() > 1e-5
+    with pytest.raises(ValueError, match="queries"):
+        readout(features, queries[..., :2], when)
+
+
+def test_moog_readout_losses_on_hand_made_cases():
+    point = lambda x: torch.full((1, 1, 1, 2), float(x))
+    yes, sure = torch.ones(1, 1, 1, dtype=torch.bool), torch.full((1, 1, 1, 2), 20.0)
+    loss = lambda values, visible=yes, logits=sure, valid=None: moog.PointReadout.loss(
+        points, moog.Readout(values, logits, None, None), point(0.5), visible, valid)
+    points = moog.PointReadout(8, 8, (1, 1, 8), 8)
+    shift = lambda x: point(0.5) + torch.tensor([x / 256, 0.0])
+    close(loss(point(0.5)).detach(), 0, 1e-6)                           # there, visible and certain
+    close(loss(shift(2)).detach(), 0.05 * 2 ** 2 / 2, 1e-4)             # quadratic below 4 pixels
+    close(loss(shift(8)).detach(), 0.05 * 4 * (8 - 2) + 20, 1e-4)       # linear; certain but wrong
+    close(loss(point(0.9), ~yes).detach(), 20, 1e-4)                    # hidden: only its visibility counts
+    close(loss(point(0.9), yes, valid=~yes).detach(), 0, 0)
+    nowhere = points.loss(moog.Readout(point(0.9), sure, None, None), point(float("nan")), ~yes)
+    close(nowhere.detach(), 20, 1e-4)                                   # what is hidden may be nan
+    boxes = moog.BoxReadout(8, 8, (1, 1, 8), 8)
+    box = torch.tensor([[[[0.0, 0.0, 0.5, 0.5]]]])
+    for values, near in [(box, True), (box * 0.72, True), (box * 0.69, False), (box + 0.5, False)]:
+        assert boxes.error(values, box)[1].item() == near               # IoU 1, 0.52, 0.48, 0
+    depth = moog.DepthReadout(8, (1, 1, 8), 8, bases=2)
+    valid = torch.tensor([True, False])
+    close(depth.loss(torch.tensor([1.0, 5.0]), torch.tensor([2.0, float("inf")]), valid), 1, 1e-6)
+
+
+def test_moog_is_compiled_by_the_step():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, video = tiny_moog(), torch.rand(2, 3, 3, 16, 16)
+    torch.manual_seed(1)
+    eager, _ = model(dict(video=video))
+    model.compile(backend="aot_eager", dynamic=False)
+    torch.manual_seed(1)
+    compiled, _ = model(dict(video=video))
+    close(compiled.detach(), eager.detach(), 1e-6)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 4 <= graphs <= 8                         # not one for each frame
+    model.report(dict(video=video))                 # with other numbers of tokens
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not any("_orig_mod" in key for key in model.state_dict())
 
 
 # ---- crops and colours ---------------------------------------------------------------------------
@@ -877,6 +1395,13 @@ TINY = ("--model midway --device cpu --workers 0 --batch-size 4 --size 16 --dim 
         "--head-bottleneck 8 --prototypes 32 --local-size 8 --local-crops 2 "
         "--scene-size 24 --scene-textures 8 --log-every 1").split()
 
+TINY_MOOG = ("--model moog --device cpu --workers 0 --batch-size 4 --size 16 --frames 3 --tokens 6 --dim 16 "
+             "--channels 8 16 --strides 2 2 --encoder-bases 4 --decoder-bases 4 --predictor 1 2 8 "
+             "--corrector 1 2 16 --decoder 1 2 8 --mlp 24 --subsample 4 --scene-textures 8 "
+             "--log-every 1").split()
+FAMILIES = dict(midway=(TINY + ["--drop-path", "0.3"], Midway, "shuffled"),
+                moog=(TINY_MOOG, moog.MooG, "copy"))
+
 
 def command(*args, processes=1):
     launch = ["-m", "torch.distributed.run", "--standalone",
@@ -907,10 +1432,11 @@ def test_schedules_are_dinos():
     assert midway.RECIPES["vit_s"]["lr"] == 3.90625e-4 and midway.RECIPES["vit_s"]["batch_size"] == 200
 
 
-def test_four_steps_are_two_and_a_resume_and_two(tmp_path, capsys):
-    small = TINY + ["--drop-path", "0.3"]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capsys):
+    small, model_class, column = FAMILIES[name]
     train.main(small + ["--steps", "4", "--save-every", "2", "--out", f"{tmp_path}/whole"])
-    stop_after(2, small + ["--steps", "4", "--out", f"{tmp_path}/parts"])
+    stop_after(2, small + ["--steps", "4", "--out", f"{tmp_path}/parts"], model_class)
     train.main(["--resume", f"{tmp_path}/parts", "--workers", "1"])
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -920,30 +1446,33 @@ def test_four_steps_are_two_and_a_resume_and_two(tmp_path, capsys):
     assert all({"step", "loss", "lr"} <= line.keys() for line in log(tmp_path / "whole"))
     assert {p.name for p in (tmp_path / "whole").iterdir()} == {
         "ckpt.pt", "log.jsonl", "curves.png", "config.json"}
-    assert "shuffled" in capsys.readouterr().out
+    assert column in capsys.readouterr().out
 
 
-def stop_after(steps, args):
+def stop_after(steps, args, model_class=Midway):
     """Runs train.main in this process and sends it SIGTERM while step number `steps` is under way."""
-    after_step, count = Midway.after_step, []
+    after_step, count = model_class.after_step, []
     def counting(self, progress):
         after_step(self, progress)
         count.append(progress)
         if len(count) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
-    Midway.after_step = counting
+    model_class.after_step = counting
     try:
         with pytest.raises(SystemExit) as leaving:
             train.main(args)
         assert leaving.value.code == 128 + signal.SIGTERM
     finally:
-        Midway.after_step = after_step
+        model_class.after_step = after_step
 
 
-def test_two_processes_equal_one(tmp_path):
-    common = TINY + ["--drop-path", "0", "--steps", "3", "--clip", "0.1", "--save-every", "100"]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_processes_equal_one(name, tmp_path):
+    common = FAMILIES[name][0] + ["--steps", "3", "--clip", "0.1", "--save-every", "100"]
+    common += ["--drop-path", "0"] if name == "midway" else []
     run(*common, "--out", tmp_path / "two", "--micro-batch", "1", processes=2)      # 2 x 2 accumulated
-    train.main(common + ["--out", f"{tmp_path}/one"])
+    # what is random in the step is drawn for each micro-batch
+    train.main(common + ["--out", f"{tmp_path}/one"] + (["--micro-batch", "1"] if name == "moog" else []))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         close(one[name].float(), two[name].float(), 1e-6)
@@ -1067,8 +1596,9 @@ def test_errors_leave_status_1_and_no_traceback(tmp_path):
     assert done.stderr.startswith("train.py: error:") and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_bench_and_bfloat16_run(tmp_path, capsys):
-    train.main(TINY + ["--bench", "--dtype", "bfloat16", "--out", f"{tmp_path}/never"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bench_and_bfloat16_run(name, tmp_path, capsys):
+    train.main(FAMILIES[name][0] + ["--bench", "--dtype", "bfloat16", "--out", f"{tmp_path}/never"])
     said = capsys.readouterr().out
     assert re.search(r"bench: [\d.]+ ms a step .* GFLOP a sample .* MFU n/a", said) and "bfloat16" in said
     assert not (tmp_path / "never").exists()
@@ -1084,6 +1614,9 @@ def test_training_on_videos_and_on_frames(tmp_path):
                            "--out", f"{tmp_path}/out-{workers}"])
         last = log(tmp_path / f"out-{workers}")[-1]
         assert last["step"] == 2 and "shuffled" in last["held_out"]["2-2cos, mean"]
+        train.main(TINY_MOOG + ["--data", str(tmp_path / name), "--workers", workers, "--steps", "2",
+                                "--stride", "2", "--out", f"{tmp_path}/moog-{workers}"])
+        assert log(tmp_path / f"moog-{workers}")[-1]["held_out"]["PSNR in dB, t >= 1"]["predicted"] > 3
     data.show(str(tmp_path / "clip.mp4"), str(tmp_path / "look.png"))
     assert iio.imread(tmp_path / "look.png").shape[0] > 100
 
@@ -1117,6 +1650,64 @@ def test_an_error_with_workers_running_still_ends(tmp_path):
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug"), done.stderr
 
 
+# ---- evaluation ----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def moog_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("moog") / "run"
+    train.main(TINY_MOOG + ["--steps", "1", "--out", str(out), "--scene-radius", "0.2", "0.3"])
+    return out
+
+
+def test_eval_paints_tokens(moog_run, tmp_path, capsys):
+    evaluate.main([str(moog_run), "--out", str(tmp_path)])
+    [row] = json.loads((tmp_path / "results.json").read_text())["tables"].popitem()[1]
+    assert all(0 <= row[name] <= 1 for name in row if name) and len(row) == 4
+    assert iio.imread(tmp_path / "tokens.png").shape[1] > 400
+    assert iio.imread(tmp_path / "tokens.gif", index=None).shape[0] == 8
+    assert "where the point went" in capsys.readouterr().out
+    encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(40, 30))
+    evaluate.main([str(moog_run / "ckpt.pt"), "--task", "tokens", "--data", str(tmp_path / "clip.mp4"),
+                   "--out", str(tmp_path / "video")])
+    assert {p.name for p in (tmp_path / "video").iterdir()} == {"results.json", "tokens.png", "tokens.gif"}
+
+
+@torch.no_grad()
+def test_top_tokens_are_the_attentions_argmax(moog_run):
+    model, *_ = evaluate.load(moog_run)
+    states = model.unroll(torch.rand(2, 3, 3, 16, 16)).predicted
+    attention = model.decode(states, (16, 16), return_attention=True)[1]
+    assert (evaluate.top_tokens(model, states, (16, 16)) == attention.mean(2).argmax(-1)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("follows", [True, False])
+def test_follow_tells_tokens_of_things_from_tokens_of_places(moog_run, monkeypatch, follows):
+    model, _, config, _ = evaluate.load(moog_run)
+    options = config["scenes"] | dict(size=16, frames=8, split="eval", seed=0)
+    ids = Scenes(**options).batch(range(1000, 1064), truth=True)["ids"].flatten(2)
+    monkeypatch.setattr(evaluate, "top_tokens", lambda model, states, size, index: (
+        ids.gather(2, index) if follows else index))
+    went, was, other = evaluate.follow(model, config, argparse.Namespace(seed=0))
+    if follows:                                     # one token a sprite; rounded tracks miss some at the rim
+        assert went > 0.75 and was < 0.2 and 0.1 < other < 0.9
+    else:                                           # one token a pixel
+        assert was == 1 and went < 0.35
+
+
+def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
+    train.main(TINY + ["--steps", "1", "--out", f"{tmp_path}/midway"])
+    (tmp_path / "text.npz").write_text("hello")
+    for args, words in [
+            ([str(tmp_path / "nowhere")], "no checkpoint at"),
+            ([str(tmp_path / "nowhere.npz")], "no checkpoint at"),
+            ([str(tmp_path / "text.npz")], "not a .npz"), ([str(tmp_path / "midway")], "midway has no task"),
+            ([str(moog_run), "--task", "fly"], "moog has no task 'fly': choose from tokens"),
+            ([str(moog_run), "--data", str(tmp_path / "nowhere")], "nowhere")]:
+        with pytest.raises(SystemExit) as leaving:
+            evaluate.cli(args)
+        assert words in leaving.value.code and "\n" not in leaving.value.code
+
+
 # ---- the house -----------------------------------------------------------------------------------
 def test_model_files_stand_alone():
     for name in train.MODELS:
@@ -1130,9 +1721,9 @@ def test_model_files_stand_alone():
 
 def test_readme_names_only_what_exists():
     text = (HERE / "README.md").read_text()
-    known = {f.name.replace("_", "-") for cls in (train.Options, Config) for f in fields(cls)}
+    known = {f.name.replace("_", "-") for cls in (train.Options, Config, moog.Config) for f in fields(cls)}
     known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
-    known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint",
+    known |= {"task", "help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint",
               "shm-size"}        # of other programs
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) <= known
     for picture in re.findall(r"\((assets/[^)]+)\)", text):
