@@ -2,6 +2,7 @@
 Videos in, batches out: synthetic scenes with exact truth, your own videos, and the crops that models eat.
 
     Scenes      procedural video on any device: flow, occlusion, classes, depth, boxes, tracks in closed form
+    MovingSquares    squares whose colours tell their velocities, with masks and displacements
     Videos      your files: mp4, mkv, mov, avi, webm, folders of them at any depth, or of jpg / png frames
     MultiCrop   a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
     make_loader ties them together: index lists in, batches on the device out
@@ -313,6 +314,146 @@ class Scenes:
         x, y = similarity([m.gather(1, owner) for m in maps], x, y)
         visible = (self._owner(world, slice(None), x, y) == owner) & self._within(x, y)
         return dict(tracks=torch.stack([x, y], -1).view(B, T, -1, 2), visible=visible.view(B, T, -1))
+
+
+# ---- moving squares ------------------------------------------------------------------------------
+STAMPS = ("square", "disc", "triangle", "cross")
+MODES = ("differentiated", "all-move", "random-mover", "colour-mover")
+
+
+class MovingSquares:
+    """The data of the MeloMotion report: coloured squares on black, whose colours tell their velocities.
+
+    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to 1, only
+    keeps it visible. Who moves: `differentiated` object 0 alone, whatever the colours of the others;
+    `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0 alone, and the
+    others are known by red = green = 1/2. Movers start so that they stay inside for 16 frames, then they may
+    leave. Drawn at whole pixels, the larger number on top. Scenes without room are drawn anew, with colours.
+    Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in. `batch` returns
+
+    first_frame    (B, 3, H, W)     uint8
+    masks          (B, N, H, W)     bool, each object's pixels in frame 0
+    displacements  (B, N, T-1, 2)   (x, y) since frame 0 in frame widths: exactly t v, not rounded
+    video          (B, T, 3, H, W)  uint8, if `video`
+    camera         (B, T-1, 2)      displacement of the background, if `camera`: a periodic texture that pans
+                                    by speed * (red - 1/2, green - 1/2) of its mean colour
+    Our choice: 128 of 255 counts as 1/2, so that 8 bits hold the colours, and with them the law, exactly.
+    """
+
+    def __init__(
+        self,
+        size=128,               # pixels: frames are size x size
+        frames=16,              # T
+        objects=3,              # N
+        side=24,                # pixels: objects fill a box of side x side
+        gap=8,                  # least pixels between two objects in frame 0; 8: they share no latent cell
+        speed=0.1,              # twice the largest v along an axis
+        mode="differentiated",  # who moves: differentiated, all-move, random-mover, colour-mover
+        shape="square",         # square, disc, triangle, cross; any: each object one of them
+        camera=False,           # a textured background that pans
+        video=True,             # False: frame 0 alone is drawn
+        seed=0,                 # below 10**9
+        split="train",          # or "eval", whose clips are others
+    ):
+        if mode not in MODES or shape not in (*STAMPS, "any"):
+            raise ValueError(f"squares: {mode=} {shape=}: choose from {', '.join(MODES)}, and from "
+                             f"{', '.join(STAMPS)}, any")
+        if not (frames >= 2 and objects >= 1 and 1 <= side <= size and gap >= 0 and
+                0 <= speed / 2 * size * min(frames - 1, 15) <= size - side):
+            raise ValueError(
+                f"squares: {size=} {frames=} {objects=} {side=} {gap=} {speed=}: want 2 frames, 1 object or "
+                "more, side up to size, gap 0 or more, a speed at which objects stay inside for 16 frames")
+        if not 0 <= seed < EVAL or split not in ("train", "eval"):
+            raise ValueError(f"squares: {seed=} must lie in 0 .. 10**9 - 1, {split=} be 'train' or 'eval'")
+        self.size, self.frames, self.objects, self.side, self.gap = size, frames, objects, side, gap
+        self.speed, self.mode, self.camera, self.video = speed, mode, camera, video
+        self.seed = seed + EVAL * (split == "eval")
+        y, x = abs(np.mgrid[:side, :side] + 0.5 - side / 2) * 2 / side  # from the middle, in (0, 1)
+        down = (np.arange(side)[:, None] + 0.5) / side
+        stamps = dict(zip(STAMPS, (x <= 1, x**2 + y**2 <= 1, x <= down, np.minimum(x, y) <= 0.36)))
+        self.stamps = np.stack([stamps[name] for name in (STAMPS if shape == "any" else [shape])])
+
+    def _scenes(self, u):
+        """Uniform numbers (..., N, 7) to colours (0..255), velocities, corners in frame 0, kinds of stamp."""
+        N, S = self.objects, self.size
+        colours = (256 * u[..., :3]).astype(int)
+        colours[..., 2] = 128 + colours[..., 2] // 2
+        mover = (u[..., :1, 3] * N).astype(int) if self.mode == "random-mover" else 0
+        moves = ((np.arange(N) == mover) | (self.mode == "all-move"))[..., None]
+        if self.mode == "colour-mover":
+            colours[..., :2] = np.where(moves, colours[..., :2], 128)
+        v = self.speed * moves * (colours[..., :2] - 128) / 255
+        path = v * S * min(self.frames - 1, 15)
+        least, most = np.maximum(-path, 0), S - self.side - np.maximum(path, 0)
+        corners = np.rint(least + u[..., 4:6] * (most - least)).astype(int)
+        return colours, v, corners, (u[..., 6] * len(self.stamps)).astype(int)
+
+    def _world(self, indices):
+        """Draws clips: generators, colours (B, N, 3), velocities and corners (B, N, 2), kinds (B, N)."""
+        rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
+        N, found, missing = self.objects, None, np.arange(len(rngs))
+        i, j = np.triu_indices(N, 1)
+        for _ in range(200):            # eight scenes each; the first with room counts, or eight more follow
+            scenes = self._scenes(np.stack([rngs[b].random((8, N, 7)) for b in missing]))
+            far = abs(scenes[2][:, :, i] - scenes[2][:, :, j]).max(-1) >= self.side + self.gap
+            room = far.all(-1)                                          # (missing, 8)
+            first = [a[np.arange(len(missing)), room.argmax(1)] for a in scenes]
+            found = first if found is None else found
+            for a, new in zip(found, first):
+                a[missing] = new
+            missing = missing[~room.any(1)]
+            if not len(missing):
+                return rngs, *found
+        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} apart, in "
+                         f"frames of {self.size}: take fewer or smaller ones")
+
+    def _pixels(self, corners, kinds):
+        """Stamps with corners (B, M, N, 2): of all pixels inside, which of the B*M*N, and y * size + x."""
+        reach = np.arange(self.side)
+        y, x = (corners[..., axis, None] + reach for axis in (1, 0))    # (B, M, N, side)
+        inside = lambda at: (at >= 0) & (at < self.size)
+        on = self.stamps[kinds][:, None] & inside(y)[..., None] & inside(x)[..., None, :]
+        which = on.reshape(-1, self.side**2).nonzero()[0]
+        return which, (y[..., None] * self.size + x[..., None, :])[on]
+
+    def _background(self, rngs, times):
+        """Textured frames (B, M, 3, S, S) at M times, and the pan per frame (B, 2)."""
+        S, u = self.size, np.stack([rng.random((3, 4)) for rng in rngs])
+        mean = 48 + 160 * u[:, 2, :3]                                   # (B, 3)
+        pan = self.speed * (mean[:, :2] - 128) / 255
+        turns, angle = 2 * np.pi * np.rint(1 + 3 * u[:, 0, :, None]) / S, 2 * np.pi * u[:, 1, :, None]
+        a, b, c, d = np.sin(turns * np.arange(S) + angle).transpose(1, 0, 2)            # each (B, S)
+        texture = a[:, :, None] * b[:, None] + (c[:, :, None] + d[:, None]) / 2         # (B, S, S), mean 0
+        texture = (mean[:, :, None, None] + 20 * texture[:, None]).astype(np.uint8)
+        x, y = ((np.arange(S) - np.rint(pan[:, axis, None, None] * S * times[:, None])).astype(int) % S
+                for axis in (0, 1))                                     # (B, M, S)
+        frames = texture[np.arange(len(rngs))[:, None, None, None], :, y[..., None], x[..., None, :]]
+        return np.ascontiguousarray(np.moveaxis(frames, -1, 2)), pan
+
+    def batch(self, indices):
+        """The clips of these numbers: the dictionary in the class docstring."""
+        rngs, colours, v, corners, kinds = self._world(indices)
+        B, N, S, T = len(rngs), self.objects, self.size, self.frames
+        times, out = np.arange(T if self.video else 1), {}
+        masks = np.zeros((B * N, S * S), bool)
+        masks[self._pixels(corners[:, None], kinds)] = True
+        video = np.zeros((B, len(times), 3, S, S), np.uint8)
+        if self.camera:
+            video, pan = self._background(rngs, times)
+            out["camera"] = pan[:, None] * np.arange(1, T)[:, None]
+        at = corners[:, None] + np.rint(v[:, None] * S * times[:, None, None]).astype(int)      # (B, M, N, 2)
+        which, pixel = self._pixels(at, kinds)
+        frame, n = which // N, which % N        # in order, and the last value stays: the larger n on top
+        for c in range(3):
+            video.reshape(-1)[(3 * frame + c) * S * S + pixel] = colours[frame // len(times), n, c]
+        out |= dict(displacements=v[:, :, None] * np.arange(1, T)[:, None])
+        out = {name: torch.from_numpy(a.astype(np.float32)) for name, a in out.items()}
+        out |= dict(first_frame=torch.from_numpy(video[:, 0].copy()),
+                    masks=torch.from_numpy(masks.reshape(B, N, S, S)))
+        return out | dict(video=torch.from_numpy(video)) if self.video else out
+
+    def __getitem__(self, index):
+        return {name: value[0] for name, value in self.batch([index]).items()}
 
 
 # ---- your own videos -----------------------------------------------------------------------------
@@ -893,12 +1034,14 @@ class Batches(torch.utils.data.Dataset):
         self.source, self.crops, self.seed = source, crops, seed
 
     def __getitem__(self, numbers):
-        if not isinstance(self.source, Scenes):
+        if isinstance(self.source, Videos):
             samples = self.source.__getitems__(numbers)
             return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
         clips = self.source.batch(numbers)
-        return clips if self.crops is None else self.crops.batch(
-            clips["video"], [np.random.default_rng((self.seed, i, 1)) for i in numbers])
+        if self.crops is None:
+            return clips
+        video = clips["video"] / 255 if clips["video"].dtype == torch.uint8 else clips["video"]
+        return self.crops.batch(video, [np.random.default_rng((self.seed, i, 1)) for i in numbers])
 
 
 def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True,
@@ -906,9 +1049,10 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     """
     Batches on the device, in order; to be iterated over once.
 
-    source    "scenes", or the path of a video, of a folder of videos, or of a folder of frames
+    source    "scenes", "squares", or the path of a video, of a folder of videos, or of a folder of frames
     inputs    what the model eats: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for
-              pairs cut into crops
+              pairs cut into crops, with squares=dict(...), options of MovingSquares, for their masks and
+              displacements
     batches   iterable of lists of sample numbers
     workers   processes that prepare batches; 0: in this one; -1: choose
     split     "train" or "eval": for scenes other clips with other textures; for videos other draws from the
@@ -920,13 +1064,21 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r} must be 'train' or 'eval'")
-    device, synthetic = torch.device(device), source == "scenes"
+    if "squares" in inputs and source != "squares":
+        raise ValueError(f"--data {source}: this model needs masks and displacements, which only "
+                         "--data squares has")
+    device, synthetic = torch.device(device), source in ("scenes", "squares")
     crops = MultiCrop(inputs["size"], **inputs["crops"], colours=colours) if "crops" in inputs else None
+    if workers < 0 and source == "squares":     # frame 0 is drawn sooner than it is sent from another process
+        workers = 0
     if workers < 0:     # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         most = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         workers = 0 if synthetic and device.type != "cpu" else min(most, 1 if synthetic else 16)
-    if synthetic:
+    if source == "squares":
+        dataset = MovingSquares(inputs["size"] * (2 if crops else 1), inputs["frames"], seed=seed,
+                                split=split, **inputs.get("squares", {}))
+    elif synthetic:
         options = dict(size=2 * inputs["size"]) | (scenes or {}) | dict(frames=inputs["frames"])
         if crops is None:                   # what isn't cropped is rendered in the size that the model eats
             options["size"] = inputs["size"]

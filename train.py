@@ -56,9 +56,10 @@ MODELS = {"midway": "Midway", "moog": "MooG", "melomotion": "MeloMotion"}
 class Options:
     model: str = ""                     # midway, moog or melomotion
     preset: str = ""                    # a preset; default: the smallest without a GPU, the paper's with one
-    data: str = "scenes"                # scenes (synthetic), a video, a folder of videos or frames, any depth
+    data: str = "scenes"                # scenes, squares (synthetic), a video, a folder of videos or frames
     out: str = ""                       # output folder; default out/MODEL-PRESET. An earlier run moves aside
     resume: str = ""                    # folder or ckpt.pt of an earlier run: go on where it stopped
+    init: str = ""                      # folder or ckpt.pt of another run: start with its weights, at step 0
     steps: int = 1000                   # optimiser steps in all
     batch_size: int = 32                # samples per step, over all processes
     micro_batch: int = 0                # samples per pass and process: lower if out of memory; 0: all at once
@@ -157,7 +158,7 @@ def parse(argv):
             module = importlib.import_module(name)
         except ModuleNotFoundError:
             raise Stop(f"--model {name} needs {name}.py beside train.py") from None
-        small, paper = list(module.PRESETS)[:2]
+        small, paper = getattr(module, "DEFAULTS", list(module.PRESETS)[:2])
         preset = known.preset or (
             ckpt["config"]["preset"] if ckpt else
             paper if choose_device(known.device).type == "cuda" else small)
@@ -165,7 +166,8 @@ def parse(argv):
             parser.error(f"{name} has no preset {preset!r}: choose from {', '.join(module.PRESETS)}")
         recipe = (module.RECIPES[preset] | (ckpt["config"]["options"] if ckpt else {}) |
                   dict(preset=preset, model=name))
-        scenes |= recipe.pop("scenes", {}) | (ckpt["config"]["scenes"] if ckpt else {})
+        scenes = {} if recipe.get("data") == "squares" else (      # whose options are the model's
+            scenes | recipe.pop("scenes", {}) | (ckpt["config"]["scenes"] if ckpt else {}))
         defaults = recipe | dict(resume="")
     add_fields(parser.add_argument_group("training"), Options, defaults)
     group = parser.add_argument_group("synthetic scenes, the arguments of Scenes in data.py")
@@ -371,7 +373,8 @@ def held_out(opt, run, model, scenes, autocast):
     Means of model.report over 8 batches, shared out: {row: {column: number}}. Scenes are none that training
     sees; of videos these are other draws from the same files.
     """
-    n, each = min(opt.batch_size, 32), -(-8 // run.world)       # batches for each process, rounded up
+    n = model.cfg.inputs.get("held_out", min(opt.batch_size, 32))
+    each = -(-8 // run.world)                                   # batches for each process, rounded up
     share = [range(i * n, (i + 1) * n) for i in range(run.rank, each * run.world, run.world)]
     loader = data.make_loader(
         opt.data, model.cfg.inputs, share, run.device, opt.seed, split="eval", colours=False, scenes=scenes,
@@ -398,8 +401,13 @@ def show_table(table, title):
     width = max(map(len, [title, *table]))
     lines = [f"{title:<{width}}" + "".join(f"{c:>11}" for c in columns)]
     return "\n".join(lines + [
-        f"{r:<{width}}" + "".join(f"{row[c]:>11.3f}" if c in row else " " * 11 for c in columns)
+        f"{r:<{width}}" + "".join(f"{number(row[c]) if c in row else '':>11}" for c in columns)
         for r, row in table.items()])
+
+
+def number(x):
+    """Three decimals, or if those would show nothing, powers of ten."""
+    return f"{x:.1e}" if 0 < abs(x) < 0.001 else f"{x:.3f}"
 
 
 def main(argv):
@@ -434,6 +442,15 @@ def main(argv):
     optimizer = torch.optim.AdamW(groups, lr=opt.lr, betas=opt.betas, fused=fused)
     trained = [p for group in groups for p in group["params"]]
     start, in_place = 0, False
+    if opt.init and not ckpt:
+        other = read_checkpoint(opt.init)
+        if other["config"]["model"] != opt.model:
+            raise Stop(f"{other['path']} holds a {other['config']['model']} model, not {opt.model}")
+        try:
+            model.load_state_dict(other["model"])
+        except RuntimeError as error:
+            raise Stop(f"{other['path']} does not fit this model: "
+                       f"{' '.join(str(error).split())[:200]}") from None
     if ckpt:
         in_place = Path(ckpt["path"]).resolve() == (out / "ckpt.pt").resolve()
         try:
@@ -549,7 +566,8 @@ def main(argv):
         run.say(f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal'} after step "
                 f"{step + 1}; saved. Go on with: python train.py --resume {out}")
     else:
-        title = "scenes never seen in training" if opt.data == "scenes" else "other draws from these videos"
+        title = ("other draws from these videos" if opt.data not in ("scenes", "squares") else
+                 f"{opt.data} never seen in training")
         run.say("\n" + show_table(line["held_out"], title) + "\n" if line["held_out"] else "")
         run.say(f"written: {out}/ckpt.pt, log.jsonl, curves.png, config.json")
     if run.world > 1:
@@ -589,7 +607,8 @@ def show_line(line, opt, device, first):
     shown = [n for n in line if n not in (
         "step", "loss", "grad_norm", "lr", "weight_decay", "ms", "samples_per_s", "held_out")][:3]
     parts = [f"step {line['step']}/{opt.steps}", f"loss {line['loss']:.4f}",
-             *(f"{n} {line[n]:.3f}" for n in shown), f"lr {line['lr']:.1e}", f"gnorm {line['grad_norm']:.2f}",
+             *(f"{n} {number(line[n])}" for n in shown), f"lr {line['lr']:.1e}",
+             f"gnorm {line['grad_norm']:.2f}",
              f"{line['ms']:.0f} ms", f"{line['samples_per_s']:.1f} samples/s"]
     if device.type == "cuda":
         parts.append(f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB")
