@@ -1,29 +1,48 @@
 """
 A checkpoint in, tables and pictures out.
 
-    python eval.py out/moog-tiny                    # every task that the model has
-    python eval.py out/moog-tiny/ckpt.pt --task tokens --data PATH/TO/VIDEOS
-    python eval.py PATH/moog_backbone.npz --task tokens --data clip.mp4      # the authors' weights as well
+    python eval.py out/melomotion-report/ckpt.pt                # every task that its model has
+    python eval.py out/melomotion-report --task tables --seeds 10 --out out/tables
 
-MooG
-    tokens      what each token is of: tokens.png and tokens.gif paint each pixel in the colour of the token
-                that it looks at most; on scenes, how often that is still the same token one frame later
+    python eval.py PATH/moog_backbone.npz --task tokens --data clip.mp4     # the authors' weights as well
 
-Prints the tables and writes them to results.json, with the pictures, beside the checkpoint or to --out.
+Tasks of moog
+    tokens    what each token is of: tokens.png and tokens.gif paint each pixel in the colour of the token
+              that it looks at most; on scenes, how often that is still the same token one frame later
+
+Tasks of melomotion
+    tables    all tables of the report beside ours, with the controls that it lacks; trains every ablation
+              with --seeds seeds: some 6 minutes on one core for 3
+    figures   Figure 1 as figure1.png, twice as long as figure1_long.png, and motion.gif
+
+Tables are printed and, seed by seed, written to results.json, beside the pictures: with the checkpoint, or
+in --out.
 """
 import argparse
 import importlib
 import json
+import math
+import os
+import statistics
 import sys
+import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # as in train.py: waiting CPU threads soon sleep
 
 import imageio.v3 as iio
 import matplotlib
 import numpy as np
 import torch
+from torch.func import functional_call, vmap
+from tqdm import tqdm
 
 import data
 import train
+from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, composite, decode, place, position_loss,
+                        warp)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,6 +50,7 @@ import matplotlib.pyplot as plt
 Stop = train.Stop
 
 
+# ---- checkpoints, tables -------------------------------------------------------------------------
 def load(path):
     """A checkpoint of train.py, or the authors' (.pth of Midway, .npz of MooG) -> model, its name, config."""
     path = Path(path)
@@ -47,6 +67,39 @@ def load(path):
     except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise Stop(f"{path} does not fit {name}.py: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), name, ckpt["config"], path
+
+
+class Report:
+    """What a run finds out: tables are printed as they come and kept for results.json."""
+
+    def __init__(self, out, seeds):
+        self.out, self.seeds, self.tables = out, seeds, {}
+        self.decoder = None             # of MeloMotion, trained on the way
+
+    def table(self, title, columns, rows):
+        """Rows are a name and its cells: text, numbers, or lists of numbers, one for each seed."""
+        self.tables[title] = [dict(zip(["", *columns], row)) for row in rows]
+        text = [["", *columns]] + [[show(cell) for cell in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*text)]
+        tqdm.write(f"\n{title}\n" + "\n".join(
+            "  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])])
+            for line in text))
+
+
+def show(cell):
+    """A table's cell as text; of a list mean ± standard deviation."""
+    if isinstance(cell, list) and not all(map(math.isfinite, cell)):
+        return f"diverged, {sum(not math.isfinite(x) for x in cell)} of {len(cell)}"
+    if isinstance(cell, list):
+        spread = statistics.stdev(cell) if len(cell) > 1 else 0.0
+        return show(statistics.fmean(cell)) + (f" ± {show(spread)}" if spread else "")
+    if isinstance(cell, float):
+        return f"{cell:.1e}" if 0 < abs(cell) < 1e-3 else f"{cell:.3g}"
+    return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def progress(items, what):
+    return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 # ---- MooG: tokens --------------------------------------------------------------------------------
@@ -128,49 +181,491 @@ def follow(model, config, args):
     return [(now == before)[counts].float().mean().item() for now in (here, there, here.roll(1, 2))]
 
 
+# ---- MeloMotion: many trainings at once ----------------------------------------------------------
+EPOCH, EPOCHS = 2000, 6                 # an epoch is 2,000 clips, one a step; report: Sec. 4.1
+HELD_OUT, L1_CLIPS = 1000, 16           # clips for POS and for L1
+DECODER_STEPS = 500                     # of 8 frames each
+ROUNDS = 10, 0.3                        # of the stopwatch, and CPU-seconds that each way gets in a round
+DIFF, ALL = data.MODES[:2]
+POOLINGS = ("rgb", "avg", "max", "full")
+
+
+def pooled_clips(mode, seed, count, split="train"):
+    """What predictors see of clips: pooled in each way (count, N, 3 or 16), and displacements `d`."""
+    models = {name: MeloMotion(Config(pooling=name)) for name in POOLINGS}
+    squares, parts = data.MovingSquares(mode=mode, seed=seed, split=split, video=False), []
+    for i in range(0, count, 20):       # few at a time: what fits the cache is fastest
+        batch = squares.batch(range(i, min(i + 20, count)))
+        extracted = models["rgb"].extract(batch["first_frame"], batch["masks"])
+        parts.append({name: model.pool(*extracted) for name, model in models.items()} |
+                     dict(d=batch["displacements"]))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class Clips:
+    """{(mode, seed): pooled clips}, made when asked for; seed "test" for held-out ones."""
+
+    @cache
+    def __getitem__(self, key):
+        mode, seed = key
+        test = seed == "test"
+        return pooled_clips(mode, *(0, HELD_OUT, "eval") if test else (seed, EPOCH * EPOCHS))
+
+    def still(self, mode):
+        """POS of saying that nothing moves."""
+        d = self[mode, "test"]["d"]
+        return position_loss(torch.zeros_like(d[:, :, 0]), d).item()
+
+
+def run(mode=DIFF, lr=1e-2, decay=False, seeds=()):
+    """One training for each seed; decay: the learning rate falls to 0 along a line."""
+    return [dict(mode=mode, lr=lr, decay=decay, seed=seed) for seed in seeds]
+
+
+class Fit:
+    """
+    R trainings of a Config at once, each as train.py would do it alone: one clip a step, of its own (mode,
+    seed), from its own start, with its own learning rate. AdamW and SGD treat each number by itself, so one
+    step of stacked weights is R steps; and vmap makes of forward() a forward() of R models.
+    """
+
+    def __init__(self, config, runs, clips, what, sgd=False, epochs=EPOCHS):
+        self.config, self.runs, self.clips = config, runs, clips
+        model, starts = MeloMotion(config), []
+        for r in runs:
+            torch.manual_seed(r["seed"])
+            starts.append({n: p for n, p in MeloMotion(config).named_parameters() if p.requires_grad})
+        params = {n: torch.stack([s[n].detach() for s in starts]).requires_grad_() for n in starts[0]}
+        moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items()}
+        pooled, d = (torch.stack([clips[r["mode"], r["seed"]][key] for r in runs], 1)[:, :, None]
+                     for key in (config.pooling, "d"))                  # (clips, R, 1, N, ...)
+        lr, decay = (torch.tensor([float(r[key]) for r in runs]) for key in ("lr", "decay"))
+        forward = vmap(lambda weights, x, y: functional_call(model, weights, dict(pooled=x, displacements=y)))
+        history, self.snapshots = [], []
+        steps = epochs * EPOCH
+        for i in progress(range(steps), what):
+            loss, logs = forward(params, pooled[i], d[i])
+            loss.sum().backward()
+            with torch.no_grad():
+                for n, p in params.items():
+                    rate = (lr * (1 - decay * i / steps)).view(-1, *[1] * (p.ndim - 1))
+                    p.sub_(rate * p.grad) if sgd else adamw(p, *moments[n], rate, i + 1)
+                    p.grad = None
+            history.append(logs["pos"])
+            if (i + 1) % EPOCH == 0:
+                self.snapshots.append({n: p.detach().clone() for n, p in params.items()})
+        self.pos = torch.stack(history).unflatten(0, (-1, EPOCH)).mean(1)       # (epochs, R)
+
+    def chosen(self, **wanted):
+        """Numbers of the runs with these entries."""
+        return [i for i, r in enumerate(self.runs) if wanted.items() <= r.items()]
+
+    def model(self, i, epoch=-1, **change):
+        """Model of run i, as it was after an epoch, its Config changed in what has no parameters."""
+        model = MeloMotion(replace(self.config, **change))
+        model.load_state_dict({n: p[i] for n, p in self.snapshots[epoch].items()}, strict=False)
+        return model.eval()
+
+    @torch.no_grad()
+    def test(self, i, permute=False):
+        """Run i on held-out clips of its world: a dict of numbers, and v and true (clips, N, 2)."""
+        model, clips = self.model(i), self.clips[self.runs[i]["mode"], "test"]
+        pooled, d, colours = clips[self.config.pooling], clips["d"], clips["rgb"][..., :2]
+        if permute:
+            pooled, d = pooled.roll(1, 1), d.roll(1, 1)
+        v, hidden = model.velocities(pooled), model.predictors.hidden(model.features(pooled))
+        return dict(
+            v=v, true=d[:, :, 0], pos=position_loss(v, d).item(),
+            spread=(v.amax(1) - v.amin(1)).max().item(),        # over all clips
+            dead=(hidden.amax(1) <= 0).float().mean().item(),   # hidden units that no clip wakes
+            slope=slope(v[:, :1], 0.1 * colours[:, :1]),        # of object 0, and of the others
+            others=slope(v[:, 1:], 0.1 * colours[:, 1:]))
+
+    def tests(self, key, **wanted):
+        """One number of test() for each run with these entries."""
+        return [self.test(i)[key] for i in self.chosen(**wanted)]
+
+
+def adamw(p, m, s, lr, step, betas=(0.9, 0.95), weight_decay=1e-5):
+    """A step of torch.optim.AdamW, in place, with a learning rate for each run."""
+    m.lerp_(p.grad, 1 - betas[0])
+    s.lerp_(p.grad ** 2, 1 - betas[1])
+    scale = (s / (1 - betas[1] ** step)).sqrt().add(1e-8)
+    p.mul_(1 - lr * weight_decay).sub_(lr * m / (1 - betas[0] ** step) / scale)
+
+
+def slope(v, target):
+    """Least-squares slope of v on target, both centred: 1 if they agree, 0 if v ignores the target."""
+    v, target = v - v.mean((0, 1)), target - target.mean((0, 1))
+    return ((v * target).sum() / (target * target).sum()).item()
+
+
+# ---- MeloMotion: tables --------------------------------------------------------------------------
+def melomotion_tables(model, config, args, report):
+    """Every table of the report beside ours, and controls."""
+    torch.set_num_threads(1)            # small tensors; and Sec. 4.8 counts seconds of one core
+    seeds, clips = range(report.seeds), Clips()
+    table1(report)
+    this_checkpoint(model, report)
+    runs = sum([run(mode, lr, seeds=seeds) for mode in data.MODES for lr in (1e-2, 1e-3)], [])
+    runs += run(decay=True, seeds=seeds)
+    fits = {name: Fit(Config(**change), runs, clips, f"Table 3, {name}") for name, change in {
+        "decoupled": {}, "shared": dict(shared_predictor=True),
+        "shared + index": dict(shared_predictor=True, object_index=True)}.items()}
+    report.decoder = table2(report, fits["decoupled"], clips)
+    differentiation(report, fits["decoupled"])
+    table3(report, fits, clips)
+    table4(report, fits["decoupled"], clips, seeds)
+    normalisation(report, fits["decoupled"], clips, seeds)
+    edges(report)
+    speed(report)
+
+
+def table1(report):
+    rows, model = [], MeloMotion(Config())
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    for name, says in dict(predictors=6438, rgb_proj=256, camera=742, decoder=34587, encoder=1088).items():
+        rows.append([name, says, size(getattr(model, name))])
+    swin = size(FlowBaseline()) - size(model.decoder)
+    report.table("Table 1: parameters", ["report", "ours"], rows + [
+        ["total", 43111, size(model)], ["Swin backbone of the baseline", "323K", swin],
+        ["baseline: Swin, decoder, encoder, camera", "441K", swin + 34587 + 1088 + 742]])
+
+
+def own_squares(model, frames, **change):
+    """Held-out clips of the kind that a model was trained on, of any length."""
+    return data.MovingSquares(model.cfg.size, frames, split="eval", **model.cfg.inputs["squares"] | change)
+
+
+@torch.no_grad()
+def this_checkpoint(model, report):
+    batch = own_squares(model, 64, video=False).batch(range(250))
+    d, t = batch["displacements"], torch.arange(1, 64)[:, None]
+    v = model.motion(batch)[0] if model.cfg.phase else d[:, :, 0]
+    off = [(t * x[:, :, None] - d).norm(dim=-1) * model.cfg.size for x in (v, 0 * v)]   # (B, N, 63)
+    report.table(f"This checkpoint: 250 clips never seen in training, {model.cfg.mode}",
+                 ["model", "nothing moves"], [
+        ["POS", *(position_loss(x, d).item() for x in (v, 0 * v))]] + [
+        [f"pixels off at t = {at}, {name}", *(f(x[..., at - 1]).item() for x in off)]
+        for at in (15, 31, 63) for name, f in (("mean", torch.mean), ("median", torch.median))])
+
+
+def train_decoder(decoder=None, predictors=None):
+    """A decoder after phase 0 or, from a decoder and a model with trained predictors on, after phase 2."""
+    torch.manual_seed(0)
+    phase, steps = 2 if decoder else 0, DECODER_STEPS
+    model, recipe = MeloMotion(Config(phase=phase)), RECIPES["phase2" if phase else "decoder"]
+    if decoder:
+        model.load_state_dict(predictors.state_dict())
+        model.decoder.load_state_dict(decoder.state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe["lr"],
+                                  betas=recipe["betas"], weight_decay=recipe["weight_decay"])
+    cosine, squares = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), data.MovingSquares()
+    for i in progress(range(steps), f"decoder, phase {phase}"):
+        model(squares.batch(range(8 * i, 8 * i + 8)))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cosine.step()
+    return model.decoder.eval()
+
+
+@torch.no_grad()
+def l1_of(model, batch, decoder=None):
+    model.decoder = decoder or model.decoder
+    return model.report(batch)["L1 of frames"]["model"].item()
+
+
+def table2(report, fit, clips):
+    """POS and L1 over training. Returns a decoder that has been through phase 2."""
+    plain, decayed = fit.chosen(mode=DIFF, lr=1e-2, decay=False), fit.chosen(decay=True)
+    everyone = fit.chosen(mode=ALL, lr=1e-2)
+    frozen = train_decoder()
+    tuned = train_decoder(frozen, fit.model(plain[0]))
+    batch = data.MovingSquares(split="eval").batch(range(L1_CLIPS))
+    black, still = (batch["video"][:, 1:] / 255).mean().item(), clips.still(DIFF)
+    rows = [["POS, report", 2e-4, 1e-4, 1e-4, "< 1e-4", "< 1e-4", "< 1e-4", ""]]
+    for name, chosen in (("differentiated", plain), ("all-move", everyone),
+                         ("differentiated, rate decayed", decayed)):
+        rows.append([f"POS, {name}", *fit.pos[:, chosen].tolist(), [fit.test(i)["pos"] for i in chosen]])
+    rows += [["as pixels at t = 15, root mean square", *(
+        [15 * 128 * math.sqrt(x) for x in cell] for cell in rows[1][1:])],
+        ["POS, nothing moves", *[still] * 7],
+        ["L1, report (decoder frozen)", 0.067, 0.068, 0.067, 0.068, 0.068, 0.067, ""]]
+    for name, decoder, change in (
+            ("decoder frozen", frozen, {}), ("decoder after phase 2", tuned, {}),
+            ("pixel space, no decoder", None, dict(space="pixel", blend="over"))):
+        rows.append([f"L1, {name}", *([l1_of(fit.model(i, epoch, **change), batch, decoder) for i in plain]
+                                      for epoch in range(EPOCHS)), ""])
+    report.table(f"Table 2: POS, mean over the steps of an epoch; L1 of {L1_CLIPS} held-out clips after it",
+                 [*(f"epoch {i + 1}" for i in range(EPOCHS)), "held out"],
+                 rows + [["L1, black frames", *[black] * 6, ""]])
+    return tuned
+
+
+def differentiation(report, fit):
+    """Sec. 4.4."""
+    chosen = fit.chosen(mode=DIFF, lr=1e-2, decay=False)
+    tests, size = [fit.test(i) for i in chosen], lambda x: x.abs().mean().item()
+    true, batch = tests[0]["true"], data.MovingSquares(split="eval").batch(range(2 * L1_CLIPS))
+    clips = [fit.model(i, space="pixel", blend="over").render(batch["first_frame"], batch["masks"])
+             for i in chosen]
+    rows = [[f"moving, mean v_{axis} over 10 scenes", says, [t["v"][:10, 0, k].mean().item() for t in tests],
+             true[:10, 0, k].mean().item()] for k, (axis, says) in enumerate(dict(x=0.008, y=0.028).items())]
+    report.table("Section 4.4: who moves, differentiated; frame widths per frame", [
+        "report", "ours", "truth"], rows + [
+        [f"moving, mean |v|, {HELD_OUT:,} scenes", "", [size(t["v"][:, 0]) for t in tests], size(true[:, 0])],
+        ["moving, slope of v on truth", "", [slope(t["v"][:, :1], true[:, :1]) for t in tests], 1.0],
+        ["stationary, mean |v|", "<= 0.001", [size(t["v"][:, 1:]) for t in tests], 0.0],
+        ["stationary, largest |v|", "", [t["v"][:, 1:].abs().max().item() for t in tests], 0.0],
+        ["pixels' change from frame to frame", 0.0105, [size(clip.diff(dim=1)) for clip in clips],
+         size((batch["video"] / 255).diff(dim=1))]])
+
+
+def table3(report, fits, clips):
+    """Shared or decoupled, in a world of one mover; then in others."""
+    rates, rows = (1e-2, 1e-3), []
+    for name, says in {"decoupled": "yes", "shared": "no", "shared + index": ""}.items():
+        for lr in rates:
+            tests = [fits[name].test(i) for i in fits[name].chosen(mode=DIFF, lr=lr, decay=False)]
+            rows.append([f"{name}, lr {lr:g}", says if lr == 1e-2 else "",
+                         f"{sum(t['spread'] > 1e-6 for t in tests)} of {len(tests)}",
+                         *([t[key] for t in tests] for key in ("dead", "slope", "others"))])
+    report.table("Table 3: one predictor or three, differentiated", [
+        "report: outputs differ", "ours", "dead hidden units", "slope on .1 colour: mover (1)", "others (0)"],
+        rows)
+    rows = [[f"{mode}, lr {lr:g}", *(f.tests("pos", mode=mode, lr=lr, decay=False) for f in fits.values()),
+             clips.still(mode)] for mode in data.MODES for lr in rates]
+    fit = fits["decoupled"]
+    permuted = [fit.test(i, permute=True)["pos"] for i in fit.chosen(mode=DIFF, lr=1e-2, decay=False)]
+    report.table("Table 3, controls: held-out POS in four worlds", [*fits, "nothing moves"], rows + [
+        [f"{DIFF}, objects in another order at test", permuted, "", "", clips.still(DIFF)]])
+
+
+def table4(report, rgb, clips, seeds):
+    """Pooling: how far features differ at the start, and whether that matters, by optimiser."""
+    adam = run(DIFF, seeds=seeds) + run(ALL, seeds=seeds)
+    rows, names = [], dict(avg="average of the object's latent", max="maximum of the object's latent",
+                           rgb="mean RGB of the object", full="average of the whole latent, not masked")
+    says = dict(avg=(0.003, "no"), max=(0.031, "partial"), rgb=(0.045, "yes"), full=("", ""))
+    for pooling, name in names.items():
+        apart = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            f = MeloMotion(Config(pooling=pooling)).features(clips[ALL, "test"][pooling])
+            apart.append((f - f.roll(1, 1)).abs().mean().item())        # the three pairs of objects
+        config, what = Config(pooling=pooling), f"Table 4, {pooling}"
+        fit = rgb if pooling == "rgb" else Fit(config, adam, clips, what)
+        slow = Fit(config, run(ALL, 0.03, seeds=seeds), clips, f"{what}, SGD", sgd=True)
+        rows.append([name, says[pooling][0], apart, says[pooling][1],
+                     *(fit.tests("pos", mode=mode, lr=1e-2, decay=False) for mode in (DIFF, ALL)),
+                     slow.tests("pos")])
+    report.table("Table 4: pooling; difference of features at the start, held-out POS after 6 epochs", [
+        "report: difference", "ours", "report: converges", "AdamW .01, differentiated", "AdamW .01, all-move",
+        "SGD .03, all-move"], rows + [
+        ["nothing moves", "", "", "", *(clips.still(mode) for mode in (DIFF, ALL, ALL))]])
+
+
+def normalisation(report, rgb, clips, seeds):
+    """Sec. 3.4: what the division by t^2 is good for."""
+    ratio = {}
+    for normalize in (True, False):
+        d = torch.arange(1.0, 16)[:, None].repeat(1, 1, 1, 2).requires_grad_()
+        grad, = torch.autograd.grad(position_loss(torch.zeros(1, 1, 2), d, normalize), d)
+        ratio[normalize] = (15 * grad[..., 14, :] / grad[..., 0, :]).mean().item()  # on v: -t times on d(t)
+    rates = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    sgd = [Fit(Config(normalize=normalize), sum([run(ALL, lr, seeds=seeds) for lr in rates], []), clips,
+               f"SGD, normalize={normalize}", sgd=True, epochs=2) for normalize in (True, False)]
+    adam = Fit(Config(normalize=False), sum([run(ALL, lr, seeds=seeds) for lr in (1e-3, 1e-2)], []), clips,
+               "AdamW, normalize=False")
+    report.table('Section 3.4, division by t^2 (report: without it "unstable"): held-out POS, all-move', [
+        "with", "without"], [["gradient of frame 15 over that of frame 1", ratio[True], ratio[False]]] + [
+        [f"AdamW, lr {lr:g}, 6 epochs", *(fit.tests("pos", mode=ALL, lr=lr) for fit in (rgb, adam))]
+        for lr in (1e-3, 1e-2)] + [
+        [f"SGD, lr {lr:g}, 2 epochs", *(fit.tests("pos", lr=lr) for fit in sgd)] for lr in rates])
+
+
+@torch.no_grad()
+def edges(report):
+    """What 15 frames do to an object's occupancy, channel 0, given its true velocity."""
+    batch = data.MovingSquares(mode=ALL, split="eval", video=False).batch(range(100))
+    latent, cells = MeloMotion(Config()).extract(batch["first_frame"], batch["masks"])
+    start = (latent[:, None, :1] * cells[:, :, None]).flatten(0, 1)     # (objects, 1, h, w)
+    v = batch["displacements"][:, :, 0].flatten(0, 1)[..., None, None]  # (objects, 2, 1, 1)
+    again = start
+    for _ in range(15):
+        again = warp(again, v)
+    placed = place(latent[:, None, :1], cells, batch["displacements"][:, :, -1:]).flatten(0, 2)
+    varies = lambda x: x.diff(dim=2).abs().sum((1, 2, 3)) + x.diff(dim=3).abs().sum((1, 2, 3))
+    report.table("Sharp edges (Sec. 1): occupancy of 300 objects after 15 frames", [
+        "peak", "total variation, share of frame 0's", "cells above .01"], [
+        [name, x.amax((1, 2, 3)).mean().item(), (varies(x) / varies(start)).mean().item(),
+         (x > 0.01).float().sum((1, 2, 3)).mean().item()] for name, x in {
+            "frame 0": start, "warped 15 times, as in a flow pipeline": again, "warped once, by 15 v":
+            warp(start, 15 * v), "placed": placed}.items()])
+
+
+# ---- MeloMotion: speed ---------------------------------------------------------------------------
+def place_by_slicing(objects, masks, displacements):
+    """place() as the report describes it: each bounding box cut out, and pasted once a frame."""
+    B, N, h, w = masks.shape
+    out = torch.zeros(B, N, displacements.shape[2], objects.shape[2], h, w)
+    for b, n in np.ndindex(B, N):
+        ys, xs = masks[b, n].nonzero().unbind(1)
+        if not len(ys):
+            continue
+        top, left, bottom, right = (int(x) for x in (ys.min(), xs.min(), ys.max() + 1, xs.max() + 1))
+        layer = objects[b, n % objects.shape[1]] * masks[b, n]
+        for t in range(displacements.shape[2]):
+            dx, dy = (round(float(x)) for x in displacements[b, n, t] * w)
+            y0, y1, x0, x1 = max(top + dy, 0), min(bottom + dy, h), max(left + dx, 0), min(right + dx, w)
+            if y0 < y1 and x0 < x1:
+                out[b, n, t, :, y0:y1, x0:x1] = layer[:, y0 - dy:y1 - dy, x0 - dx:x1 - dx]
+    return out
+
+
+def literal_loss(model, batch):
+    """Phase 1 as one would first write it: loops over objects and frames, each frame decoded by itself."""
+    latent, cells = model.extract(batch["first_frame"], batch["masks"])
+    f, p, d = model.features(model.pool(latent, cells)), model.predictors, batch["displacements"]
+    v = [(f[:, n] @ p.w1[n] + p.b1[n]).relu() @ p.w2[n] + p.b2[n] for n in range(d.shape[1])]
+    pos, l1, last = 0.0, 0.0, d.shape[2]
+    for n in range(d.shape[1]):
+        for t in range(1, last + 1):
+            pos = pos + ((t * v[n] - d[:, n, t - 1]) ** 2).sum() / t ** 2 / last / d.shape[1]
+    with torch.no_grad():
+        for t in range(1, last + 1):
+            moved = t * torch.stack(v, 1)[:, :, None]                   # (B, N, 1, 2)
+            frame = composite(0, place_by_slicing(latent[:, None], cells, moved))
+            l1 = l1 + (decode(model.decoder, frame) - batch["video"][:, t:t + 1] / 255).abs().mean() / last
+    return l1 + 10 * pos
+
+
+def speed(report):
+    """Sec. 4.8. Training steps: forward, backward, AdamW; each in turn, ten rounds, medians of nine."""
+    one, many = data.MovingSquares().batch([0]), data.MovingSquares(video=False).batch(range(64))
+    bare = {name: value for name, value in one.items() if name != "video"}
+    flow, once = FlowBaseline(), FlowBaseline(one_shot=True)
+    model, pixel = MeloMotion(Config()), MeloMotion(Config(space="pixel"))
+    cached = dict(bare, pooled=model.pool(*model.extract(one["first_frame"], one["masks"])))
+    ways = {            # name: (model, loss, clips a step)
+        "flow baseline: 15 times Swin and warp, decoder": (flow, lambda: flow(one)[0], 1),
+        "flow baseline, one-shot: Swin, 15 warps, decoder": (once, lambda: once(one)[0], 1),
+        "MeloMotion in loops and slices, frames decoded": (model, lambda: literal_loss(model, one), 1),
+        "MeloMotion, frames decoded": (model, lambda: model(one)[0], 1),
+        "MeloMotion, frames drawn in pixel space": (pixel, lambda: pixel(one)[0], 1),
+        "MeloMotion, nothing drawn": (model, lambda: model(bare)[0], 1),
+        "MeloMotion, nothing drawn, colours cached": (model, lambda: model(cached)[0], 1),
+        "MeloMotion, nothing drawn, 64 clips a step": (model, lambda: model(many)[0], 64)}
+    rates, repeats, optimizers = {name: [] for name in ways}, dict.fromkeys(ways, 1), {
+        name: torch.optim.AdamW([p for p in way[0].parameters() if p.requires_grad], lr=1e-4, fused=True)
+        for name, way in ways.items()}
+    for _ in progress(range(ROUNDS[0]), "Section 4.8"):
+        for name, (_, loss, clips) in ways.items():
+            start = time.process_time()
+            for _ in range(repeats[name]):
+                loss().backward()
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+            seconds = time.process_time() - start
+            rates[name].append(repeats[name] * clips / seconds)
+            repeats[name] = max(1, round(ROUNDS[1] * repeats[name] / seconds))
+    rates = {name: statistics.median(rate[1:]) for name, rate in rates.items()}
+    base = next(iter(rates.values()))
+    report.table("Section 4.8: training steps, one thread (report: 100 against 12 batches per second, MPS)", [
+        "clips per CPU-second", "times the baseline"], [
+        [name, rate, rate / base] for name, rate in rates.items()])
+
+
+# ---- MeloMotion: pictures ------------------------------------------------------------------------
+def strips(model, batch, frames):
+    """{row title: video (T, H, W, 3) of the first clip}: truth, prediction, prediction without decoder."""
+    pixel = MeloMotion(replace(model.cfg, space="pixel", blend="over", phase=1))
+    pixel.load_state_dict(model.state_dict())
+    rows = {"ground truth": batch["video"] / 255}
+    if model.cfg.space == "latent":
+        rows["prediction"] = model.render(batch["first_frame"], batch["masks"], frames)
+    rows["prediction,\nin pixel space"] = pixel.render(batch["first_frame"], batch["masks"], frames)
+    return {title: video[0].permute(0, 2, 3, 1).numpy() for title, video in rows.items()}
+
+
+def figures(model, config, args, report):
+    """figure1.png, figure1_long.png, motion.gif; with another decoder if the model's own loses to black."""
+    batch = own_squares(model, model.cfg.frames, video=True).batch(range(4))
+    if model.cfg.space == "latent" and l1_of(model, batch) > (batch["video"][:, 1:] / 255).mean():
+        tqdm.write("\nThis checkpoint's decoder is not trained: pictures use one that was trained here, " + (
+            "in phase 0" if report.decoder is None else "Table 2's after phase 2"))
+        model.decoder = report.decoder or train_decoder()
+    unseen = dict(color="tab:red")
+    for name, clip, times in (("figure1", 20, (0, 1, 2, 4, 8, 12, 15)),
+                              ("figure1_long", 70, (0, 4, 8, 12, 15, 19, 23, 27, 31))):
+        rows = strips(model, own_squares(model, 32, video=True).batch([clip]), 32)
+        figure, axes = plt.subplots(len(rows), len(times), figsize=(1.5 * len(times), 1.6 * len(rows)),
+                                    layout="constrained", squeeze=False)
+        for axis, (title, video) in zip(axes, rows.items()):
+            axis[0].set_ylabel(title)
+            for cell, t in zip(axis, times):
+                cell.imshow(video[t], vmin=0, vmax=1)
+                cell.set(xticks=[], yticks=[])
+        for cell, t in zip(axes[0], times):
+            cell.set_title(f"t = {t}", fontsize=11, **unseen if t > 15 else {})
+        if times[-1] > 15:
+            figure.supxlabel("red: beyond the 16 frames of training", fontsize=11, **unseen)
+        figure.savefig(report.out / f"{name}.png", dpi=100)
+        plt.close(figure)
+    shots = [strips(model, own_squares(model, 32, video=True, **change).batch([clip]), 32)
+             for clip, change in ((29, {}), (70, {}), (13, dict(shape="any")))]
+    figure, axes = plt.subplots(len(shots[0]), 3, figsize=(5, 1.75 * len(shots[0])), layout="constrained",
+                                squeeze=False)
+    images, pictures = [], []
+    for row, axis in zip(shots[0], axes):
+        axis[0].set_ylabel(row)
+        for cell, shot in zip(axis, shots):
+            cell.set(xticks=[], yticks=[])
+            images.append((cell.imshow(shot[row][0], vmin=0, vmax=1), shot[row]))
+    axes[0, 2].set_title("shapes never seen", fontsize=10)
+    for t in range(32):
+        for image, video in images:
+            image.set_data(video[t])
+        axes[0, 0].set_title(f"t = {t}", fontsize=10, **unseen if t > 15 else {})
+        axes[0, 1].set_title("" if t < 16 else "beyond training", fontsize=10, **unseen)
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+    iio.imwrite(report.out / "motion.gif", np.stack(pictures), duration=120, loop=0)
+
+
 # ---- command line --------------------------------------------------------------------------------
-TASKS = {"moog": {"tokens": tokens}}
-
-
-class Report:
-    """The tables of a run: printed as they come, kept for results.json."""
-
-    def __init__(self, out):
-        self.out, self.tables = out, {}
-
-    def table(self, title, columns, rows):
-        self.tables[title] = [dict(zip(["", *columns], row)) for row in rows]
-        text = [["", *columns]] + [[c if isinstance(c, str) else f"{c:.3f}" for c in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*text)]
-        print(f"\n{title}\n" + "\n".join("  ".join(
-            cell.rjust(width) for cell, width in zip(line, widths)) for line in text))
+# model: {task: function of the model, its checkpoint's config, the arguments and a Report}
+TASKS = {"moog": {"tokens": tokens}, "melomotion": {"tables": melomotion_tables, "figures": figures}}
 
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="ckpt.pt of train.py or its folder, or the authors' .pth or .npz")
-    parser.add_argument("--task", default="all", help="a task of the model; default: all of them")
-    parser.add_argument("--data", default="scenes", help="scenes, a video, a folder of videos or frames")
-    parser.add_argument("--stride", type=int, default=1, help="source frames between frames of a clip [1]")
-    parser.add_argument("--out", default="", help="folder for tables and pictures; default: the checkpoint's")
-    parser.add_argument("--seed", type=int, default=0, help="of the clips and of the tokens' noise [0]")
+    parser.add_argument("--task", default="all", help="one of the model's tasks [all]")
+    parser.add_argument("--out", default="", help="folder for results and pictures [the checkpoint's]")
+    parser.add_argument("--data", default="scenes", help="MooG: scenes, a video or a folder [scenes]")
+    parser.add_argument("--stride", type=int, default=1, help="MooG: source frames from frame to frame [1]")
+    parser.add_argument("--seed", type=int, default=0, help="MooG: of the clips and the tokens' noise [0]")
+    parser.add_argument("--seeds", type=int, default=3, help="how often each ablation is trained [3]")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, not {args.seeds}")
     model, name, config, path = load(args.checkpoint)
     tasks = TASKS.get(name, {})
     chosen = tasks if args.task == "all" else {args.task: tasks.get(args.task)}
     if not chosen or None in chosen.values():
         raise Stop(f"{name} has no task {args.task!r}: choose from {', '.join(tasks) or 'none, so far'}")
-    out = Path(args.out) if args.out else path.parent
-    out.mkdir(parents=True, exist_ok=True)
-    report = Report(out)
+    report, start = Report(Path(args.out) if args.out else path.parent, args.seeds), time.perf_counter()
+    report.out.mkdir(parents=True, exist_ok=True)
     for task in chosen.values():
         torch.manual_seed(args.seed)
         task(model, config, args, report)
-    (out / "results.json").write_text(json.dumps(dict(
-        command=sys.argv, checkpoint=str(path), seed=args.seed, torch=torch.__version__,
-        tables=report.tables), indent=1) + "\n")
-    print(f"\nwritten to {out}: results.json and pictures")
+    results = dict(command=["eval.py", *argv], checkpoint=str(path), seed=args.seed, seeds=args.seeds,
+                   torch=torch.__version__, seconds=round(time.perf_counter() - start), tables=report.tables)
+    (report.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\nwritten in {results['seconds']} s: results.json and pictures in {report.out}")
 
 
 def cli(argv):

@@ -29,10 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluate
+import melomotion
 import midway
 import moog
 import train
 from data import MultiCrop, Scenes, Videos, read_frames
+from melomotion import FlowBaseline, MeloMotion, composite, encode_latent, place, position_loss
 from midway import Config, DINOLoss, GatedBlock, Midway, load_official
 
 HERE = Path(__file__).parent
@@ -1706,6 +1708,398 @@ def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
         with pytest.raises(SystemExit) as leaving:
             evaluate.cli(args)
         assert words in leaving.value.code and "\n" not in leaving.value.code
+# ---- MeloMotion: parts ---------------------------------------------------------------------------
+def squares(count=4, **options):
+    return data.MovingSquares(**options).batch(range(count))
+
+
+def test_every_row_of_table_1():
+    model = MeloMotion(melomotion.Config())
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    names = "predictors", "rgb_proj", "camera", "decoder", "encoder"
+    assert [size(getattr(model, name)) for name in names] == [6_438, 256, 742, 34_587, 1_088]
+    assert size(model) == 43_111 and size(model.predictors) == 3 * 2_146
+    assert size(FlowBaseline()) - size(model.decoder) == 322_862
+
+
+def test_position_loss_is_the_velocity_error_of_rigid_labels():
+    torch.manual_seed(0)
+    v, true = torch.randn(2, 5, 3, 2)
+    d = torch.stack([t * true for t in range(1, 16)], 2)                # (5, 3, 15, 2)
+    close(position_loss(v, d), 2 * F.mse_loss(v, true), 1e-5)           # x and y are summed
+    close(position_loss(v, d[:, :, :4]), 2 * F.mse_loss(v, true), 1e-5)
+    # T = 2: one frame, where the division does nothing
+    close(position_loss(v, d[:, :, :1], normalize=False), 2 * F.mse_loss(v, true), 1e-5)
+
+
+@pytest.mark.parametrize("normalize, ratio", [(True, 1), (False, 225)])
+def test_gradient_of_frame_15_over_that_of_frame_1(normalize, ratio):
+    gradients = []
+    for t in (1, 15):
+        v, d = torch.zeros(1, 1, 2, requires_grad=True), torch.zeros(1, 1, 15, 2)
+        d[:, :, t - 1] = t * torch.tensor([0.02, -0.01])               # frame t alone is wrong, by t times e
+        position_loss(v, d, normalize).backward()
+        gradients.append(v.grad)
+    close(gradients[1], ratio * gradients[0], 1e-6)
+
+
+def test_place_equals_slicing_and_clips_at_the_border():
+    torch.manual_seed(0)
+    cut = 0
+    for h, w in ((16, 16), (8, 12)):
+        latent, masks = torch.randn(2, 1, 16, h, w), torch.rand(2, 3, h, w) < 0.06
+        masks[0, 0] = False                                             # an object that nobody sees
+        d = 1.6 * torch.rand(2, 3, 9, 2) - 0.8
+        d[:, :, 0] = torch.tensor([0.5, 2.5]) / w                       # halves: to the even cell, both ways
+        placed = place(latent, masks.float(), d)
+        close(placed, evaluate.place_by_slicing(latent, masks.float(), d), 0)
+        cut += ((placed != 0).any(3).sum() < 9 * masks.sum()).item()
+    assert cut == 2                                                     # some of it did leave
+    own = torch.randn(2, 3, 4, h, w)                                    # layers of their own
+    close(place(own, masks.float(), d), evaluate.place_by_slicing(own, masks.float(), d), 0)
+
+
+def test_whole_cells_of_warping_equal_placing():
+    x, d = torch.rand(3, 2, 16, 16), torch.tensor([[1, 0], [-3, 5], [0, 20]]) / 16
+    placed = place(x[:, None], torch.ones(3, 1, 16, 16), d[:, None, None])[:, 0, 0]
+    close(melomotion.warp(x, d[..., None, None]), placed, 1e-5)
+
+
+def test_painters_order_hides_what_lies_below():
+    red, blue = torch.zeros(2, 1, 4, 4, 4)
+    red[:, :2, :3], blue[:, ::3, 1:] = 1.0, 1.0                         # channels: cover, R, G, B
+    below = torch.full((1, 1, 4, 4, 4), 0.5)
+    seen = composite(below, torch.stack([red, blue], 1)[:, :, None], "over")[0, 0]
+    close(seen[1:, 0], red[0, 1:, 0], 0)
+    close(seen[1:, 1:], blue[0, 1:, 1:], 0)
+    close(seen[:, 3, 3], blue[0, :, 3, 3], 0)
+    close(composite(below, torch.stack([red, blue], 1)[:, :, None])[0, 0, 1, 1], torch.full((4,), 1.5), 0)
+
+
+def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
+    torch.manual_seed(0)
+    image, occupancy = torch.rand(2, 3, 16, 24), torch.rand(2, 1, 16, 24)
+    latent = encode_latent(image, occupancy)
+    assert latent.shape == (2, 16, 2, 3)
+    close(latent[:, 1:4], F.avg_pool2d(image, 8), 1e-6)
+    close(latent[:, :1], F.avg_pool2d(occupancy, 8), 1e-6)
+    # linear, with 16 independent outputs for the 16 means of a cell: solve for them
+    blocks = torch.eye(16).view(16, 4, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    matrix = encode_latent(blocks[:, 1:], blocks[:, :1]).view(16, 16)   # row: latent of one mean
+    means = torch.linalg.solve(matrix.T, latent.permute(1, 0, 2, 3).reshape(16, -1)).view(4, 2, 2, 2, 2, 3)
+    means = means.permute(3, 0, 4, 1, 5, 2).reshape(2, 4, 4, 6)
+    close(means, F.avg_pool2d(torch.cat([occupancy, image], 1), 4), 1e-5)
+
+
+def test_upsampling_convolution_is_one():
+    layer, x = melomotion.UpConv(5, 3), torch.rand(2, 5, 6, 7)
+    slow = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.weight, layer.bias, padding=1)
+    close(layer(x), slow.detach(), 1e-6)
+
+
+def test_colours_are_read_off_exactly_wherever_the_object_lies():
+    batch = squares(32, shape="any")
+    model = MeloMotion(melomotion.Config())
+    colours = model.pool(*model.extract(batch["first_frame"], batch["masks"]))
+    painted = (batch["first_frame"][:, None] * batch["masks"][:, :, None]).flatten(3).amax(3) / 255
+    close(colours, painted, 1e-5)
+    law = 0.1 * (painted[:, 0, :2] - 128 / 255)
+    close(batch["displacements"][:, 0], torch.arange(1, 16)[:, None] * law[:, None], 1e-6)
+
+
+def test_unmasked_average_gives_all_objects_one_feature():
+    batch = squares()
+    for pooling, same in (("full", True), ("avg", False), ("max", False), ("rgb", False)):
+        model = MeloMotion(melomotion.Config(pooling=pooling))
+        f = model.features(model.pool(*model.extract(batch["first_frame"], batch["masks"])))
+        assert ((f - f[:, :1]).abs().max() == 0) == same, pooling
+
+
+def test_camera_stands_still_at_the_start_and_its_head_learns():
+    torch.manual_seed(0)
+    batch = squares(camera=True)
+    model = MeloMotion(melomotion.Config(camera=True, blend="over"))
+    v, pan = model.motion(batch)
+    assert pan.shape == (4, 2) and pan.abs().max() == 0
+    close(model.camera(torch.randn(5, 16)), torch.tensor([1.0, 0, 0, 0, 1, 0]).expand(5, 6), 0)
+    loss, logs = model(batch)
+    loss.backward()
+    assert model.camera[-1].weight.grad.abs().max() > 0 and logs["pos_camera"] > 1e-5
+
+
+def test_l1_gives_velocities_no_gradient_and_the_decoder_one_in_phase_2():
+    torch.manual_seed(0)
+    for phase in (1, 2):
+        model, batch = MeloMotion(melomotion.Config(phase=phase, pos_weight=0.0)), squares(2)
+        loss, logs = model(batch)
+        loss.backward()
+        assert logs["l1"] > 0 and all(p.grad.abs().max() == 0 for p in model.predictors.parameters())
+        assert all((p.grad is not None) == (phase == 2) for p in model.decoder.parameters())
+    assert model.decoder.out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("change", [
+    {}, dict(shared_predictor=True), dict(shared_predictor=True, object_index=True), dict(always_zero=True),
+    dict(normalize=False), dict(pooling="avg"), dict(pooling="max"), dict(pooling="full"),
+    dict(space="pixel"), dict(blend="over"), dict(phase=0), dict(phase=2),
+    dict(camera=True, blend="over", phase=2),
+    dict(mode="all-move"), dict(mode="random-mover", shape="any"), dict(mode="colour-mover", shape="disc"),
+    dict(render=True), dict(frames=4, objects=2, size=64)], ids=str)
+def test_every_variant_trains_all_its_parameters(change):
+    torch.manual_seed(0)
+    cfg = melomotion.Config(**change)
+    if "size" in change:
+        clips = data.MovingSquares(cfg.size, cfg.frames, side=16, **cfg.inputs["squares"])
+    else:
+        clips = data.MovingSquares(cfg.size, cfg.frames, **cfg.inputs["squares"])
+    model, batch = MeloMotion(cfg), clips.batch([0, 1])
+    loss, logs = model(batch)
+    loss.backward()
+    assert loss.isfinite() and not any(value.requires_grad for value in logs.values())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)   # or DDP waits for ever
+    assert ("l1" in logs) == (cfg.render or cfg.phase != 1)
+    video = model.render(batch["first_frame"], batch["masks"], frames=3)
+    assert video.shape == (2, 3, 3, cfg.size, cfg.size) and 0 <= video.min() and video.max() <= 1
+    assert all(row["model"].isfinite() for row in model.report(batch).values())
+
+
+def test_true_velocities_draw_the_true_frames_in_pixel_space():
+    clips = data.MovingSquares(frames=40, mode="all-move", shape="any", camera=True).batch(range(3))
+    model = MeloMotion(melomotion.Config(space="pixel", blend="over", camera=True))
+    t = torch.arange(40).expand(3, -1)
+    drawn = model.draw(clips["first_frame"], clips["masks"], clips["displacements"][:, :, 0], t,
+                       clips["camera"][:, 0])
+    # but where the background was hidden or lay outside frame 0, or a position is rounded the other way
+    moved = torch.stack([clips["video"][:, 0] != clips["video"][:, k] for k in range(40)], 1)
+    right = (drawn - clips["video"] / 255).abs() < 2 / 255
+    black = squares(3, frames=40, mode="all-move", shape="any")
+    plain = MeloMotion(melomotion.Config(space="pixel", blend="over"))
+    exact = plain.draw(black["first_frame"], black["masks"], black["displacements"][:, :, 0], t)
+    close(exact, black["video"] / 255, 1e-6)
+    assert moved.any() and right.float().mean() > 0.5 and right[:, 0].float().mean() > 0.85
+
+
+def test_one_predictor_takes_any_number_of_objects_and_three_take_three():
+    batch = squares(objects=5, side=16)
+    shared = MeloMotion(melomotion.Config(shared_predictor=True))
+    assert shared.render(batch["first_frame"], batch["masks"], 2).shape == (4, 2, 3, 128, 128)
+    with pytest.raises(ValueError, match="3 predictors.*5 objects"):
+        MeloMotion(melomotion.Config()).render(batch["first_frame"], batch["masks"])
+    with pytest.raises(ValueError, match="100x128"):
+        shared.render(batch["first_frame"][:, :, :100], batch["masks"][:, :, :100])
+
+
+def test_wrong_melomotion_configs_say_what_to_change():
+    for change, word in ((dict(size=100), "try 96"), (dict(pooling="mean"), "rgb, avg, max, full"),
+                         (dict(camera=True), "blend='over'"), (dict(space="pixel", phase=2), "no use for"),
+                         (dict(objects=0), "objects=0"), (dict(object_index=True, pooling="avg"), "rgb")):
+        with pytest.raises(ValueError, match=re.escape(word)):
+            MeloMotion(melomotion.Config(**change))
+
+
+def test_flow_baseline_starts_still_and_its_windows_are_closed():
+    torch.manual_seed(0)
+    batch, model = squares(1), FlowBaseline()
+    loss, _ = model(batch)
+    loss.backward()
+    assert model.head[-1].weight.grad.abs().max() > 0                   # through the decoder, frame by frame
+    once = FlowBaseline(one_shot=True)
+    once.load_state_dict(model.state_dict())
+    close(once(batch)[0].detach(), loss.detach(), 1e-6)                 # no flow yet: both repeat frame 0
+    for shift, (near, far) in ((0, ((7, 7), (8, 8))), (4, ((3, 3), (15, 15)))):
+        block, x = melomotion.SwinBlock(shift), torch.randn(1, 16, 16, 64)
+        changed = x.clone()
+        changed[0, 0, 0] += 1.0
+        moved = (block(changed) - block(x)).abs().amax(-1)[0]
+        assert moved[near] > 0 and moved[far] == 0, shift
+
+
+# ---- MeloMotion: data ----------------------------------------------------------------------------
+def test_squares_depend_on_their_number_alone():
+    for options in (dict(), dict(mode="all-move", shape="any"), dict(camera=True, video=False)):
+        clips = data.MovingSquares(**options)
+        together = clips.batch([5, 2, 9])
+        for row, i in enumerate((5, 2, 9)):
+            alone = data.MovingSquares(**options)[i]
+            assert all(torch.equal(alone[name], together[name][row]) for name in together)
+        other = data.MovingSquares(**options, split="eval")[5]
+        assert not torch.equal(other["first_frame"], together["first_frame"][0])
+
+
+def test_squares_are_painted_where_the_labels_say():
+    for mode, movers in (("differentiated", [0]), ("all-move", [0, 1, 2])):
+        batch = squares(6, mode=mode, shape="any", frames=24)
+        masks, frames = batch["masks"].numpy(), batch["video"].numpy()
+        for b in range(6):
+            colours = [frames[b, 0][:, masks[b, n]][:, 0] for n in range(3)]
+            for t in (0, 1, 7, 15, 23):
+                canvas = np.zeros((3, 128, 128), np.uint8)
+                for n in range(3):                                      # painter's order
+                    shift = batch["displacements"][b, n, t - 1] * 128 if t else torch.zeros(2)
+                    dx, dy = np.rint(shift.double().numpy()).astype(int)
+                    ys, xs = masks[b, n].nonzero()
+                    ys, xs = ys + dy, xs + dx
+                    inside = (ys >= 0) & (ys < 128) & (xs >= 0) & (xs < 128)
+                    assert inside.all() or t > 15                       # nobody leaves in 16 frames
+                    canvas[:, ys[inside], xs[inside]] = colours[n][:, None]
+                assert np.array_equal(canvas, frames[b, t]), (mode, b, t)
+        d = batch["displacements"]
+        close(d, torch.arange(1, 24)[:, None] * d[:, :, :1], 1e-6)      # one velocity, not rounded
+        assert [n for n in range(3) if d[:, n].abs().max() > 0] == movers
+        assert (d[:, movers] * 128 % 1).abs().max() > 0.1
+
+
+def test_worlds_differ_in_who_moves():
+    moves = lambda batch: batch["displacements"][:, :, 0].abs().amax(-1) > 0            # (B, N)
+    assert set(moves(squares(40, mode="random-mover")).float().argmax(1).tolist()) == {0, 1, 2}
+    still = squares(20, mode="colour-mover")
+    colours = (still["first_frame"][:, None] * still["masks"][:, :, None]).flatten(3).amax(3)[..., :2]
+    assert (colours[:, 1:] == 128).all() and not moves(still)[:, 1:].any()
+
+
+def test_no_two_objects_share_a_latent_cell():
+    for options in (dict(), dict(mode="all-move"), dict(objects=5, side=16)):
+        cells = F.max_pool2d(squares(200, video=False, **options)["masks"].float(), 8)
+        assert cells.sum(1).max() == 1
+    assert F.max_pool2d(squares(200, gap=0, video=False)["masks"].float(), 8).sum(1).max() > 1
+
+
+def test_camera_pans_by_its_colour():
+    batch = squares(8, camera=True, frames=6)
+    outside = ~batch["masks"].any(1)
+    for b in range(8):
+        mean = batch["first_frame"][b][:2, outside[b]].double().mean(1) / 255
+        close(batch["camera"][b, 0], 0.1 * (mean - 128 / 255), 2e-3)
+        for t in (1, 5):
+            dx, dy = (batch["camera"][b, t - 1] * 128).round().int().tolist()
+            rolled = batch["video"][b, 0].roll((dy, dx), (1, 2))
+            assert (rolled == batch["video"][b, t]).all(0).float().mean() > 0.7     # all but the objects
+
+
+def test_wrong_squares_are_refused():
+    for change, word in ((dict(mode="both"), "choose from"), (dict(speed=0.3), "stay inside"),
+                         (dict(objects=40), "no room"), (dict(seed=-1), "seed=-1"),
+                         (dict(shape="star"), "disc")):
+        with pytest.raises(ValueError, match=word):
+            data.MovingSquares(**change).batch([0])
+
+
+# ---- MeloMotion: what it learns ------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def fits():
+    """The report's training, cut to 2,000 clips, of 3 architectures in 2 worlds: name -> Fit."""
+    worlds = "differentiated", "random-mover"
+    clips = {(mode, 0): evaluate.pooled_clips(mode, 0, evaluate.EPOCH) for mode in worlds}
+    clips |= {(mode, "test"): evaluate.pooled_clips(mode, 0, 300, "eval") for mode in worlds}
+    runs = [run for mode in worlds for lr in (1e-2, 3e-3) for run in evaluate.run(mode, lr, seeds=[0])]
+    return {name: evaluate.Fit(melomotion.Config(**change), runs, clips, name, epochs=1)
+            for name, change in dict(decoupled={}, shared=dict(shared_predictor=True),
+                                     index=dict(shared_predictor=True, object_index=True)).items()}
+
+
+def test_decoupled_predictors_tell_objects_apart_and_a_shared_one_does_not(fits):
+    decoupled, shared, index = ({run["lr"]: fit.test(i) for i, run in enumerate(fit.runs)
+                                 if run["mode"] == "differentiated"} for fit in fits.values())
+    assert decoupled[1e-2]["pos"] < 1e-4 and index[1e-2]["pos"] < 1e-4  # nothing moves: 6e-4
+    assert shared[1e-2]["spread"] < 1e-6 and shared[1e-2]["dead"] == 1  # its ReLUs died: one constant
+    assert decoupled[1e-2]["slope"] > 0.8 and abs(decoupled[1e-2]["others"]) < 0.1
+    # at a gentler rate it gives a third of each colour's velocity: right on average, and useless
+    assert shared[3e-3]["pos"] > 3e-4 and shared[3e-3]["spread"] > 0.01
+    assert 0.15 < shared[3e-3]["slope"] < 0.5 and 0.15 < shared[3e-3]["others"] < 0.5
+    assert index[3e-3]["pos"] < 5e-5
+
+
+def test_a_mover_that_nothing_tells_is_found_by_nobody(fits):
+    for name in ("decoupled", "shared", "index"):
+        assert min(fits[name].tests("pos", mode="random-mover")) > 3e-4, name
+
+
+def test_many_trainings_at_once_equal_one_by_one(monkeypatch):
+    monkeypatch.setattr(evaluate, "EPOCH", 20)
+    clips = {("differentiated", seed): evaluate.pooled_clips("differentiated", seed, 20) for seed in (0, 1)}
+    runs = evaluate.run(seeds=[0, 1]) + evaluate.run(lr=1e-3, decay=True, seeds=[0])
+    for sgd in (False, True):
+        fit = evaluate.Fit(melomotion.Config(pooling="avg"), runs, clips, "test", sgd=sgd, epochs=1)
+        for i, run in enumerate(runs):
+            torch.manual_seed(run["seed"])
+            model = MeloMotion(melomotion.Config(pooling="avg"))
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(trained, run["lr"]) if sgd else torch.optim.AdamW(
+                trained, run["lr"], betas=(0.9, 0.95), weight_decay=1e-5)
+            source = clips["differentiated", run["seed"]]
+            for step in range(20):
+                optimizer.param_groups[0]["lr"] = run["lr"] * (1 - run["decay"] * step / 20)
+                one = slice(step, step + 1)
+                model(dict(pooled=source["avg"][one], displacements=source["d"][one]))[0].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, value in fit.model(i).named_parameters():
+                if value.requires_grad:
+                    close(value.detach(), model.get_parameter(name).detach(), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def fast_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("melomotion") / "fast"
+    train.main(["--model", "melomotion", "--preset", "fast", "--device", "cpu", "--out", str(out)])
+    return out
+
+
+def test_fast_preset_learns_the_law(fast_run):
+    lines = log(fast_run)
+    assert lines[-1]["held_out"]["POS: squared error of v"]["model"] < 5e-6
+    assert lines[-1]["held_out"]["POS: squared error of v"]["zero"] > 4e-4
+    assert all({"step", "loss", "lr", "pos", "spread"} <= line.keys() for line in lines)
+
+
+def test_melomotion_resumes_starts_from_weights_and_takes_squares_only(fast_run, tmp_path, capsys):
+    small = ["--model", "melomotion", "--preset", "phase2", "--device", "cpu", "--batch-size", "2"]
+    for name, steps in (("whole", 3), ("parts", 2)):
+        train.main([*small, "--steps", str(steps), "--init", str(fast_run), "--min-lr", "2e-3",
+                    "--out", f"{tmp_path}/{name}"])
+    train.main(["--resume", f"{tmp_path}/parts", "--steps", "3"])
+    whole, parts, first = weights(tmp_path / "whole"), weights(tmp_path / "parts"), weights(fast_run)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert torch.equal(whole["camera.0.weight"], first["camera.0.weight"])
+    assert not torch.equal(whole["decoder.out.weight"], first["decoder.out.weight"])
+    close(whole["predictors.w2"], first["predictors.w2"], 0.01)
+    for args, word in (([*small, "--data", "scenes"], "--data squares"),
+                       ([*small, "--init", f"{tmp_path}/nowhere"], "no checkpoint at"),
+                       ([*small, "--objects", "4", "--init", str(fast_run)], "does not fit"),
+                       (["--model", "midway", "--init", str(fast_run)], "holds a melomotion model")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train.cli([*args, "--out", f"{tmp_path}/never"])
+        assert word in capsys.readouterr().err
+    train.main([*small, "--bench", "--out", f"{tmp_path}/never"])
+    train.main([*TINY, "--data", "squares", "--steps", "1", "--size", "64", "--out", f"{tmp_path}/midway"])
+    assert not (tmp_path / "never").exists()
+
+
+def test_eval_writes_every_table_and_picture(fast_run, tmp_path, monkeypatch, capsys):
+    for name, value in dict(EPOCH=10, DECODER_STEPS=2, ROUNDS=(2, 0.0), HELD_OUT=20, L1_CLIPS=1).items():
+        monkeypatch.setattr(evaluate, name, value)
+    evaluate.main([str(fast_run), "--seeds", "2", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    said = capsys.readouterr().out
+    for title in ("Table 1", "Table 2", "Table 3", "Table 4", "Section 4.4", "Section 4.8", "Section 3.4"):
+        assert any(table.startswith(title) for table in results["tables"]) and title in said
+    assert {"figure1.png", "figure1_long.png", "motion.gif"} <= {p.name for p in tmp_path.iterdir()}
+    assert iio.imread(tmp_path / "motion.gif").shape[0] == 32
+    assert results["tables"]["Table 1: parameters"][5] == {"": "total", "report": 43111, "ours": 43111}
+
+
+def test_eval_tells_what_is_wrong_in_one_line(fast_run, tmp_path):
+    def message(*args):
+        with pytest.raises(SystemExit) as leaving:
+            evaluate.cli([str(a) for a in args])
+        assert "\n" not in leaving.value.code
+        return leaving.value.code
+
+    assert "no checkpoint at" in message(tmp_path / "nowhere")
+    assert "no task 'flow': choose from tables, figures" in message(fast_run, "--task", "flow")
+    (tmp_path / "ckpt.pt").write_bytes(b"damaged")
+    assert "damaged" in message(tmp_path)
 
 
 # ---- the house -----------------------------------------------------------------------------------
@@ -1721,9 +2115,11 @@ def test_model_files_stand_alone():
 
 def test_readme_names_only_what_exists():
     text = (HERE / "README.md").read_text()
-    known = {f.name.replace("_", "-") for cls in (train.Options, Config, moog.Config) for f in fields(cls)}
+    known = {f.name.replace("_", "-") for cls in (train.Options, Config, moog.Config, melomotion.Config)
+             for f in fields(cls)}
     known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
-    known |= {"task", "help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend", "rdzv-endpoint",
+    known |= {"task", "seeds", "help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend",
+              "rdzv-endpoint",
               "shm-size"}        # of other programs
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) <= known
     for picture in re.findall(r"\((assets/[^)]+)\)", text):
