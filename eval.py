@@ -43,6 +43,7 @@ import data
 import train
 from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, composite, decode, place, position_loss,
                         warp)
+from moog import psnr
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,6 +77,10 @@ class Report:
         self.out, self.seeds, self.tables = out, seeds, {}
         self.decoder = None             # of MeloMotion, trained on the way
 
+    def picture(self, figure, name):
+        figure.savefig(self.out / name, dpi=110)
+        plt.close(figure)
+
     def table(self, title, columns, rows):
         """Rows are a name and its cells: text, numbers, or lists of numbers, one for each seed."""
         self.tables[title] = [dict(zip(["", *columns], row)) for row in rows]
@@ -100,6 +105,169 @@ def show(cell):
 
 def progress(items, what):
     return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+def as_double(*arrays):
+    return [torch.as_tensor(x).double() for x in arrays]
+
+
+def flow_errors(flow, target, valid=None):
+    """Lengths of the errors and of the true vectors in pixels, of all valid pixels of flows (B, 2, H, W)."""
+    flow, target = as_double(flow, target)
+    if flow.shape != target.shape or flow.ndim != 4 or flow.shape[1] != 2:
+        raise ValueError(f"flows must both be (B, 2, H, W), not {[*flow.shape]} and {[*target.shape]}")
+    valid = target.abs().amax(1) < 1e9 if valid is None else torch.as_tensor(valid).bool()
+    return ((flow - target).norm(dim=1)[valid], target.norm(dim=1)[valid])
+
+
+def end_point_error(flow, target, valid=None):
+    """
+    Mean length of the error in pixels: flows (B, 2, H, W), valid (B, H, W), by default where |target| < 1e9.
+    nan if no pixel is valid. Raises ValueError if the shapes differ.
+    """
+    return flow_errors(flow, target, valid)[0].mean().item()
+
+
+def fl_all(flow, target, valid=None):
+    """Per cent of valid pixels that are off by more than 3 pixels and by more than 5 %: KITTI's outliers."""
+    error, length = flow_errors(flow, target, valid)
+    return 100 * ((error > 3) & (error > 0.05 * length)).double().mean().item()
+
+
+def confusion(pred, target, num_classes, ignore_index=255):
+    """(true class, predicted class) -> pixels, over maps of any shape without those to ignore: (K, K)."""
+    pred, target = torch.as_tensor(pred).long(), torch.as_tensor(target).long()
+    if pred.shape != target.shape:
+        raise ValueError(f"{[*pred.shape]} predictions do not match {[*target.shape]} labels")
+    counted = target != ignore_index
+    for what, x in (("label", target[counted]), ("prediction", pred[counted])):
+        if x.numel() and not (0 <= x.min() and x.max() < num_classes):
+            raise ValueError(f"{what} {(x.max() if x.max() >= num_classes else x.min()).item()} is neither a "
+                             f"class (0 to {num_classes - 1}) nor the value to ignore ({ignore_index})")
+    pairs = target[counted] * num_classes + pred[counted]
+    return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
+
+
+def iou_scores(counts):
+    """mean_iou's three numbers from a confusion matrix."""
+    counts = counts.double()
+    hit = counts.diagonal()
+    per_class = hit / (counts.sum(0) + counts.sum(1) - hit)     # 0 / 0 = nan: in neither, left out
+    return per_class.nanmean().item(), per_class, (hit.sum() / counts.sum()).item()
+
+
+def mean_iou(pred, target, num_classes, ignore_index=255):
+    """
+    Over all maps (N, H, W) together, as mmsegmentation does: mean intersection over union of the classes that
+    are predicted or true somewhere, IoU of each class (K,), nan if it is nowhere, and share of pixels right.
+    Raises ValueError on labels out of range.
+    """
+    return iou_scores(confusion(pred, target, num_classes, ignore_index))
+
+
+def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first"):
+    """
+    TAP-Vid's metrics, each (B,), one number per video: `average_jaccard`, `delta_avg` (share of visible
+    points within 1, 2, 4, 8, 16 pixels, mean over these), `occlusion_accuracy`, and jaccard_N, delta_N.
+    tracks (B, P, T, 2) in pixels of 256 x 256, visible (B, P, T) bool, query_frames (B, P). mode: "first"
+    counts only frames after a point's query, "strided" all but the query's. nan where nothing is to be seen.
+    """
+    if mode not in ("first", "strided"):
+        raise ValueError(f"mode={mode!r} must be 'first' or 'strided'")
+    tracks, target = as_double(tracks, target_tracks)
+    seen, true = torch.as_tensor(visible).bool(), torch.as_tensor(target_visible).bool()
+    t, query = torch.arange(tracks.shape[2], device=tracks.device), torch.as_tensor(query_frames)[..., None]
+    counted = (t > query if mode == "first" else t != query).expand(true.shape)
+    total = lambda x: (x & counted).sum((1, 2)).double()
+    square = (tracks - target).square().sum(-1)
+    out = dict(occlusion_accuracy=total(seen == true) / counted.sum((1, 2)))
+    for n in (1, 2, 4, 8, 16):
+        near = square < n ** 2
+        hit = near & true
+        out[f"delta_{n}"] = total(hit) / total(true)
+        out[f"jaccard_{n}"] = total(hit & seen) / (total(true) + total(seen & ~hit))
+    for name, of in (("average_jaccard", "jaccard"), ("delta_avg", "delta")):
+        out[name] = torch.stack([out[f"{of}_{n}"] for n in (1, 2, 4, 8, 16)]).mean(0)
+    return out
+
+
+def average_jaccard(tracks, visible, target_tracks, target_visible, query_frames, mode="first"):
+    """TAP-Vid's average Jaccard of each video, (B,): see tracking_metrics."""
+    return tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames,
+                            mode)["average_jaccard"]
+
+
+def depth_metrics(depth, target, valid=None):
+    """abs_rel, rmse (in the target's unit) and delta_1.25, the share within a factor of 1.25, of any shapes."""
+    depth, target = as_double(depth, target)
+    valid = target > 0 if valid is None else torch.as_tensor(valid).bool()
+    depth, target = depth[valid], target[valid]
+    ratio = torch.maximum(depth / target, target / depth)
+    return {"abs_rel": ((depth - target).abs() / target).mean().item(),
+            "rmse": (depth - target).square().mean().sqrt().item(),
+            "delta_1.25": ((ratio < 1.25) & (depth > 0)).double().mean().item()}
+
+
+def abs_rel(depth, target, valid=None):
+    """Mean |depth - target| / target where valid (by default where target > 0)."""
+    return depth_metrics(depth, target, valid)["abs_rel"]
+
+
+def box_iou(boxes, target):
+    """Intersection over union of boxes (..., 4) with (..., 4), x1 y1 x2 y2: (...), one by one."""
+    boxes, target = as_double(boxes, target)
+    area = lambda box: (box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1)
+    both = area(torch.cat([torch.maximum(boxes, target)[..., :2], torch.minimum(boxes, target)[..., 2:]], -1))
+    return both / (area(boxes) + area(target) - both).clamp(min=1e-12)
+
+
+@cache
+def colour_wheel():
+    """Middlebury's 55 colours, (55, 3), 0 to 255: red, yellow, green, cyan, blue, magenta and back."""
+    steps = (15, 6, 4, 11, 13, 6)
+    corners = np.array([(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1), (1, 0, 0)]) * 255
+    return np.concatenate([a + np.sign(b - a) * np.floor(255 * np.arange(n) / n)[:, None]
+                           for a, b, n in zip(corners, corners[1:], steps)])
+
+
+def flow_to_color(flow, fastest=None):
+    """
+    Flow (2, H, W) or (H, W, 2) in Middlebury's colours, uint8 (H, W, 3): hue is direction, white is still.
+    fastest: the speed of full colour, in pixels; by default the field's own largest.
+    """
+    flow = np.asarray(torch.as_tensor(flow).detach().cpu().double())
+    u, v = flow if len(flow) == 2 else np.moveaxis(flow, -1, 0)
+    wheel, speed = colour_wheel() / 255, np.hypot(u, v)
+    speed = speed / ((speed.max() if fastest is None else fastest) + 1e-5)
+    turn = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
+    low = np.floor(turn).astype(int)
+    part = (turn - low)[..., None]
+    colour = (1 - part) * wheel[low] + part * wheel[(low + 1) % len(wheel)]
+    speed = speed[..., None]
+    return np.uint8(np.floor(255 * np.where(speed <= 1, 1 - speed * (1 - colour), 0.75 * colour)))
+
+
+# ---- training of readouts ------------------------------------------------------------------------
+def fit(modules, loss, steps, what, lr=1e-3, weight_decay=1e-4):
+    """
+    AdamW on the parameters of the modules that want a gradient: `steps` of loss(i), i = 0, 1, ...; after a
+    warm-up of a twentieth of the steps the learning rate follows a cosine to 0. The modules end in eval mode.
+    """
+    for module in modules:
+        module.train()
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    factor = lambda i: min((i + 1) / (0.05 * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for i in progress(range(steps), what):
+        loss(i).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    for module in modules:
+        module.eval()
 
 
 # ---- MooG: tokens --------------------------------------------------------------------------------
@@ -141,8 +309,7 @@ def tokens(model, config, args, report):
             if not r:
                 axis.set_title(f"t = {t}", fontsize=9)
         axes[r, 0].set_ylabel(name, fontsize=9)
-    figure.savefig(report.out / "tokens.png", dpi=110)
-    plt.close(figure)
+    report.picture(figure, "tokens.png")
     strip = np.concatenate([np.concatenate([clip for _, clip in rows[3 * b:3 * b + 3]], 2) for b in
                             range(len(video))], 1)                          # (T, B*H, 3*W, 3)
     strip = np.uint8(255 * strip).repeat(2, 1).repeat(2, 2)
@@ -642,13 +809,19 @@ TASKS = {"moog": {"tokens": tokens}, "melomotion": {"tables": melomotion_tables,
 def main(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="ckpt.pt of train.py or its folder, or the authors' .pth or .npz")
-    parser.add_argument("--task", default="all", help="one of the model's tasks [all]")
-    parser.add_argument("--out", default="", help="folder for results and pictures [the checkpoint's]")
-    parser.add_argument("--data", default="scenes", help="MooG: scenes, a video or a folder [scenes]")
-    parser.add_argument("--stride", type=int, default=1, help="MooG: source frames from frame to frame [1]")
-    parser.add_argument("--seed", type=int, default=0, help="MooG: of the clips and the tokens' noise [0]")
-    parser.add_argument("--seeds", type=int, default=3, help="how often each ablation is trained [3]")
+    add = parser.add_argument
+    add("checkpoint", help="ckpt.pt of train.py or its folder, or the authors' .pth or .npz")
+    add("--task", default="all", help="one of the model's tasks [all]")
+    add("--out", default="", help="folder for results and pictures [the checkpoint's]")
+    add("--data", default="scenes", help="scenes, or a path to what the task needs [scenes]")
+    add("--seed", type=int, default=0, help="of samples, readouts and noise [0]")
+    add("--seeds", type=int, default=3, help="MeloMotion: how often each ablation is trained [3]")
+    add("--device", default="", help="cuda, mps or cpu [the first that is there]")
+    add("--steps", type=int, default=0, help="training steps of a readout [the task's default]")
+    add("--batch-size", type=int, default=16, help="samples per training step of a readout [16]")
+    add("--lr", type=float, default=1e-3, help="learning rate of a readout [1e-3]")
+    add("--finetune", action="store_true", help="train the model together with the readout")
+    add("--stride", type=int, default=1, help="videos: source frames from frame to frame of a clip [1]")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {args.seeds}")
@@ -657,6 +830,8 @@ def main(argv):
     chosen = tasks if args.task == "all" else {args.task: tasks.get(args.task)}
     if not chosen or None in chosen.values():
         raise Stop(f"{name} has no task {args.task!r}: choose from {', '.join(tasks) or 'none, so far'}")
+    args.device = train.choose_device(args.device) if name != "melomotion" else torch.device("cpu")
+    model.to(args.device)
     report, start = Report(Path(args.out) if args.out else path.parent, args.seeds), time.perf_counter()
     report.out.mkdir(parents=True, exist_ok=True)
     for task in chosen.values():
