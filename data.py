@@ -6,6 +6,8 @@ Videos in, batches out: synthetic scenes with exact truth, your own videos, and 
     Videos      your files: mp4, mkv, mov, avi, webm, folders of them at any depth, or of jpg / png frames
     MultiCrop   a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
     make_loader ties them together: index lists in, batches on the device out
+    FlowPairs, Segmentation, PointTracks, BoxTracks     what others have labelled, as they unpack it
+    read_flo, write_flo, read_kitti_flow, write_kitti_flow, read_pfm    files of optical flow
 
 Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i) and
 (seed, i, 1), for videos also (seed, pass) and (seed, opening), never from a worker's or a device's generator.
@@ -22,13 +24,16 @@ import atexit
 import contextlib
 import functools
 import heapq
+import io
 import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
+from fractions import Fraction
 
 import imageio.v3 as iio
 import numpy as np
@@ -510,9 +515,7 @@ class Reader:
             while self.frame is None or self.time < t:
                 self._next(t)
         self.asked = t
-        # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
-        image = self.frame.to_ndarray(format="rgb24", threads=1)                # (H, W, 3)
-        return np.ascontiguousarray(np.rot90(image, self.frame.rotation // 90)), self.time
+        return upright(self.frame), self.time
 
     def _keyframe_between(self, t):
         """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats work."""
@@ -544,6 +547,23 @@ class Reader:
         raise ValueError(f"{self.path}: ends at {end:.2f} s, before the wanted {t:.2f} s")
 
 
+def upright(frame):
+    """A decoded frame -> uint8 (H, W, 3), turned as the camera was held."""
+    # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
+    image = frame.to_ndarray(format="rgb24", threads=1)                         # (H, W, 3)
+    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+
+
+def read_video(path):
+    """All frames of a video file, uint8 (T, H, W, 3)."""
+    reader = Reader(path)
+    try:
+        frames = itertools.chain([reader.frame] if reader.frame else [], reader.frames)
+        return np.stack([upright(frame) for frame in frames if frame.pts is not None])
+    finally:
+        reader.close()
+
+
 def read_frames(path, times):
     """Frames of a video file at `times` (ascending, in seconds after its first frame).
 
@@ -568,6 +588,21 @@ def read_image(path):
     return np.repeat((image >> 8).astype(np.uint8)[..., None], 3, 2) if deep else image
 
 
+def walk(root):
+    """Sorted paths of the files in a folder, relative to it, at any depth; links yes, hidden no."""
+    files, seen = [], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:      # a link to a folder above would never end
+            below.clear()
+            continue
+        seen.add(real)
+        # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite of .mp4.
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        files += [os.path.relpath(os.path.join(folder, name), root) for name in names
+                  if not name.startswith(".")]
+    return sorted(files)
+
+
 def find_files(root):
     """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden no."""
     root = os.fspath(root)
@@ -577,24 +612,13 @@ def find_files(root):
         return os.path.dirname(root), [os.path.basename(root)], []
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such file or folder")
-    videos, images, seen = [], [], set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:      # a link to a folder above would never end
-            below.clear()
-            continue
-        seen.add(real)
-        # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite of .mp4.
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in names:
-            path = os.path.relpath(os.path.join(folder, name), root)
-            if name.lower().endswith(VIDEO_TYPES) and not name.startswith("."):
-                videos.append(path)
-            elif name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
-                images.append(path)
+    files = walk(root)
+    videos = [path for path in files if path.lower().endswith(VIDEO_TYPES)]
+    images = [path for path in files if path.lower().endswith(IMAGE_TYPES)]
     if not videos and not images:
         types = " ".join(VIDEO_TYPES + IMAGE_TYPES)
         raise ValueError(f"{root}: no videos and no frames in this folder or below ({types})")
-    return root, sorted(videos), sorted(images)
+    return root, videos, images
 
 
 class Broken(Exception):
@@ -1011,6 +1035,513 @@ class MultiCrop:
                 crops = photometric(crops.flatten(0, -4), params[:, at].flatten(0, 1)).view(crops.shape)
             batch[name] = crops
         return batch
+
+
+# ---- labelled data for evaluation ----------------------------------------------------------------
+@contextlib.contextmanager
+def naming(path):
+    """Whatever a file does wrong inside becomes one line that begins with its path."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        yield
+    except Exception as error:              # a damaged file can raise anything, SyntaxError too
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {why.removeprefix(f'{path}: ')}") from None
+
+
+def read_bytes(path):
+    with naming(path), open(path, "rb") as file:
+        return file.read()
+
+
+def read_one_channel(path, deep=False):
+    """Numbers in an image file, (H, W), 8 bits: of a palette the places, not the colours; deep: 16 bits."""
+    with naming(path), iio.imopen(path, "r", plugin="pillow") as file:
+        mode = file.metadata(index=0, exclude_applied=False)["mode"]
+        if mode not in (("I", "I;16", "I;16B") if deep else ("L", "P", "1")):
+            raise ValueError(f"is of kind {mode}, but must have one channel of {16 if deep else 8} bits: "
+                             "convert it")
+        return file.read(index=0, mode=mode).astype(np.uint16 if deep else np.uint8)
+
+
+def read_clip(paths):
+    """Image files -> uint8 (T, H, W, 3)."""
+    images = []
+    for path in paths:
+        with naming(path):
+            images.append(read_image(path))
+            if images[-1].shape != images[0].shape:
+                raise ValueError(f"is not of the size of {paths[0]}: frames of a clip must be alike")
+    return np.stack(images)
+
+
+def check_folder(root):
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{os.fspath(root)}: no such folder")
+    return os.fspath(root)
+
+
+def check_flow(flow):
+    if np.ndim(flow) != 3 or np.shape(flow)[2] != 2:
+        raise ValueError(f"a flow to write must be (H, W, 2), not {[*np.shape(flow)]}")
+    return np.asarray(flow)
+
+
+def read_flo(path):
+    """Middlebury's .flo -> flow (H, W, 2) float32 as stored: (x, y) in pixels, above 1e9 where unknown."""
+    raw = read_bytes(path)
+    if raw[:4] != b"PIEH" or len(raw) < 12:                 # the bytes of float32 202021.25
+        raise ValueError(f"{path}: does not begin as a .flo file does; is it another format?")
+    width, height = np.frombuffer(raw, "<i4", 2, 4).tolist()
+    if min(width, height) < 1 or len(raw) != 12 + 8 * width * height:
+        raise ValueError(f"{path}: a flow of {width} x {height} pixels has {12 + 8 * width * height} bytes, "
+                         f"the file {len(raw)}: it is damaged or cut short, get it anew")
+    return np.frombuffer(raw, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
+
+
+def write_flo(path, flow):
+    """Flow (H, W, 2) in pixels -> Middlebury's .flo."""
+    height, width, _ = check_flow(flow).shape
+    with open(path, "wb") as file:
+        file.write(b"PIEH" + np.array([width, height], "<i4").tobytes() + np.asarray(flow, "<f4").tobytes())
+
+
+def read_kitti_flow(path):
+    """KITTI's PNG -> flow (H, W, 2) float32 in pixels, 0 where unknown, and valid (H, W) bool."""
+    import av
+    raw = read_bytes(path)
+    if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[24:26] != b"\x10\x02":
+        raise ValueError(f"{path}: must be a PNG of three channels of 16 bits, as KITTI's flow is")
+    with naming(path):                      # not by Pillow, which loses the low bytes without a word
+        if b"IEND" not in raw[-12:]:        # FFmpeg would leave the missing rows black
+            raise ValueError("is cut short: get it anew")
+        with av.open(io.BytesIO(raw), format="png_pipe", options=dict(err_detect="crccheck+explode")) as file:
+            pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)     # (H, W, 3)
+    valid = pixels[..., 2] > 0
+    return np.where(valid[..., None], (pixels[..., :2].astype(np.float32) - 2**15) / 64, 0), valid
+
+
+def write_kitti_flow(path, flow, valid):
+    """Flow (H, W, 2) in pixels, from -512 to 511.98, and valid (H, W) -> KITTI's PNG, to 1/64 pixel."""
+    import av
+    valid = np.asarray(valid, bool)
+    if valid.shape != check_flow(flow).shape[:2]:
+        raise ValueError(f"valid {[*valid.shape]} does not fit a flow {[*np.shape(flow)]}")
+    steps = np.rint(np.where(valid[..., None], flow, 0) * 64.0 + 2**15)
+    if not (steps.min() >= 0 and steps.max() < 2**16):
+        raise ValueError(f"{path}: KITTI's files hold flow from -512 to 511.98 pixels only: write a .flo")
+    pixels = np.concatenate([steps, valid[..., None]], -1).astype(np.uint16)
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = valid.shape
+    encoder.pix_fmt, encoder.time_base = "rgb48be", Fraction(1)
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le").reformat(format="rgb48be", threads=1)
+    with open(path, "wb") as file:
+        file.write(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
+
+
+def read_pfm(path):
+    """FlyingThings3D's .pfm of three channels -> flow (H, W, 2) float32 as stored, in pixels."""
+    raw = read_bytes(path)
+    header = re.match(rb"PF\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", raw)       # a minus: little endian
+    if not header:
+        raise ValueError(f"{path}: does not begin as a .pfm file of three channels does")
+    width, height, body = int(header[1]), int(header[2]), len(raw) - header.end()
+    if not width * height or body != 12 * width * height:
+        raise ValueError(f"{path}: {width} x {height} pixels need {12 * width * height} bytes, there are "
+                         f"{body}: it is damaged or cut short, get it anew")
+    rows = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end()).reshape(height, width, 3)
+    return rows[::-1, :, :2].astype(np.float32)                             # stored from the bottom up
+
+
+class FlowPairs(torch.utils.data.Dataset):
+    """Pairs of frames with the true flow between them. `root`, or a folder below it, is laid out as one of
+
+        NAME/frame1.png frame2.png flow.flo             yours, at any depth; flow.png is KITTI's kind
+        clean/alley_1/frame_0001.png flow/alley_1/frame_0001.flo, final/..., invalid/...            Sintel
+        data/00001_img1.ppm 00001_img2.ppm 00001_flow.flo, FlyingChairs_train_val.txt               Chairs
+        frames_cleanpass/TRAIN/A/0000/left/0006.png, frames_finalpass/...                           Things
+            optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_0006_L.pfm
+        image_2/000000_10.png 000000_11.png flow_occ/000000_10.png; or colored_0                    KITTI
+
+    split: "train", "val" or "all". Sintel's val are temple_2 and temple_3, as in CroCo v2; KITTI, yours and
+    Chairs without its list have no splits: there each split is everything. [i] is
+
+    frames    (2, H, W, 3)  uint8
+    flow      (2, H, W)     float32, (x, y) in pixels, from the first frame to the second; 0 where unknown
+    valid     (H, W)        bool: the flow is known
+
+    `names` are those of the folders that are yours, else of the first frames.
+    """
+
+    def __init__(self, root, split="val"):
+        if split not in ("train", "val", "all"):
+            raise ValueError(f"split={split!r} must be 'train', 'val' or 'all'")
+        self.root = check_folder(root)
+        files = [name.replace(os.sep, "/") for name in walk(self.root)]
+        images = {os.path.splitext(f)[0]: f for f in files
+                  if f.lower().endswith((*IMAGE_TYPES, ".ppm", ".webp"))}
+        marks = {os.path.dirname(f): read_bytes(os.path.join(self.root, f)).split()
+                 for f in files if os.path.basename(f) == "FlyingChairs_train_val.txt"}
+        found, left_out = [], []
+        for flow in files:
+            pairs = list(self._pairs(flow, marks))
+            whole = [(part, name, images[a], images[b], flow, images.get(mask))
+                     for part, name, a, b, mask in pairs if a in images and b in images]
+            found += whole
+            left_out += [flow] if pairs and not whole else []
+        if left_out:                        # the last of a sequence of FlyingThings3D has no second frame
+            print(f"left out {len(left_out)} flows without both frames, such as {left_out[0]}",
+                  file=sys.stderr, flush=True)
+        if not found:
+            raise ValueError(f"{self.root}: no flow with its two frames: want NAME/frame1.png, frame2.png, "
+                             "flow.flo, or Sintel, FlyingChairs, FlyingThings3D or KITTI as unpacked")
+        self.items = [item for item in found if split == "all" or item[0] in (split, "")]
+        self.names = [item[1] for item in self.items]
+        if not self.items:
+            raise ValueError(f"{self.root}: no pairs of split {split!r}, only of {found[0][0]!r}")
+
+    def _pairs(self, flow, marks):
+        """A file -> (split or "", name, first frame, second, mask of unknown flow) that it may be the flow
+        of; the paths of images without their suffix."""
+        if m := re.fullmatch(r"(|.*/)flow/([^/]+)/frame_(\d+)\.flo", flow):             # Sintel
+            for kind in ("clean", "final"):
+                first, second = (f"{m[1]}{kind}/{m[2]}/frame_{int(m[3]) + t:04d}" for t in (0, 1))
+                part = "val" if m[2] in ("temple_2", "temple_3") else "train"
+                yield part, first, first, second, f"{m[1]}invalid/{m[2]}/frame_{m[3]}"
+        elif m := re.fullmatch(r"(|.*/)(\d+)_flow\.flo", flow):                         # FlyingChairs
+            lines = marks.get(os.path.dirname(m[1][:-1]), marks.get(m[1][:-1]))
+            part, number = "", int(m[2])
+            if lines is not None:
+                part = {b"1": "train", b"2": "val"}.get(dict(enumerate(lines, 1)).get(number))
+            if part is None:
+                raise ValueError(f"{self.root}: FlyingChairs_train_val.txt says nothing of pair {m[2]}: want "
+                                 "a line with 1 (train) or 2 (val) for each pair, or no such file")
+            yield part, f"{m[1]}{m[2]}_img1", f"{m[1]}{m[2]}_img1", f"{m[1]}{m[2]}_img2", ""
+        elif m := re.fullmatch(r"(|.*/)optical_flow/(TRAIN|TEST)/(.+)/into_future/left/"
+                               r"OpticalFlowIntoFuture_(\d+)_L\.pfm", flow):            # FlyingThings3D
+            for kind in ("clean", "final"):
+                first, second = (f"{m[1]}frames_{kind}pass/{m[2]}/{m[3]}/left/{int(m[4]) + t:04d}"
+                                 for t in (0, 1))
+                yield "train" if m[2] == "TRAIN" else "val", first, first, second, ""
+        elif m := re.fullmatch(r"(|.*/)flow_occ/(\d+)_10\.png", flow):                  # KITTI 2015, 2012
+            for kind in ("image_2", "colored_0"):
+                first = f"{m[1]}{kind}/{m[2]}_1"
+                yield "", f"{first}0", f"{first}0", f"{first}1", ""
+        elif m := re.fullmatch(r"(|.*/)flow\.(flo|png)", flow):                         # yours
+            name = m[1][:-1] or os.path.basename(os.path.abspath(self.root))
+            yield "", name, f"{m[1]}frame1", f"{m[1]}frame2", ""
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        first, second, file, mask = (os.path.join(self.root, f) if f else "" for f in self.items[i][2:])
+        frames = read_clip([first, second])                                     # (2, H, W, 3)
+        if file.endswith(".png"):
+            flow, valid = read_kitti_flow(file)
+        else:
+            flow = read_pfm(file) if file.endswith(".pfm") else read_flo(file)
+            valid = (abs(flow) <= 1e9).all(-1)                                  # nan is not
+        unknown = read_one_channel(mask) > 0 if mask else np.zeros_like(valid)
+        if not frames.shape[1:3] == valid.shape == unknown.shape:
+            raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are {[*frames.shape[1:3]]}"
+                             + f", the mask of unknown flow is {[*unknown.shape]}" * bool(mask))
+        valid = valid & ~unknown
+        flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
+        return dict(frames=frames, flow=np.ascontiguousarray(flow), valid=valid)
+
+
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
+          "bicyclist")
+CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
+              "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
+              "bicycle")
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # in labelIds.png
+SPLITS = dict(train="train", training="train", val="val", validation="val", test="test", testing="test")
+SEGMENTATIONS = (       # folders of images, of labels; classes, value of the first, value ignored; names
+    ("{}", "{}annot", 11, 0, 11, CAMVID),
+    ("leftImg8bit/{}", "gtFine/{}", 19, 0, 255, CITYSCAPES),
+    ("images/10k/{}", "labels/sem_seg/masks/{}", 19, 0, 255, CITYSCAPES),               # BDD100K
+    ("images/{}", "labels/sem_seg/masks/{}", 19, 0, 255, CITYSCAPES),
+    ("images/10k/{}", "labels/{}", 19, 0, 255, CITYSCAPES),
+    ("images/{}", "annotations/{}", 150, 1, 0, None),                                   # ADE20K
+    ("images/{}", "labels/{}", None, 0, 255, None),                                     # yours
+    ("images", "labels", None, 0, 255, None))
+
+
+class Segmentation(torch.utils.data.Dataset):
+    """Images with a class for each pixel, from what lies in the folder `root`:
+
+        train/NAME.png trainannot/NAME.png                                              CamVid, SegNet's
+        leftImg8bit/train/CITY/X_leftImg8bit.png gtFine/train/CITY/X_gtFine_labelTrainIds.png, or labelIds
+        images/10k/train/NAME.jpg labels/sem_seg/masks/train/NAME.png                   BDD100K
+        images/training/NAME.jpg annotations/training/NAME.png                          ADE20K
+        images/train/ANY/NAME.jpg labels/train/ANY/NAME.png                             yours
+        images/ANY/NAME.jpg labels/ANY/NAME.png     yours: every fifth in order of name is val, the rest train
+
+    Labels are PNGs of 8 bits and one channel; a palette's numbers count, not its colours. split: "train",
+    "val" or "test". num_classes and ignore_index: how many classes, and what value in the files is none of
+    them; by default what the data set says; yours: as many as the labels of all splits show (they are read
+    through once), and 255. [i] is
+
+    image     (H, W, 3)  uint8
+    classes   (H, W)     int64: 0 .. num_classes - 1, and 255 where ignored
+
+    `names` of the classes or None; `files`: (path of the image, of its label).
+    """
+
+    def __init__(self, root, split="train", num_classes=None, ignore_index=None):
+        self.root = check_folder(root)
+        for images, labels, classes, first, ignored, names in SEGMENTATIONS:
+            parts = {SPLITS[s]: [os.path.join(self.root, f.format(s)) for f in (images, labels)]
+                     for s in (SPLITS if "{}" in images else ("train", "val"))
+                     if all(os.path.isdir(os.path.join(self.root, f.format(s))) for f in (images, labels))}
+            if parts:
+                break
+        else:
+            raise ValueError(f"{self.root}: no labelled images in a known layout: want images/train/A.jpg "
+                             "with labels/train/A.png, or CamVid, Cityscapes, BDD100K, ADE20K as unpacked")
+        if split not in parts:
+            raise ValueError(f"{self.root}: has no split {split!r}, only {', '.join(parts)}")
+        self.files = self._pairs(*parts[split])
+        self.first, self.ignore_index = first, ignored if ignore_index is None else ignore_index
+        self.num_classes = num_classes or classes or self._count(parts)
+        self.names = list(names) if names and len(names) == self.num_classes else None
+        if not (1 <= self.num_classes <= 255 and 0 <= self.ignore_index <= 255):
+            raise ValueError(f"{self.root}: want --classes from 1 to 255 and --ignore-index from 0 to 255, "
+                             f"not {self.num_classes} and {self.ignore_index}")
+        if "{}" not in images:
+            self.files = [f for i, f in enumerate(self.files) if (i % 5 == 4) == (split == "val")]
+            if not self.files:
+                raise ValueError(f"{self.root}: too few images for a val split of every fifth: make "
+                                 "images/train, images/val, labels/train and labels/val")
+
+    def _pairs(self, images, labels):
+        """Folders -> [(image, its label)]: those whose paths are alike but for the data set's endings."""
+        key = lambda name: re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", os.path.splitext(name)[0])
+        pictures = [name for name in walk(images) if name.lower().endswith(IMAGE_TYPES)]
+        truth = {key(name): name for name in walk(labels) if name.endswith(".png")}     # TrainIds come last
+        found = [(os.path.join(images, name), os.path.join(labels, truth[key(name)]))
+                 for name in pictures if key(name) in truth]
+        if not found:
+            raise ValueError(f"{images}: none of its {len(pictures)} images has a label of the same name, "
+                             f".png, in {labels}")
+        if len(found) < len(pictures):
+            alone = next(name for name in pictures if key(name) not in truth)
+            print(f"left out {len(pictures) - len(found)} images without label in {images}, such as {alone}",
+                  file=sys.stderr, flush=True)
+        return found
+
+    def _count(self, parts):
+        """One more than the largest class in the labels of all splits."""
+        seen = np.zeros(256, bool)
+        for label in {label for folders in parts.values() for _, label in self._pairs(*folders)}:
+            seen[np.unique(read_one_channel(label))] = True
+        seen[self.ignore_index] = False
+        if not seen.any():
+            raise ValueError(f"{self.root}: all labels are {self.ignore_index}, which is ignored: set "
+                             "--ignore-index")
+        return int(seen.nonzero()[0].max()) + 1
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        image, label = self.files[i]
+        table = np.full(256, -1)                                # value in the file -> class; -1: not allowed
+        table[self.first:self.first + self.num_classes] = np.arange(self.num_classes)
+        if label.endswith("_labelIds.png"):                     # Cityscapes: of its 34 classes 19 count
+            table[:34] = table[255] = 255
+            table[list(CITYSCAPES_IDS)] = np.arange(19)
+        table[self.ignore_index] = 255
+        [picture], values = read_clip([image]), read_one_channel(label)
+        if picture.shape[:2] != values.shape:
+            raise ValueError(f"{label}: is {[*values.shape]}, but its image is {[*picture.shape[:2]]}")
+        classes = table[values]                                 # (H, W)
+        if classes.min() < 0:
+            raise ValueError(
+                f"{label}: value {values[classes < 0].max()} is neither a class ({self.first} to "
+                f"{self.first + self.num_classes - 1}) nor the value to ignore ({self.ignore_index}): set "
+                "--classes / --ignore-index")
+        return dict(image=picture, classes=classes)
+
+
+def number_dtype(*args):
+    dtype = np.dtype(*args)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"holds arrays of {dtype}, not of numbers: refused")
+    return dtype
+
+
+class NumpyOnly(pickle.Unpickler):
+    """Reads pickles of plain containers and arrays of numbers. A pickle may name any function to be called:
+    here it gets stand-ins for the few that rebuild arrays, and an error for all others."""
+
+    CALLS = dict(
+        _reconstruct=lambda *_: np.empty(0), ndarray=None, dtype=number_dtype,
+        scalar=lambda dtype, raw: np.frombuffer(raw, dtype)[0],
+        _frombuffer=lambda raw, dtype, shape, order: np.frombuffer(raw, dtype).reshape(shape, order=order),
+        encode=lambda text, _: text.encode("latin1"))           # how protocol 2 writes bytes
+
+    def find_class(self, module, name):
+        if name in self.CALLS and module.split(".")[0] == ("_codecs" if name == "encode" else "numpy"):
+            return self.CALLS[name]
+        raise ValueError(f"wants {module}.{name} to be called: refused, arrays of numbers have no need of it")
+
+
+def read_arrays(path, *names):
+    """Arrays of these names from an .npz."""
+    with naming(path), np.load(path) as arrays:
+        if missing := [name for name in names if name not in arrays]:
+            raise ValueError(f"has no array {missing[0]!r}, only {', '.join(arrays)}")
+        return [arrays[name] for name in names]
+
+
+class PointTracks(torch.utils.data.Dataset):
+    """Videos with the paths of points. `path` is
+
+        FOLDER/tracks.npz rgb_00.jpg rgb_01.jpg ... depth_00.png ...    RGB-D clips at any depth, or one
+        tapvid_davis.pkl                                                TAP-Vid: DAVIS, RGB-Stacking, Kinetics
+        joints.npz, with `video`, the path of its clip                  joints that people marked
+
+    RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,); depth of 16
+    bits in millimetres. Joints: tracks (P, T, 2) in pixels, annotated (P, T). Points that are never visible
+    are left out there and of TAP-Vid. [i] is
+
+    video          (T, H, W, 3)  uint8
+    tracks         (T, P, 2)     float32, (x, y) in pixels, whose centres lie at integers; 0 unless visible
+    visible        (T, P)        bool
+    valid          (T, P)        bool: it is known whether the point is visible
+    query_frames   (P,)          int64, where each point is given: by default the first in which it is visible
+    depth          (T, H, W)     float32 in metres, 0 where not measured; only of clips that have it
+
+    `names` are those of the clips. RGB-D and joints are read when asked for, a .pkl as a whole.
+    """
+
+    def __init__(self, path, video=None):
+        self.path, self.video = path, video = os.fspath(path), video
+        if os.path.isdir(path):
+            folders = [os.path.dirname(f) for f in walk(path) if os.path.basename(f) == "tracks.npz"]
+            self.names = [f or os.path.basename(os.path.abspath(path)) for f in folders]
+            self.items, self.read = [os.path.join(path, f) for f in folders], self._rgbd
+            if not folders:
+                raise ValueError(f"{path}: no clip in it or below: want CLIP/tracks.npz with rgb_00.jpg, ...")
+        elif not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        elif path.endswith(".pkl"):
+            with naming(path), open(path, "rb") as file:
+                clips = NumpyOnly(file).load()
+                clips = clips if isinstance(clips, dict) else dict(enumerate(clips))
+                if not clips or not all({"video", "points", "occluded"} <= {*c} for c in clips.values()):
+                    raise ValueError("does not hold TAP-Vid's video, points and occluded")
+            self.names, self.items, self.read = [*map(str, clips)], [*clips.values()], self._tapvid
+        elif path.endswith(".npz"):
+            if not video:
+                raise ValueError(f"{path}: its points need the path of the clip that they are of: give video")
+            with naming(video):
+                pass
+            self.names, self.items = [os.path.splitext(os.path.basename(path))[0]], [path]
+            self.read = self._joints
+        else:
+            raise ValueError(f"{path}: neither a folder of clips nor a .pkl of TAP-Vid nor an .npz")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.read(self.items[i])
+
+    def _sample(self, video, tracks, visible, valid, query=None, **more):
+        """What is said of points (P, T) is checked against their video, and time comes first."""
+        if video.ndim != 4 or visible.ndim != 2 or tracks.shape != (*visible.shape, 2):
+            raise ValueError(f"tracks {[*tracks.shape]}, visibility {[*visible.shape]} and video "
+                             f"{[*video.shape]} do not fit: want (P, T, 2), (P, T) and (T, H, W, 3)")
+        if len(video) != visible.shape[1]:
+            raise ValueError(f"points are tracked through {visible.shape[1]} frames, but the video has "
+                             f"{len(video)}: is it the right one?")
+        if query is None:
+            seen = visible.any(1)
+            tracks, visible, valid = tracks[seen], visible[seen], valid[seen]
+            query = visible.argmax(1)
+        tracks = np.where(visible[..., None], tracks, 0).astype(np.float32)
+        time_first = lambda x: np.ascontiguousarray(x.swapaxes(0, 1))
+        return dict(video=video, tracks=time_first(tracks), visible=time_first(visible),
+                    valid=time_first(valid), query_frames=query.astype(np.int64), **more)
+
+    def _rgbd(self, folder):
+        path = os.path.join(folder, "tracks.npz")
+        tracks, status, query = read_arrays(path, "tracks", "status", "query_frame")
+        files = {"rgb": {}, "depth": {}}
+        for name in os.listdir(folder):
+            if match := re.fullmatch(r"(rgb|depth)_(\d+)\.(jpg|jpeg|png)", name):
+                files[match[1]][int(match[2])] = os.path.join(folder, name)
+        images, depths = ([found[n] for n in sorted(found)] for found in files.values())
+        with naming(path):
+            if not images or depths and files["rgb"].keys() != files["depth"].keys():
+                raise ValueError(f"beside it are {len(images)} images rgb_00.jpg, ... and {len(depths)} "
+                                 "depth_00.png, ...: want as many, of the same numbers")
+            if status.shape[:1] != query.shape:
+                raise ValueError(f"query_frame {[*query.shape]} does not fit status {[*status.shape]}")
+        video, more = read_clip(images), {}
+        if depths:
+            depth = [read_one_channel(file, deep=True) for file in depths]
+            if wrong := [f for f, d in zip(depths, depth) if d.shape != video.shape[1:3]]:
+                raise ValueError(f"{wrong[0]}: is not of the size of its image, {[*video.shape[1:3]]}")
+            more = dict(depth=np.stack(depth).astype(np.float32) / 1000)
+        with naming(path):
+            valid = (status != 2) & (np.arange(status.shape[1]) >= query[:, None])
+            return self._sample(video, tracks, (status == 0) & valid, valid, query, **more)
+
+    def _tapvid(self, clip):
+        with naming(self.path):
+            frames = [read_image(f) if isinstance(f, bytes) else f for f in clip["video"]]   # Kinetics: JPEGs
+            video, visible = np.stack(frames), ~np.asarray(clip["occluded"], bool)
+            # Their (0, 0) is the upper left corner of the first pixel, ours its centre.
+            tracks = clip["points"] * np.array(video.shape[2:0:-1]) - 0.5
+            return self._sample(video, tracks, visible, np.ones_like(visible))
+
+    def _joints(self, path):
+        tracks, annotated = read_arrays(path, "tracks", "annotated")
+        with naming(self.video):
+            video = read_video(self.video)
+        with naming(path):
+            return self._sample(video, tracks, annotated, annotated)
+
+
+class BoxTracks(torch.utils.data.Dataset):
+    """Clips with the box of one thing: a folder of numbered images (0001.jpg, ...) and boxes_xyxy.txt, whose
+    lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each image; or such folders, at any depth.
+
+    [i] is dict(video=(T, H, W, 3) uint8, boxes=(T, 4) float32); `names` are those of the folders.
+    """
+
+    def __init__(self, root):
+        self.root = check_folder(root)
+        folders = [os.path.dirname(f) for f in walk(self.root) if os.path.basename(f) == "boxes_xyxy.txt"]
+        if not folders:
+            raise ValueError(f"{self.root}: no boxes_xyxy.txt in it or below, beside images 0001.jpg, ...")
+        self.items = [os.path.join(self.root, f) for f in folders]
+        self.names = [f or os.path.basename(os.path.abspath(self.root)) for f in folders]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        path, boxes, images = os.path.join(self.items[i], "boxes_xyxy.txt"), [], {}
+        for name in os.listdir(self.items[i]):
+            match = re.search(r"(\d+)\.\w+$", name)
+            if match and name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
+                images[int(match[1])] = os.path.join(self.items[i], name)
+        with naming(path), open(path) as file:
+            for number, line in enumerate(file.read().rstrip().splitlines(), 1):
+                box = [float(x) for x in line.replace(",", " ").split()]
+                if len(box) != 4 or not (box[0] <= box[2] and box[1] <= box[3]):
+                    raise ValueError(f"line {number} is not x1 y1 x2 y2 with x1 <= x2 and y1 <= y2: {line!r}")
+                boxes.append(box)
+            if len(images) != len(boxes) or not boxes:
+                raise ValueError(f"has {len(boxes)} boxes for {len(images)} images: want a line for each")
+        return dict(video=read_clip([images[n] for n in sorted(images)]), boxes=np.array(boxes, np.float32))
 
 
 # ---- loader --------------------------------------------------------------------------------------
