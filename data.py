@@ -558,8 +558,12 @@ def read_video(path):
     """All frames of a video file, uint8 (T, H, W, 3)."""
     reader = Reader(path)
     try:
-        frames = itertools.chain([reader.frame] if reader.frame else [], reader.frames)
-        return np.stack([upright(frame) for frame in frames if frame.pts is not None])
+        images = []
+        for frame in itertools.chain([reader.frame] if reader.frame else [], reader.frames):
+            if frame.is_corrupt:
+                raise ValueError(f"{path}: is damaged near frame {len(images)}")
+            images.append(upright(frame))
+        return np.stack(images)
     finally:
         reader.close()
 
@@ -1046,8 +1050,9 @@ def naming(path):
     try:
         yield
     except Exception as error:              # a damaged file can raise anything, SyntaxError too
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: {why.removeprefix(f'{path}: ')}") from None
+        why = (" ".join(str(error).split()) or type(error).__name__).removeprefix(f"{path}: ")
+        why = why if type(error) is ValueError else f"can't be read, is it damaged? ({why})"
+        raise ValueError(f"{path}: {why}") from None
 
 
 def read_bytes(path):
@@ -1351,7 +1356,7 @@ class Segmentation(torch.utils.data.Dataset):
         image, label = self.files[i]
         table = np.full(256, -1)                                # value in the file -> class; -1: not allowed
         table[self.first:self.first + self.num_classes] = np.arange(self.num_classes)
-        if label.endswith("_labelIds.png"):                     # Cityscapes: of its 34 classes 19 count
+        if label.endswith("_gtFine_labelIds.png"):              # Cityscapes: of its 34 classes 19 count
             table[:34] = table[255] = 255
             table[list(CITYSCAPES_IDS)] = np.arange(19)
         table[self.ignore_index] = 255

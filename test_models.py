@@ -1652,6 +1652,464 @@ def test_an_error_with_workers_running_still_ends(tmp_path):
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug"), done.stderr
 
 
+# ---- metrics and labelled data -------------------------------------------------------------------
+METRICS = np.load(HERE / "reference" / "metrics.npz")
+
+
+def metric_case(*names):
+    return [METRICS["_".join(names) + f"_{x}"] for x in ("pred", "gt")]
+
+
+@pytest.mark.parametrize("case", ["sparse", "large", "boundary", "boundary5pct"])
+def test_flow_metrics_equal_the_reference(case):
+    pred, target = metric_case("flow", case)
+    valid, scores = METRICS[f"flow_{case}_valid"], METRICS[f"flow_{case}_scores"]
+    close([evaluate.end_point_error(pred, target, valid), evaluate.fl_all(pred, target, valid)], scores, 1e-9)
+    close([evaluate.end_point_error(pred, target), evaluate.fl_all(pred, target)], scores, 1e-9)
+
+
+@pytest.mark.parametrize("case", ["camvid", "ignore255", "absent_both", "absent_gt_or_pred",
+                                  "one_image_all_void", "single_class_perfect"])
+def test_mean_iou_equals_the_reference(case):
+    classes, ignored, *scores = METRICS[f"miou_{case}_scores"].tolist()
+    miou, per_class, right = evaluate.mean_iou(*metric_case("miou", case), int(classes), int(ignored))
+    close([miou, right], scores, 1e-9)
+    expected = torch.as_tensor(METRICS[f"miou_{case}_iou"])
+    assert (per_class.isnan() == expected.isnan()).all()
+    close(per_class.nan_to_num(-1), expected.nan_to_num(-1), 1e-9)
+
+
+@pytest.mark.parametrize("mode", ["first", "strided"])
+@pytest.mark.parametrize("case", ["2", "3", "5"])
+def test_tracking_metrics_equal_tapvids(case, mode):
+    of = {name: METRICS[f"tapvid_{case}_{name}"] for name in (
+        "query_points", "gt_occluded", "gt_tracks", "pred_occluded", "pred_tracks", mode)}
+    inputs = (of["pred_tracks"], ~of["pred_occluded"], of["gt_tracks"], ~of["gt_occluded"],
+              of["query_points"][..., 0].astype(int), mode)
+    scores = evaluate.tracking_metrics(*inputs)
+    ours = {"average_pts_within_thresh": "delta_avg"} | {
+        f"pts_within_{n}": f"delta_{n}" for n in (1, 2, 4, 8, 16)}
+    for name, expected in zip(METRICS["tapvid_names"].tolist(), of[mode], strict=True):
+        close(scores[ours.get(name, name)], expected, 1e-9)
+    close(evaluate.average_jaccard(*inputs), scores["average_jaccard"], 0)
+
+
+@pytest.mark.parametrize("case", ["radial", "smooth", "rubberwhale"])
+def test_flow_colours_are_middleburys(case):
+    close(evaluate.colour_wheel(), METRICS["colour_wheel"], 0)
+    flow, fastest = METRICS[f"colour_{case}_flow"], float(METRICS[f"colour_{case}_fastest"])
+    for turned in (flow, torch.from_numpy(flow).permute(2, 0, 1)):
+        picture = evaluate.flow_to_color(turned, fastest)
+        assert picture.dtype == np.uint8
+        close(picture.astype(int), METRICS[f"colour_{case}_rgb"].astype(int), 1)
+
+
+def test_depth_and_box_metrics_by_hand():
+    depth, target = [[1.0, 2.0], [3.0, 9.0]], [[2.0, 2.0], [2.5, 0.0]]          # 0: not measured
+    scores = evaluate.depth_metrics(depth, target)
+    assert evaluate.abs_rel(depth, target) == scores["abs_rel"] == pytest.approx((0.5 + 0 + 0.2) / 3)
+    assert scores["rmse"] == pytest.approx(((1 + 0.25) / 3) ** 0.5)
+    assert scores["delta_1.25"] == pytest.approx(2 / 3)
+    boxes, target = [[0, 0, 2, 4], [0, 0, 1, 1], [5, 5, 5, 5]], [[1, 2, 3, 6], [2, 2, 3, 3], [5, 5, 5, 5]]
+    close(evaluate.box_iou(boxes, target), [2 / 14, 0, 0], 1e-12)
+
+
+def test_flow_files_equal_the_reference(tmp_path):
+    flo, png = tmp_path / "a.flo", tmp_path / "a%02d.png"           # FFmpeg must not take % for a pattern
+    flo.write_bytes(METRICS["flo_bytes"].tobytes())
+    assert np.array_equal(data.read_flo(flo), METRICS["flo_flow"])
+    data.write_flo(tmp_path / "b.flo", METRICS["flo_flow"])
+    assert (tmp_path / "b.flo").read_bytes() == flo.read_bytes()
+    png.write_bytes(METRICS["kitti_bytes"].tobytes())
+    flow, valid = data.read_kitti_flow(png)
+    assert np.array_equal(flow, METRICS["kitti_flow"]) and np.array_equal(valid, METRICS["kitti_valid"])
+    assert flow.dtype == data.read_flo(flo).dtype == np.float32
+    data.write_kitti_flow(tmp_path / "b.png", flow, valid)
+    again, known = data.read_kitti_flow(tmp_path / "b.png")
+    assert np.array_equal(flow, again) and np.array_equal(valid, known)
+    edges = np.array([[[-512, 2**15 / 64 - 1 / 64], [1 / 64, -1 / 64]]])        # every bit of the two bytes
+    data.write_kitti_flow(png, edges, [[True, True]])
+    assert np.array_equal(data.read_kitti_flow(png)[0], edges)
+    with pytest.raises(ValueError, match="a%02d.png.*-512 to 511.98"):
+        data.write_kitti_flow(png, edges + 1, [[True, True]])
+
+
+def write_pfm(path, flow, order="<"):
+    rows = np.concatenate([flow, np.full_like(flow[..., :1], 7)], -1)[::-1].astype(f"{order}f4")
+    head = f"PF\n{flow.shape[1]} {flow.shape[0]}\n{'-' * (order == '<')}1.0\n"
+    path.write_bytes(head.encode() + rows.tobytes())
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_pfm_runs_from_the_bottom_up(tmp_path, order):
+    flow = np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32)
+    write_pfm(tmp_path / "a.pfm", flow, order)
+    assert np.array_equal(data.read_pfm(tmp_path / "a.pfm"), flow)
+
+
+def broken_flow_files():
+    flo, png = METRICS["flo_bytes"].tobytes(), METRICS["kitti_bytes"].tobytes()
+    eight_bits = iio.imwrite("<bytes>", np.zeros((4, 4, 3), np.uint8), extension=".png")
+    return {
+        "short.flo": (flo[:-1], "cut short"), "long.flo": (flo + b"x", "2572 bytes, the file 2573"),
+        "sign.flo": (flo[:4] + b"\xff" * 4 + flo[8:], "damaged"), "magic.flo": (b"X" + flo[1:], "begin"),
+        "huge.flo": (flo[:4] + b"\xff\xff\xff\x7f" * 2 + flo[12:], "2147483647"),
+        "empty.flo": (b"", "begin"), "eight.png": (eight_bits, "three channels of 16 bits"),
+        "short.png": (png[:-40], "cut short"), "bits.png": (png[:900] + b"\0\0" + png[902:], "damaged"),
+        "text.png": (b"hello", "three channels of 16 bits"),
+        "grey.pfm": (b"Pf\n1 1\n-1\n1234", "three channels"),
+        "short.pfm": (b"PF\n2 1\n-1\n" + b"1234" * 5, "need 24 bytes, there are 20")}
+
+
+@pytest.mark.parametrize("name", broken_flow_files())
+def test_broken_flow_files_are_named_in_one_line(tmp_path, name):
+    content, why = broken_flow_files()[name]
+    (tmp_path / name).write_bytes(content)
+    read = {"flo": data.read_flo, "png": data.read_kitti_flow, "pfm": data.read_pfm}[name[-3:]]
+    with pytest.raises(ValueError, match=f"{name}: .*{why}") as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
+        read(tmp_path / "nowhere")
+
+
+def put(path, value, size=(4, 6)):
+    """Writes an image of one colour, or an array as it is, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = value if isinstance(value, np.ndarray) else np.full((*size, 3), value, np.uint8)
+    iio.imwrite(path, image, plugin="pillow")
+    return path
+
+
+def sample_flow(value=0):
+    flow = np.arange(48, dtype=np.float32).reshape(4, 6, 2) / 64 + value
+    flow[1, 2, 0] = np.nan
+    flow[3, 0, 1] = 1e10
+    return flow
+
+
+def write_flow_layout(root, layout):
+    """A tiny data set: three pairs, the frames of pair k of colours 2 k and 2 k + 1, its flow from k on."""
+    known = (abs(sample_flow()) < 1e9).all(-1)
+    for k in range(3):
+        flow, image = sample_flow(k), lambda name, t: put(root / name, 2 * k + t)
+        if layout == "yours":
+            image(f"a/{k}/frame1.png", 0), image(f"a/{k}/frame2.png", 1)
+            if k:
+                data.write_flo(root / f"a/{k}/flow.flo", flow)
+            else:
+                data.write_kitti_flow(root / f"a/{k}/flow.png", flow, known)
+        elif layout == "sintel":
+            scene, at = ("alley_1", "temple_2", "temple_3")[k], root / "training"
+            for t in (0, 1):
+                image(f"training/clean/{scene}/frame_{9 + t:04d}.png", t)
+            put(at / f"invalid/{scene}/frame_0009.png", np.uint8(255 * (np.indices((4, 6)).sum(0) == 8)))
+            (at / f"flow/{scene}").mkdir(parents=True)
+            data.write_flo(at / f"flow/{scene}/frame_0009.flo", flow)
+        elif layout == "chairs":
+            image(f"data/{k + 1:05d}_img1.ppm", 0), image(f"data/{k + 1:05d}_img2.ppm", 1)
+            data.write_flo(root / f"data/{k + 1:05d}_flow.flo", flow)
+            (root / "FlyingChairs_train_val.txt").write_text("1\n2\n2\n")
+        elif layout == "things":
+            part = ("TRAIN", "TEST", "TEST")[k]
+            for t in (0, 1):
+                image(f"frames_cleanpass/{part}/A/000{k}/left/{6 + t:04d}.png", t)
+            for number in (6, 7):                               # the last frame has flow to where no frame is
+                at = root / f"optical_flow/{part}/A/000{k}/into_future/left"
+                at.mkdir(parents=True, exist_ok=True)
+                write_pfm(at / f"OpticalFlowIntoFuture_{number:04d}_L.pfm", flow)
+        else:
+            image(f"training/{layout}/{k:06d}_10.png", 0), image(f"training/{layout}/{k:06d}_11.png", 1)
+            (root / "training/flow_occ").mkdir(exist_ok=True)
+            data.write_kitti_flow(root / f"training/flow_occ/{k:06d}_10.png", flow, known)
+
+
+@pytest.mark.parametrize("layout", ["yours", "sintel", "chairs", "things", "image_2", "colored_0"])
+def test_flow_pairs_of_each_layout(tmp_path, layout, capfd):
+    write_flow_layout(tmp_path, layout)
+    pairs = data.FlowPairs(tmp_path, "all")
+    assert len(pairs) == len(set(pairs.names)) == 3
+    valid = np.ones((4, 6), bool)
+    valid[1, 2] = valid[3, 0] = False
+    valid[3, 5] = layout != "sintel"
+    for k, pair in enumerate(sorted(pairs, key=lambda pair: pair["frames"].sum())):
+        assert pair["frames"].dtype == np.uint8 and pair["flow"].dtype == np.float32
+        assert pair["frames"].shape == (2, 4, 6, 3)
+        assert pair["frames"][:, 1, 2, 0].tolist() == [2 * k, 2 * k + 1]
+        assert np.array_equal(pair["valid"], valid)
+        assert np.array_equal(pair["flow"], np.where(valid, sample_flow(k).transpose(2, 0, 1), 0))
+    parts = {part: [pair["frames"][0, 0, 0, 0] for pair in data.FlowPairs(tmp_path, part)]
+             for part in ("train", "val")}
+    split = layout in ("sintel", "chairs", "things")
+    assert parts == (dict(train=[0], val=[2, 4]) if split else dict(train=[0, 2, 4], val=[0, 2, 4]))
+    assert ("left out 3 flows without both frames" in capfd.readouterr().err) == (layout == "things")
+
+
+def test_flow_pairs_say_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        data.FlowPairs(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no flow with its two frames: want"):
+        data.FlowPairs(tmp_path)
+    write_flow_layout(tmp_path / "a", "yours")
+    put(tmp_path / "a/a/1/frame2.png", 0, (4, 5))
+    with pytest.raises(ValueError, match="frame2.png: is not of the size of"):
+        data.FlowPairs(tmp_path / "a")[1]
+    put(tmp_path / "a/a/1/frame1.png", 0, (4, 5))
+    with pytest.raises(ValueError, match=r"1/flow.flo: the flow is \[4, 6\], its frames are \[4, 5\]"):
+        data.FlowPairs(tmp_path / "a")[1]
+    (tmp_path / "a/a/1/frame1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1/frame1.png: "):
+        data.FlowPairs(tmp_path / "a")[1]
+    write_flow_layout(tmp_path / "b", "chairs")
+    (tmp_path / "b/FlyingChairs_train_val.txt").write_text("1\n2\n")
+    with pytest.raises(ValueError, match="says nothing of pair 00003"):
+        data.FlowPairs(tmp_path / "b")
+    (tmp_path / "b/FlyingChairs_train_val.txt").write_text("1\n1\n1\n")
+    with pytest.raises(ValueError, match="no pairs of split 'val', only of 'train'"):
+        data.FlowPairs(tmp_path / "b")
+
+
+# layout: (image, label) of split and name, values in the labels, the classes they mean, number of classes
+SEGMENTED = {
+    "camvid": ("{s}/{n}.jpg", "{s}annot/{n}.png", [0, 10, 11], [0, 10, 255], 11),
+    "cityscapes": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png", "gtFine/{s}/bonn/{n}_gtFine_labelTrainIds.png",
+                   [0, 18, 255], [0, 18, 255], 19),
+    "cityscapes ids": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png", "gtFine/{s}/bonn/{n}_gtFine_labelIds.png",
+                       [7, 33, 14], [0, 18, 255], 19),
+    "bdd": ("images/10k/{s}/{n}.jpg", "labels/sem_seg/masks/{s}/{n}.png", [0, 18, 255], [0, 18, 255], 19),
+    "ade": ("images/{s}/{n}.jpg", "annotations/{s}/{n}.png", [1, 150, 0], [0, 149, 255], 150),
+    "yours": ("images/{s}/deep/{n}.jpg", "labels/{s}/deep/{n}.png", [0, 4, 255], [0, 4, 255], 5)}
+
+
+def label(values):
+    """A label (4, 6) of the first value, but for the second at row 1, column 4 and the third in row 3."""
+    image = np.full((4, 6), values[0], np.uint8)
+    image[1, 4], image[3] = values[1:]
+    return image
+
+
+@pytest.mark.parametrize("layout", SEGMENTED)
+def test_segmentation_of_each_layout(tmp_path, layout, capfd):
+    image, truth, values, classes, num_classes = SEGMENTED[layout]
+    names = dict(train="training", val="validation") if layout == "ade" else dict(train="train", val="val")
+    for k, (split, folder) in enumerate(names.items()):
+        for n in range(2 + k):
+            put(tmp_path / image.format(s=folder, n=f"x{n}"), 40 * k + 10 * n)
+            if n < 2:
+                used = values if split == "val" else [values[0], values[0], values[2]]    # the scan sees both
+                put(tmp_path / truth.format(s=folder, n=f"x{n}"), label(used))
+    train_set, val_set = (data.Segmentation(tmp_path, split) for split in names)
+    assert "left out 1 images without label" in capfd.readouterr().err and len(train_set) == len(val_set) == 2
+    assert train_set.num_classes == num_classes and "x1" in os.path.basename(train_set.files[1][0])
+    assert train_set.names is None if layout in ("ade", "yours") else len(train_set.names) == num_classes
+    sample = val_set[1]
+    assert sample["image"].shape == (4, 6, 3) and abs(sample["image"].astype(int) - 50).max() <= 2
+    assert sample["classes"].dtype == np.int64 and np.array_equal(sample["classes"], label(classes))
+    with pytest.raises(ValueError, match="has no split 'test', only train, val"):
+        data.Segmentation(tmp_path, "test")
+
+
+def test_segmentation_without_splits_validates_on_every_fifth(tmp_path):
+    for n in range(11):
+        put(tmp_path / f"images/{n // 6}/{n:02d}.png", n)
+        put(tmp_path / f"labels/{n // 6}/{n:02d}.png", np.full((4, 6), n, np.uint8))
+    parts = {split: data.Segmentation(tmp_path, split) for split in ("train", "val")}
+    assert [s["image"][0, 0, 0] for s in parts["val"]] == [s["classes"][0, 0] for s in parts["val"]] == [4, 9]
+    assert [s["classes"][0, 0] for s in parts["train"]] == [0, 1, 2, 3, 5, 6, 7, 8, 10]
+    assert parts["train"].num_classes == parts["val"].num_classes == 11
+    ignoring = data.Segmentation(tmp_path, "train", num_classes=12, ignore_index=3)
+    assert ignoring.num_classes == 12 and ignoring[3]["classes"][0, 0] == 255
+    assert data.Segmentation(tmp_path, "train", ignore_index=10).num_classes == 10
+
+
+def test_palettes_give_numbers_not_colours(tmp_path):
+    import struct
+    rows = b"".join(b"\0" + bytes([0, 1, 2, 1]) for _ in range(3))
+    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body +
+                                struct.pack(">I", zlib.crc32(kind + body)))
+    png = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 3, 8, 3, 0, 0, 0)) +
+           chunk(b"PLTE", bytes([200, 0, 0, 0, 90, 0, 0, 0, 70])) + chunk(b"IDAT", zlib.compress(rows)) +
+           chunk(b"IEND", b""))
+    put(tmp_path / "images/train/a.png", 9, (3, 4))
+    (tmp_path / "labels/train").mkdir(parents=True)
+    (tmp_path / "labels/train/a.png").write_bytes(png)
+    labelled = data.Segmentation(tmp_path)
+    assert labelled.num_classes == 3 and labelled[0]["classes"].tolist() == [[0, 1, 2, 1]] * 3
+
+
+@pytest.mark.parametrize("image, why", [
+    (np.full((4, 6), 7, np.uint8), r"value 7 .* class \(0 to 4\) .* \(255\): set --classes / --ignore-index"),
+    (np.zeros((6, 4), np.uint8), r"is \[6, 4\], but its image is \[4, 6\]"),
+    (np.zeros((4, 6), np.uint16), "one channel of 8 bits"), (np.zeros((4, 6, 3), np.uint8), "of kind RGB"),
+    (b"no image", "")])
+def test_wrong_labels_are_named_in_one_line(tmp_path, image, why):
+    put(tmp_path / "images/train/a.png", 9)
+    path = put(tmp_path / "labels/train/a.png", np.zeros((4, 6), np.uint8))
+    path.write_bytes(image) if isinstance(image, bytes) else put(path, image)
+    with pytest.raises(ValueError, match=f"labels/train/a.png: .*{why}") as error:
+        data.Segmentation(tmp_path, num_classes=5)[0]
+    assert "\n" not in str(error.value)
+
+
+def test_segmentation_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        data.Segmentation(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no labelled images in a known layout"):
+        data.Segmentation(tmp_path)
+    put(tmp_path / "images/train/a.png", 9), put(tmp_path / "labels/train/b.png", np.zeros((4, 6), np.uint8))
+    with pytest.raises(ValueError, match="images/train: none of its 1 images has a label"):
+        data.Segmentation(tmp_path)
+    put(tmp_path / "labels/train/a.png", np.full((4, 6), 255, np.uint8))
+    with pytest.raises(ValueError, match="all labels are 255, which is ignored"):
+        data.Segmentation(tmp_path)
+    with pytest.raises(ValueError, match="--classes from 1 to 255"):
+        data.Segmentation(tmp_path, num_classes=300)
+
+
+def write_rgbd(folder, frames=4):
+    for t in range(frames):
+        put(folder / f"rgb_{t:02d}.png", 10 * t)
+        depth = np.arange(24, dtype=np.uint16).reshape(4, 6) * 300 + t        # needs 16 bits
+        put(folder / f"depth_{t:02d}.png", depth)
+    tracks = np.random.default_rng(0).uniform(0, 4, (3, 4, 2)).astype(np.float32)
+    tracks[1, 2] = np.nan
+    np.savez(folder / "tracks.npz", tracks=tracks, query_frame=np.array([0, 0, 2]),
+             status=np.array([[0, 0, 1, 2], [0, 0, 1, 0], [0, 1, 0, 0]], np.int8))
+    return tracks
+
+
+def test_rgbd_clips(tmp_path):
+    tracks = write_rgbd(tmp_path / "clips/a")
+    write_rgbd(tmp_path / "clips/b")
+    clips = data.PointTracks(tmp_path / "clips")
+    assert clips.names == ["a", "b"] and data.PointTracks(tmp_path / "clips/a").names == ["a"]
+    clip = clips[0]
+    assert clip["video"].shape == (4, 4, 6, 3) and clip["video"][:, 2, 5, 0].tolist() == [0, 10, 20, 30]
+    assert clip["depth"].dtype == np.float32 and clip["depth"][3, 2, 5] == np.float32(17 * 300 + 3) / 1000
+    visible = [[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]]      # (T, P): before its query nothing is known
+    assert clip["visible"].tolist() == (np.array(visible) > 0).tolist()
+    valid = [[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1]]
+    assert clip["valid"].dtype == bool and clip["valid"].tolist() == (np.array(valid) > 0).tolist()
+    expected = np.where(clip["visible"][..., None], tracks.transpose(1, 0, 2), 0)
+    assert np.array_equal(clip["tracks"], expected) and clip["tracks"].dtype == np.float32
+    assert clip["query_frames"].tolist() == [0, 0, 2] and clip["query_frames"].dtype == np.int64
+    os.remove(tmp_path / "clips/b/depth_03.png")
+    with pytest.raises(ValueError, match="4 images rgb_00.jpg, ... and 3 depth_00.png"):
+        clips[1]
+    os.remove(tmp_path / "clips/a/rgb_03.png"), os.remove(tmp_path / "clips/a/depth_03.png")
+    with pytest.raises(ValueError, match="tracks.npz: .*through 4 frames, but the video has 3"):
+        clips[0]
+    for t in range(3):
+        os.remove(tmp_path / f"clips/b/depth_{t:02d}.png")
+    assert "depth" not in clips[1]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", ["davis", "stacking", "kinetics"])
+def test_tapvid_pickles(tmp_path, kind, protocol):
+    video = np.zeros((3, 8, 16, 3), np.uint8)
+    video[1] = 50
+    points = np.array([[[0.25, 0.5]] * 3, [[0.5, 0.25]] * 3, [[0, 0]] * 3])                     # (P, T, 2)
+    clip = dict(video=video, points=points, occluded=np.array([[1, 0, 1], [1, 1, 1], [0, 0, 0]], bool))
+    if kind == "kinetics":
+        clip["video"] = [iio.imwrite("<bytes>", image, extension=".jpeg") for image in video]
+    clips = {"dogs": clip} if kind == "davis" else [clip]
+    content = pickle.dumps(clips, protocol)
+    if protocol == 2:                                           # as numpy 1 writes it
+        content = content.replace(b"numpy._core.", b"numpy.core.")
+    (tmp_path / "a.pkl").write_bytes(content)
+    tapvid = data.PointTracks(tmp_path / "a.pkl")
+    assert tapvid.names == (["dogs"] if kind == "davis" else ["0"]) and len(tapvid) == 1
+    sample = tapvid[0]
+    assert abs(sample["video"].astype(int) - video).max() <= 1 and sample["valid"].all()
+    assert sample["visible"].T.tolist() == [[False, True, False], [True, True, True]]   # one is never seen
+    assert sample["tracks"][1].tolist() == [[3.5, 3.5], [-0.5, -0.5]] and not sample["tracks"][0, 0].any()
+    assert sample["query_frames"].tolist() == [1, 0] and sample["tracks"].dtype == np.float32
+    clip["points"] = points[:, :2]
+    clip["occluded"] = clip["occluded"][:, :2]
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(clips))
+    with pytest.raises(ValueError, match="a.pkl: points are tracked through 2 frames, but the video has 3"):
+        data.PointTracks(tmp_path / "a.pkl")[0]
+
+
+def test_pickles_can_call_nothing(tmp_path):
+    evil, path = Evil(), tmp_path / "evil.pkl"
+    evil.mark = tmp_path / "executed"
+    for content, why in (
+            (pickle.dumps(evil), "posix.system to be called: refused"),
+            (pickle.dumps([dict(video=np.array([None]), points=0, occluded=0)]), "arrays of object"),
+            (pickle.dumps(np.zeros(2, "i4,O")), "not of numbers: refused"), (pickle.dumps(eval), "eval"),
+            (pickle.dumps(np.load), "refused"), (b"", "Ran out of input"), (pickle.dumps([3]), ""),
+            (pickle.dumps({"a": {"video": 0}}), "does not hold TAP-Vid's"), (pickle.dumps([]), "not hold")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"evil.pkl: .*{why}") as error:
+            data.PointTracks(path)
+        assert "\n" not in str(error.value) and not evil.mark.exists()
+    pickle.loads(pickle.dumps(evil))
+    assert evil.mark.exists()                                   # it would have been
+
+
+def test_marked_joints_belong_to_the_frames_of_their_clip(tmp_path):
+    clip = encode(tmp_path / "clip.mp4", CONSTANT[:9])
+    tracks = np.random.default_rng(0).uniform(0, 60, (3, 9, 2)).astype(np.float32)
+    annotated = np.zeros((3, 9), bool)
+    annotated[0, [1, 6]] = annotated[2, [4]] = True
+    tracks[~annotated] = np.nan
+    np.savez(tmp_path / "joints.npz", tracks=tracks, annotated=annotated)
+    points = data.PointTracks(tmp_path / "joints.npz", video=clip)
+    sample = points[0]
+    assert points.names == ["joints"] and [number(image) for image in sample["video"]] == list(range(9))
+    assert np.array_equal(sample["visible"], annotated[[0, 2]].T)
+    assert np.array_equal(sample["valid"], sample["visible"]) and sample["query_frames"].tolist() == [1, 4]
+    assert np.array_equal(sample["tracks"], np.nan_to_num(tracks[[0, 2]]).transpose(1, 0, 2))
+    with pytest.raises(ValueError, match="joints.npz: points are tracked through 9 frames.*has 8"):
+        data.PointTracks(tmp_path / "joints.npz", encode(tmp_path / "short.mp4", CONSTANT[:8]))[0]
+
+
+def test_point_tracks_say_what_is_wrong(tmp_path):
+    (tmp_path / "a.txt").write_text("hello"), (tmp_path / "junk.mp4").write_text("hello")
+    np.savez(tmp_path / "a.npz", tracks=np.zeros((1, 2, 2)))
+    for kind, arguments, why in [
+            (FileNotFoundError, ["nowhere"], "nowhere: no such file or folder"),
+            (FileNotFoundError, ["nowhere.pkl"], "nowhere.pkl: no such file"),
+            (ValueError, ["."], "no clip in it or below"), (ValueError, ["a.txt"], "a.txt: neither a folder"),
+            (ValueError, ["a.npz"], "a.npz: its points need the path of the clip"),
+            (FileNotFoundError, ["a.npz", "no.mp4"], "no.mp4: no such file"),
+            (ValueError, ["a.npz", "junk.mp4"], "has no array 'annotated', only tracks")]:
+        with pytest.raises(kind, match=why):
+            data.PointTracks(*(tmp_path / name for name in arguments))[0]
+    np.savez(tmp_path / "a.npz", tracks=np.zeros((1, 2, 2)), annotated=np.ones((1, 2), bool))
+    with pytest.raises(ValueError, match="junk.mp4: .*Invalid data"):
+        data.PointTracks(tmp_path / "a.npz", tmp_path / "junk.mp4")[0]
+
+
+def test_box_tracks(tmp_path):
+    for t in (2, 10, 9):                                        # by number, not by name
+        put(tmp_path / f"a/b/{t}.png", t)
+    put(tmp_path / "a/b/cover.png", 0)
+    (tmp_path / "a/b/boxes_xyxy.txt").write_text("0.5 1 2 3\n1,2,3,4\n2, 3\t4 5\n\n")
+    boxes = data.BoxTracks(tmp_path)
+    assert boxes.names == ["a/b"] and data.BoxTracks(tmp_path / "a/b").names == ["b"]
+    assert boxes[0]["video"][:, 0, 0, 0].tolist() == [2, 9, 10] and boxes[0]["video"].shape == (3, 4, 6, 3)
+    assert boxes[0]["boxes"].tolist() == [[0.5, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+    assert boxes[0]["boxes"].dtype == np.float32
+    for text, why in [("1 2 3 4\n", "1 boxes for 3 images"), ("1 2 3 4\n5 6 2 2\n", "line 2 is not x1 y1"),
+                      ("1 2 3\n", "line 1 is not"), ("1 2 x 4\n", "'x'"), ("", "0 boxes for 3 images")]:
+        (tmp_path / "a/b/boxes_xyxy.txt").write_text(text)
+        with pytest.raises(ValueError, match=f"boxes_xyxy.txt: .*{why}"):
+            boxes[0]
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        data.BoxTracks(tmp_path / "nowhere")
+    os.remove(tmp_path / "a/b/boxes_xyxy.txt")
+    with pytest.raises(ValueError, match="no boxes_xyxy.txt"):
+        data.BoxTracks(tmp_path)
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def moog_run(tmp_path_factory):
