@@ -1121,7 +1121,7 @@ def read_kitti_flow(path):
     with naming(path):                      # not by Pillow, which loses the low bytes without a word
         if b"IEND" not in raw[-12:]:        # FFmpeg would leave the missing rows black
             raise ValueError("is cut short: get it anew")
-        with av.open(io.BytesIO(raw), format="png_pipe", options=dict(err_detect="crccheck+explode")) as file:
+        with av.open(io.BytesIO(raw), format="png_pipe") as file:
             pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)     # (H, W, 3)
     valid = pixels[..., 2] > 0
     return np.where(valid[..., None], (pixels[..., :2].astype(np.float32) - 2**15) / 64, 0), valid
