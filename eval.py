@@ -26,6 +26,7 @@ import os
 import statistics
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -36,10 +37,14 @@ import imageio.v3 as iio
 import matplotlib
 import numpy as np
 import torch
-from torch.func import functional_call, vmap
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
+import midway
 import train
 from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, composite, decode, place, position_loss,
                         warp)
@@ -252,12 +257,15 @@ def flow_to_color(flow, fastest=None):
 def fit(modules, loss, steps, what, lr=1e-3, weight_decay=1e-4):
     """
     AdamW on the parameters of the modules that want a gradient: `steps` of loss(i), i = 0, 1, ...; after a
-    warm-up of a twentieth of the steps the learning rate follows a cosine to 0. The modules end in eval mode.
+    warm-up of a twentieth of the steps the learning rate follows a cosine to 0. The first module is the
+    readout; others are finetuned at a tenth of its rate. All end in eval mode.
     """
     for module in modules:
         module.train()
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    groups = [dict(params=[p for p in module.parameters() if p.requires_grad], lr=lr if k == 0 else lr / 10)
+              for k, module in enumerate(modules)]
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     factor = lambda i: min((i + 1) / (0.05 * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for i in progress(range(steps), what):
@@ -268,6 +276,888 @@ def fit(modules, loss, steps, what, lr=1e-3, weight_decay=1e-4):
         schedule.step()
     for module in modules:
         module.eval()
+
+
+# ---- Midway: what the dynamics know --------------------------------------------------------------
+def dynamic(model):
+    """The numbers of the predicted levels, lowest first; Stop if the model has none."""
+    if not model.cfg.latent_dynamics:
+        raise Stop("this model has no latent dynamics (latent_dynamics=False): only --task segmentation fits")
+    return range(len(model.predicted))
+
+
+def random_init(model, args):
+    """A model of the same Config that has learnt nothing."""
+    torch.manual_seed(args.seed + 1)
+    return type(model)(model.cfg).to(args.device).eval()
+
+
+def cut_scenes(model, config, args, split="eval", points=1, **change):
+    """
+    Function of sample numbers: scenes like those of training, of which the model sees the middle, as large as
+    its crops. video, flow, classes, tracks and visible as in data.Scenes, moved to the cut; `seen`: what is
+    to be seen in the next frame too.
+    """
+    S, options = model.cfg.size, (config.get("scenes") or midway.SCENES) | dict(frames=2) | change
+    options["size"] = max(options["size"], S)
+    cut, scenes = (options["size"] - S) // 2, data.Scenes(**options, seed=args.seed, split=split)
+    line = torch.arange(S, dtype=torch.float32)
+    here = torch.stack(torch.meshgrid(line, line, indexing="xy"))           # (2, S, S)
+    inside = lambda x, dim: ((x >= -0.5) & (x <= S - 0.5)).all(dim)
+
+    def batch(numbers):
+        whole, inner = scenes.batch(numbers, truth=True, points=points), slice(cut, cut + S)
+        out = {name: whole[name][..., inner, inner] for name in ("video", "flow", "classes")}
+        out["seen"] = ~whole["occluded"][..., inner, inner] & inside(out["flow"] + here, 2)
+        out["tracks"] = whole["tracks"] - cut
+        out["visible"] = whole["visible"] & inside(out["tracks"], -1)
+        return {name: value.to(args.device) for name, value in out.items()}
+    return batch
+
+
+def perturb(model, i, m, v, token, draws=32, seed=0):
+    """
+    Forwarded feature perturbation: which predicted tokens feel it if one source token changes.
+    paper: Sec. 4.4. Random vectors r are tangents of one spatial token of v each, all others zero and m held
+    fixed; the forward model takes them along, and the cosine of r with each predicted token's tangent is
+    averaged over the draws.
+    i      level, as model.predict_forward counts them: model.predicted[0] is the lowest
+    m, v   (B, K, d), (B, L, D) of that level, from model.predict
+    token  (B,) long, number of the patch, 0 .. h*w - 1
+    Returns heatmaps (B, h*w) over the target. Raises nothing; runs without gradient.
+    """
+    v, place = v.contiguous(), F.one_hot(token + 1, v.shape[1])[..., None].to(v)        # (B, L, 1), after CLS
+    generator = torch.Generator().manual_seed(seed)
+    r = torch.randn(draws, len(v), v.shape[2], generator=generator).to(v)   # (draws, B, D)
+
+    def heat(r):
+        forward = lambda v: model.predict_forward(i, m, v)[0]
+        tangent = jvp(forward, (v,), (place * r[:, None],))[1][:, 1:]       # (B, h*w, D)
+        return F.cosine_similarity(r[:, None], tangent, dim=-1)
+    # Forward mode has no rule for the fast attention kernels, and inference_mode would make tangents zero.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        return vmap(heat, chunk_size=max(1, 2**18 // v[..., 0].numel()))(r).mean(0)
+
+
+def yx(token, grid):
+    """Number of a token -> its row and column (..., 2), as floats."""
+    return torch.stack([token.div(grid, rounding_mode="floor"), token % grid], -1).float()
+
+
+def moving_tokens(model, batch, generator, least=1.0):
+    """
+    Of each pair with known flow, a random token that moves by `least` patches or more and stays in sight:
+    rows of the batch (n,), tokens (n,), and true landing points (n, 2) in rows and columns of the grid.
+    """
+    p, at = model.cfg.patch, slice(model.cfg.patch // 2, None, model.cfg.patch)
+    shift = batch["flow"][:, 0, :, at, at].flatten(2).mT.flip(-1) / p       # (B, h*w, 2), down and right
+    fits = batch["seen"][:, 0, at, at].flatten(1) & (shift.norm(dim=-1) >= least)
+    rows = fits.any(1).nonzero()[:, 0]
+    token = torch.multinomial(fits[rows].float().cpu(), 1, generator=generator)[:, 0].to(rows.device)
+    # p // 2 is half a pixel after the centre of an even patch, the centre of an odd one
+    off = (p // 2 + 0.5) / p - 0.5
+    return rows, token, yx(token, model.cfg.size // p) + off + shift[rows, token]
+
+
+@torch.no_grad()
+def latents(model, config, args, report):
+    """Do the motion latents carry motion? Their variance, their rank, and what exchanging them costs."""
+    n, steps, rows = min(args.batch_size, 32), 8, {}
+    loader = list(data.make_loader(
+        args.data, model.cfg.inputs, [range(i * n, i * n + n) for i in range(steps)], args.device, args.seed,
+        split="eval", colours=False, scenes=config.get("scenes") or midway.SCENES, gap=args.gap))
+    for who, net in (("", model), ("random init, ", random_init(model, args))):
+        for batch in loader:
+            errors = net.report(batch)
+            levels = net.both_directions(batch["motion"])[0]
+            for k in dynamic(net):
+                name, m = f"{who}level {net.levels[net.predicted[k]]}", levels[k].m.float()
+                share = torch.linalg.svdvals(m)
+                share = share / share.sum(1, keepdim=True)                  # (2B, K)
+                rank = (-(share * share.clamp(min=1e-12).log()).sum(1)).exp().mean()
+                numbers = [x.item() for x in errors[f"2-2cos, {name.removeprefix(who)}"].values()]
+                rows.setdefault(name, []).append([*numbers, m.var(0).mean().item(), rank.item()])
+    report.table(
+        f"motion latents of {steps * n} pairs: 2 - 2 cos of the prediction with the right latents, others, "
+        "none, and of copying",
+        [*next(iter(errors.values())), "variance of m", f"rank of {model.cfg.motion_tokens} tokens"],
+        [[name, *(sum(x) / len(x) for x in zip(*row))] for name, row in rows.items()])
+
+
+def compared(model, args):
+    """{name: model}: this one, the one to hold it against, if any, and one that has learnt nothing."""
+    nets = {"this model": model}
+    if args.against:
+        other, name, _, path = load(args.against)
+        if name != "midway" or not other.cfg.latent_dynamics or other.cfg.size != model.cfg.size:
+            raise Stop(f"--against {args.against}: want another Midway of size {model.cfg.size} with dynamics")
+        nets[str(path.parent.name or path)] = other.to(args.device)
+    gated = lambda net: "gated" if net.cfg.gating else "not gated"
+    nets = {f"{name} ({gated(net)})": net for name, net in nets.items()}
+    return nets | {"random init": random_init(model, args)}
+
+
+@torch.no_grad()
+def identity_bias(model, config, args, report):
+    """our choice: a number for Fig. 6: how often the heatmap of a moving token peaks where the token was."""
+    dynamic(model)
+    generator, found, scenes = torch.Generator().manual_seed(args.seed), [], cut_scenes(model, config, args)
+    for i in range(0, 256, 64):
+        batch = scenes(range(i, i + 64))
+        row, token, truth = moving_tokens(model, batch, generator)
+        found.append((batch["video"][row], token, truth))
+    video, token, truth = (torch.cat(x)[:128] for x in zip(*found))
+    if not len(token):
+        raise Stop("nothing moves by a patch or more in this checkpoint's scenes: no identity bias to see")
+    grid = model.cfg.size // model.cfg.patch
+    source, every = yx(token, grid), yx(torch.arange(grid * grid, device=token.device), grid)
+
+    def scores(peak):                       # (..., n, 2)
+        off, stay = (peak - truth).norm(dim=-1), (peak - source).norm(dim=-1)
+        return [(stay < off).float().mean().item(), (off <= 1).float().mean().item(), off.mean().item()]
+
+    rows = []
+    for name, net in compared(model, args).items():
+        for k in reversed(dynamic(net)):
+            heat = torch.cat([perturb(net, net.predicted[k], level.m, level.v, t, args.draws, args.seed)
+                              for v, t in zip(progress(video.split(32), name), token.split(32))
+                              for level in [net.predict(v[:, 0], v[:, 1])[k]]])
+            rows.append([f"{name}, level {net.levels[net.predicted[k]]}", *scores(yx(heat.argmax(1), grid))])
+    report.table(f"identity bias: where the heatmaps of {len(token)} moving tokens peak, scenes",
+                 ["nearer to the source", "within 1 patch of truth", "patches from truth"],
+                 rows + [["always at the source", *scores(source)],
+                         ["anywhere, by chance", *scores(every[:, None])]])
+
+
+def video_pairs(model, args, count):
+    """Pairs of frames from videos, squares of the model's size: (count, 2, 3, S, S) in [0, 1]."""
+    loader = data.make_loader(args.data, dict(frames=2, size=model.cfg.size), [range(count)], args.device,
+                              args.seed, 0, split="eval", gap=args.gap, repeat=1)
+    return next(iter(loader))["video"] / 255
+
+
+def changed_tokens(z, zt, count):
+    """The tokens whose features differ most from those at the same place of the other frame: (B, count)."""
+    return F.cosine_similarity(z[:, 1:], zt[:, 1:], dim=-1).topk(count, largest=False).indices
+
+
+@torch.no_grad()
+def heatmap(model, config, args, report):
+    """Fig. 6: where the forward model takes a token of the source, level by level."""
+    levels, grid, p, each = dynamic(model), model.cfg.size // model.cfg.patch, model.cfg.patch, 2
+    if args.data == "scenes":
+        batch = cut_scenes(model, config, args)(range(32))
+        row, token, truth = (x[:6] for x in moving_tokens(model, batch, torch.Generator().manual_seed(5)))
+        video = batch["video"][row]
+    else:
+        video, truth = video_pairs(model, args, 3).repeat_interleave(each, 0), None
+        z, zt = (model.features(video[::each, t])[-1] for t in (0, 1))
+        token = changed_tokens(z, zt, each).flatten()
+    if args.at:
+        x, y = (min(int(share * grid), grid - 1) for share in args.at)
+        token, truth = torch.full_like(token, y * grid + x), None
+    found = model.predict(video[:, 0], video[:, 1])
+    heats = {f"level {model.levels[model.predicted[k]]}": perturb(
+        model, model.predicted[k], found[k].m, found[k].v, token, args.draws, args.seed) for k in levels}
+    source = yx(token, grid)
+    figure, axes = plt.subplots(2 + len(heats), len(token), figsize=(1.75 * len(token), 1.8 * (2 + len(heats))
+                                                                     + 0.4), layout="constrained")
+    spot = lambda at: ((at + 0.5) * p - 0.5).flip(-1).tolist()              # grid -> (x, y) in pixels
+    for n, column in enumerate(axes.T):
+        frames = video[n].permute(0, 2, 3, 1).cpu()
+        for axis, name in zip(column, ("source", "target", *heats)):
+            axis.imshow(frames[0] if name == "source" else frames[1])
+            if name in heats:
+                axis.imshow(heats[name][n].view(grid, grid).cpu(), cmap="inferno", alpha=0.7,
+                            extent=axis.images[0].get_extent(), interpolation="bilinear")
+            (x, y), half = spot(source[n]), p / 2
+            square = axis.add_patch(plt.Rectangle((x - half, y - half), p, p, fill=False, color="lime", lw=2))
+            if truth is not None and name != "source":
+                landed, = axis.plot(*spot(truth[n]), "x", color="cyan", ms=9, mew=2.5)
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ("source", "target", *heats)):
+        axis.set_ylabel(name + ",\nheatmap" * (name in heats), fontsize=10)
+    marks = [square] + ([] if truth is None else [landed])
+    figure.legend(marks, ["where the token is in the source", "where it is in the target"][:len(marks)],
+                  loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    report.picture(figure, "heatmap.png")
+    rows = [["to the source", *((yx(h.argmax(1), grid) - source).norm(dim=1).mean().item()
+                                for h in heats.values())]]
+    if truth is not None:
+        rows.append(["to the true place", *((yx(h.argmax(1), grid) - truth).norm(dim=1).mean().item()
+                                            for h in heats.values())])
+    report.table(f"distance from the heatmap's peak in patches, mean of the {len(token)} in heatmap.png",
+                 list(heats), rows)
+
+
+@torch.no_grad()
+def follow_tokens(model, clip, start, query, draws=32, seed=0):
+    """
+    Fig. 7: tokens `start` (P,) of frames `query` (P,) of a clip (T, 3, S, S), followed from frame to frame.
+    Two ways, (2, T, P): of the five hottest target tokens the one with the most similar features, paper:
+    Sec. 4.4, and of all target tokens the most similar one. Features: the encoder's highest level.
+    """
+    T, i, tokens = len(clip), model.predicted[-1], start.repeat(2, len(clip), 1)
+    z = F.normalize(torch.cat([model.features(x)[-1] for x in clip.split(16)])[:, 1:], dim=-1)  # (T, h*w, D)
+    for t in range(T - 1):
+        top, now = model.predict(clip[t:t + 1], clip[t + 1:t + 2])[-1], tokens[:, t]
+        alike = z[t][now] @ z[t + 1].T                                      # (2, P, h*w)
+        heat = perturb(model, i, top.m.expand(len(start), -1, -1), top.v.expand(len(start), -1, -1), now[0],
+                       draws, seed + t)
+        five = heat.topk(5).indices                                         # (P, 5)
+        best = five.gather(1, alike[0].gather(1, five).argmax(1, keepdim=True))[:, 0]
+        tokens[:, t + 1] = torch.where(t < query, start, torch.stack([best, alike[1].argmax(1)]))
+    return tokens
+
+
+def track_clips(model, config, args):
+    """
+    Clips to track on: lists of (T, 3, S, S) videos, tracks (T, P, 2) in pixels and valid (T, P), or two Nones
+    if nothing is known, and query frames (P,).
+    """
+    S, T = model.cfg.size, 8
+    if args.data == "scenes":
+        pan = (config.get("scenes") or midway.SCENES)["pan"] / 3            # some are to stay for 8 frames
+        batch = cut_scenes(model, config, args, points=64, frames=T, pan=pan)(range(16))
+        for b in range(len(batch["video"])):
+            some = batch["visible"][b].float().mean(0).topk(8).indices      # those that stay longest
+            yield (batch["video"][b], batch["tracks"][b][:, some], batch["visible"][b][:, some],
+                   torch.zeros(8, dtype=torch.long, device=args.device))
+    elif args.tracks or str(args.data).endswith(".pkl") or (Path(args.data).is_dir() and
+                                                            any(Path(args.data).rglob("tracks.npz"))):
+        source = data.PointTracks(args.tracks or args.data, args.data if args.tracks else None)
+        for clip in (source[i] for i in range(len(source))):
+            video = torch.from_numpy(clip["video"][::args.stride]).permute(0, 3, 1, 2).to(args.device)
+            H, W = video.shape[2:]
+            tracks, valid = (torch.from_numpy(clip[name][::args.stride]).to(args.device)
+                             for name in ("tracks", "visible"))
+            video = F.interpolate(video, (S, S), mode="bicubic", antialias=True) / 255     # squashed
+            tracks = (tracks + 0.5) * torch.tensor([S / W, S / H], device=args.device) - 0.5
+            yield video, tracks, valid, valid.int().argmax(0)
+    else:
+        stride = args.stride if args.stride > 1 else 6                      # of 30 frames per second: 0.2 s
+        loader = data.make_loader(args.data, dict(frames=T, size=S), [range(3)], args.device, args.seed, 0,
+                                  split="eval", stride=stride, repeat=1)
+        for video in next(iter(loader))["video"] / 255:
+            yield video, None, None, torch.zeros(4, dtype=torch.long, device=args.device)
+
+
+@torch.no_grad()
+def track(model, config, args, report):
+    """Fig. 7: regions followed by heatmaps and by features alone, against true tracks where there are any."""
+    dynamic(model)
+    grid, p, sums, shown = model.cfg.size // model.cfg.patch, model.cfg.patch, {}, []
+    untrained = random_init(model, args)
+    for number, (video, tracks, valid, query) in enumerate(progress(track_clips(model, config, args), "track")):
+        if tracks is None:
+            z, zt = (model.features(video[t:t + 1])[-1] for t in (0, -1))
+            start = changed_tokens(z, zt, len(query))[0]
+        else:
+            known = valid.any(0)            # a point that is never seen has no place to start
+            tracks, valid, query = tracks[:, known], valid[:, known], query[known]
+            first = tracks.gather(0, query[None, :, None].expand(1, -1, 2))[0]          # (P, 2)
+            x, y = ((first + 0.5) / p).long().clamp(0, grid - 1).unbind(-1)
+            start = y * grid + x
+        found = follow_tokens(model, video, start, query, args.draws, args.seed)
+        if len(shown) < (2 if tracks is not None else 3):
+            shown.append((video, found, tracks, valid, query))
+        if tracks is None:
+            continue
+        truth = ((tracks + 0.5) / p - 0.5).flip(-1)                         # (T, P, 2), rows and columns
+        counted = valid & (torch.arange(len(video), device=valid.device)[:, None] > query)
+        nearest = truth.round().clamp(0, grid - 1)
+        ways = dict(zip(("this model, heatmap and features", "this model, features alone"), yx(found, grid)))
+        other = follow_tokens(untrained, video, start, query, args.draws, args.seed)
+        ways |= dict(zip(("random init, heatmap and features", "random init, features alone"), yx(other, grid)))
+        ways |= {"stays put": yx(start, grid).expand_as(truth), "best that a grid can do": nearest}
+        for name, place in ways.items():
+            sums.setdefault(name, []).append((place - truth).norm(dim=-1)[counted])
+    track_picture(model, shown, report)
+    if sums:
+        report.table(
+            f"tracks of {number + 1} clip{'s' * (number > 0)}: mean distance from the truth in patches of {p} "
+            f"pixels, on a {grid} x {grid} grid", ["patches", "within 1 patch"],
+            [[name, torch.cat(x).mean().item(), (torch.cat(x) <= 1).float().mean().item()]
+             for name, x in sums.items()])
+
+
+def track_picture(model, shown, report):
+    """Four frames of each clip; the last frames' places are fading tails."""
+    p, grid = model.cfg.patch, model.cfg.size // model.cfg.patch
+    names = ["heatmap and\nfeatures", "features alone"] + ["truth"] * (shown[0][2] is not None)
+    figure, axes = plt.subplots(len(shown) * len(names), 4, figsize=(7.2, 1.75 * len(shown) * len(names)),
+                                layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    colours = [c for k, c in enumerate(plt.get_cmap("tab10").colors) if k != 7]     # grey is hard to see
+    for c, (video, found, tracks, valid, query) in enumerate(shown):
+        pixels = list(((yx(found, grid) + 0.5) * p - 0.5).flip(-1).cpu())           # (T, P, 2), x and y
+        seen = [torch.arange(len(video))[:, None] >= query.cpu()] * 2
+        if tracks is not None:
+            pixels, seen = pixels + [tracks.cpu()], seen + [valid.cpu()]
+        times = torch.linspace(0, len(video) - 1, 4).round().long().tolist()
+        for r, (name, places, visible) in enumerate(zip(names, pixels, seen)):
+            line = axes[c * len(names) + r]
+            line[0].set_ylabel(f"clip {c + 1}, {name}", fontsize=9)
+            for axis, t in zip(line, times):
+                axis.imshow(video[t].permute(1, 2, 0).cpu())
+                axis.set(xticks=[], yticks=[])
+                axis.set_title("" if r else f"frame {t}", fontsize=9)
+                for k in range(min(places.shape[1], 6)):
+                    jitter = 0 if name == "truth" else p * 0.06 * (k - 2.5)         # tokens of several points
+                    tail = [(places[s, k] + jitter).tolist() for s in range(t + 1) if visible[s, k]]
+                    for age, (a, b) in enumerate(zip(tail[::-1][1:], tail[::-1])):
+                        axis.plot(*zip(a, b), color=colours[k], lw=2, alpha=max(0.15, 0.9 - 0.12 * age))
+                    if tail and visible[t, k]:
+                        axis.plot(*tail[-1], "o", color=colours[k], ms=6, mec="white", mew=1)
+    report.picture(figure, "track.png")
+
+
+# ---- Midway: segmentation ------------------------------------------------------------------------
+def conv_bn(ins, outs, size=3):
+    return nn.Sequential(nn.Conv2d(ins, outs, size, padding=size // 2, bias=False), nn.BatchNorm2d(outs),
+                         nn.ReLU())
+
+
+def resized(x, like):
+    """A map (B, C, h, w) in the height and width of another, or of a (H, W)."""
+    return F.interpolate(x, like if isinstance(like, tuple) else like.shape[-2:], mode="bilinear")
+
+
+class Linear(nn.Module):
+    """The linear readout: batch normalisation and a 1 x 1 convolution on one map (B, D, h, w)."""
+
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.head = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1))
+
+    def forward(self, maps):
+        return self.head(maps[-1]), None
+
+
+class UperNet(nn.Module):
+    """
+    UperNet on four maps of a ViT (B, D, h, w), lowest first: made a pyramid, pyramid pooling on the coarsest,
+    top-down sums, all fused at the finest. Also an auxiliary head on the last map. As mmsegmentation has it.
+    """
+
+    def __init__(self, dim, classes, pools=(1, 2, 3, 6)):
+        super().__init__()
+        up = lambda: nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.pyramid = nn.ModuleList([nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up()), up(),
+                                      nn.Identity(), nn.MaxPool2d(2)])
+        self.pools, self.pooled = pools, nn.ModuleList(conv_bn(dim, dim, 1) for _ in pools)
+        self.bottleneck = conv_bn(dim * (1 + len(pools)), dim)
+        self.lateral = nn.ModuleList(conv_bn(dim, dim, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv_bn(dim, dim) for _ in range(3))
+        self.head = nn.Sequential(conv_bn(4 * dim, dim), nn.Dropout2d(0.1), nn.Conv2d(dim, classes, 1))
+        self.auxiliary = nn.Sequential(conv_bn(dim, 256), nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))
+
+    def forward(self, maps):
+        levels = [scale(x) for scale, x in zip(self.pyramid, maps)]         # 4, 2, 1 and 1/2 times h, w
+        top = levels[-1]
+        parts = [resized(conv(F.adaptive_avg_pool2d(top, size)), top)
+                 for conv, size in zip(self.pooled, self.pools)]
+        out = [self.bottleneck(torch.cat([top, *parts], 1))]
+        for lateral, level in zip(reversed(self.lateral), levels[2::-1]):
+            x = lateral(level)
+            out.append(x + resized(out[-1], x))
+        fused = [out[0]] + [smooth(x) for smooth, x in zip(self.smooth, out[1:])]
+        fused = torch.cat([resized(x, out[-1]) for x in reversed(fused)], 1)
+        return self.head(fused), self.auxiliary(maps[-1])
+
+
+class Segmenter(nn.Module):
+    """Images (B, 3, H, W) -> logits (B, classes, H, W), and those of the auxiliary head, if there is one."""
+
+    def __init__(self, model, classes, head, features, frozen):
+        super().__init__()
+        self.model, self.features, self.frozen = model, features, frozen
+        self.head = (UperNet if head == "upernet" else Linear)(model.cfg.dim, classes)
+        self.pyramid = head == "upernet"
+
+    def maps(self, images):
+        """(B, D, h, w) each: the backward layers' lowest level, or the encoder's last or four."""
+        model, depth = self.model, self.model.cfg.depth
+        if self.features == "backward":
+            z = model.features(images)
+            v = z[-1]
+            for i in reversed(model.predicted):
+                v = model.student_backward[str(i)](z[i], v)
+            z = [v]
+        else:       # blocks 3, 6, 9, 12 of 12, whatever the dynamics tap
+            taps = [depth * (k + 1) // 4 for k in range(4)] if self.pyramid else [depth]
+            z = model.student(midway.normalize(images), taps)
+        size = [n // model.cfg.patch for n in images.shape[-2:]]
+        return [x[:, 1:].mT.unflatten(-1, size) for x in z]
+
+    def forward(self, images):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.maps(images)
+        return [None if x is None else resized(x, images) for x in self.head(maps)]
+
+
+class TrainingCrops(torch.utils.data.Dataset):
+    """
+    Sample i of a run on a data.Segmentation: image scaled by 0.5 to 2, square crop of which no class has more
+    than three quarters (if ten tries find one), flipped half of the time. Beyond the image: black, ignored.
+    """
+
+    def __init__(self, labelled, size, seed):
+        self.labelled, self.size, self.seed = labelled, size, seed
+
+    def __getitem__(self, i):
+        rng, n = np.random.default_rng((self.seed, i)), self.size
+        sample = self.labelled[int(rng.integers(len(self.labelled)))]
+        image, classes = sample["image"], sample["classes"]
+        side = round(min(classes.shape) / rng.uniform(0.5, 2))
+        pad = [(0, max(0, side - length)) for length in classes.shape]
+        image, classes = np.pad(image, [*pad, (0, 0)]), np.pad(classes, pad, constant_values=255)
+        at = ((np.arange(n) + 0.5) * side / n).astype(int)
+        for _ in range(10):
+            top, left = (int(rng.integers(length - side + 1)) for length in classes.shape)
+            crop = classes[top:top + side, left:left + side][at[:, None], at]
+            counts = np.bincount(crop[crop != 255], minlength=1)
+            if counts.max() <= 0.75 * max(counts.sum(), 1):
+                break
+        flip = bool(rng.random() < 0.5)
+        image = data.crop_uint8(image, (top, left, side, side), n, flip)
+        return image, torch.from_numpy(crop[:, ::-1].copy() if flip else crop)
+
+
+def jitter(images, generator):
+    """Brightness, contrast, saturation by 0.7 to 1.3, hue by 0.05 turns, for half of the images each."""
+    n = len(images)
+    params = torch.zeros(n, 11)
+    params[:, data.ORDER] = torch.rand(n, 4, generator=generator).argsort(1).float()
+    factors = torch.rand(n, 4, generator=generator) * 2 - 1                 # -1 .. 1
+    factors *= (torch.rand(n, 4, generator=generator) < 0.5) * torch.tensor([0.3, 0.3, 0.3, 0.05])
+    params[:, data.FACTORS] = factors + torch.tensor([1.0, 1.0, 1.0, 0.0])
+    return data.photometric(images, params)
+
+
+def labelled_scenes(model, config, args, split):
+    """numbers -> images (B, 3, S, S) and classes (B, S, S) of scenes with sprites, of the checkpoint's kind."""
+    options = (config.get("scenes") or midway.SCENES) | dict(frames=1, sprites=4)
+    scenes = data.Scenes(**options, seed=args.seed, split=split)
+
+    def batch(numbers):
+        clips = scenes.batch(numbers, truth=True, points=1)
+        return clips["video"][:, 0].to(args.device), clips["classes"][:, 0].to(args.device)
+    return batch
+
+
+def whole_images(labelled, size, patch, device):
+    """Images (1, 3, h, w) in [0, 1] whose short side is `size`, their classes (1, H, W), both as tensors."""
+    for n in range(len(labelled)):
+        sample = labelled[n]
+        H, W = sample["classes"].shape
+        shape = [max(patch, round(size * length / min(H, W) / patch) * patch) for length in (H, W)]
+        image = torch.from_numpy(sample["image"]).permute(2, 0, 1)[None]
+        image = F.interpolate(image, shape, mode="bicubic", antialias=True)
+        yield image.to(device) / 255, torch.from_numpy(sample["classes"])[None].to(device)
+
+
+class SegmentationTask:
+    """What segmentation needs of its data: training batches, test images, classes; scenes or a folder."""
+
+    def __init__(self, model, config, args):
+        cfg = model.cfg
+        self.args, self.size = args, args.size or round(16 / 7 * cfg.size / cfg.patch) * cfg.patch
+        if self.size % cfg.patch:
+            raise Stop(f"--size {self.size} must be a multiple of the patch size, {cfg.patch}")
+        if args.data == "scenes":
+            self.classes, self.names, self.steps = 9, ("background", *data.SHAPES), 400
+            self.train, self.test = (labelled_scenes(model, config, args, s) for s in ("train", "eval"))
+            return
+        options = dict(num_classes=args.classes or None, ignore_index=args.ignore_index)
+        self.labelled = [data.Segmentation(args.data, split, **options) for split in ("train", "val")]
+        self.classes, self.names, self.steps = self.labelled[0].num_classes, self.labelled[0].names, 2000
+        self.patch = cfg.patch
+
+    def batches(self, steps):
+        """`steps` training batches: images (B, 3, S, S) in [0, 1], classes (B, S, S)."""
+        n, device = self.args.batch_size, self.args.device
+        numbers = [range(i * n, i * n + n) for i in range(steps)]
+        if self.args.data == "scenes":
+            yield from map(self.train, numbers)
+            return
+        loader = torch.utils.data.DataLoader(
+            TrainingCrops(self.labelled[0], self.size, self.args.seed), batch_sampler=numbers,
+            num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=data.start_worker)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        for images, classes in loader:
+            yield jitter(images.to(device) / 255, generator), classes.to(device)
+
+    def tests(self):
+        """Held-out images (B, 3, h, w), classes (B, H, W)."""
+        if self.args.data == "scenes":
+            return (self.test(range(i, i + 32)) for i in range(0, 256, 32))
+        return whole_images(self.labelled[1], self.size, self.patch, self.args.device)
+
+
+def position_prior(task, size=64):
+    """The commonest class of each place: what can be said without looking at the image. -> (1, size, size)."""
+    counts = torch.zeros(task.classes, size, size, device=task.args.device)
+    labels = ((classes for _, classes in map(task.train, (range(i, i + 32) for i in range(0, 512, 32))))
+              if task.args.data == "scenes" else
+              (torch.from_numpy(task.labelled[0][i]["classes"])[None] for i in range(len(task.labelled[0]))))
+    for classes in labels:
+        small = F.interpolate(classes[:, None].double(), (size, size), mode="nearest")[:, 0].long()
+        for k in range(task.classes):
+            counts[k] += (small == k).sum(0)
+    return counts.argmax(0, keepdim=True)
+
+
+def train_segmenter(model, task, args, what):
+    model = deepcopy(model) if args.finetune else model
+    torch.manual_seed(args.seed)
+    net = Segmenter(model, task.classes, args.head, args.features, not args.finetune).to(args.device)
+    steps = args.steps or task.steps
+    batches = task.batches(steps)
+
+    def loss(i):
+        images, classes = next(batches)
+        each = [F.cross_entropy(x.float(), classes, ignore_index=255, reduction="sum") for x in net(images)
+                if x is not None]
+        return sum(w * x for w, x in zip((1, 0.4), each)) / (classes != 255).sum().clamp(min=1)
+    fit([net.head] + [model] * args.finetune, loss, steps, what, args.lr)
+    return net.eval()
+
+
+def segmentation(model, config, args, report):
+    """A linear or UperNet readout on frozen or finetuned features; against random features and no image."""
+    if args.features == "backward" and not (model.cfg.latent_dynamics and model.cfg.backward):
+        raise Stop("this model has no backward layers: use --features encoder")
+    if args.features == "backward" and args.head == "upernet":
+        raise Stop("--head upernet reads four levels of the encoder: leave out --features backward")
+    task = SegmentationTask(model, config, args)
+    nets = {"this model": train_segmenter(model, task, args, "segmentation, this model"),
+            "random init": train_segmenter(random_init(model, args), task, args, "segmentation, random init")}
+    prior = position_prior(task)
+    counts, shown = {name: 0 for name in (*nets, "position prior")}, []
+    with torch.no_grad():
+        for images, classes in progress(task.tests(), "segmentation, test"):
+            said = {name: resized(net(images)[0], classes).argmax(1) for name, net in nets.items()}
+            said["position prior"] = F.interpolate(prior[None].double(), classes.shape[1:]).long()[0].expand(
+                len(classes), -1, -1)
+            for name, pred in said.items():
+                counts[name] = counts[name] + confusion(pred, classes, task.classes)
+            shown.append([x[0].cpu() for x in (images, classes, *said.values())])
+    scores = {name: iou_scores(c) for name, c in counts.items()}
+    # paper: Table 1, ViT-S, BDD100K at 224
+    paper = {"linear": (39.7, ""), "upernet": (50.4, "")}[args.head] if not args.finetune else ("", "")
+    where = (f"{args.head} readout, {args.features if args.head == 'linear' else 'encoder'} features, "
+             f"{'finetuned' if args.finetune else 'frozen'}, {args.steps or task.steps} steps, held-out "
+             f"{'scenes' if args.data == 'scenes' else 'images'}; per cent")
+    columns = [*scores, "paper (BDD100K)"]
+    report.table(f"segmentation: {where}", columns, [
+        ["mIoU", *(100 * s[0] for s in scores.values()), paper[0]],
+        ["pixel accuracy", *(100 * s[2] for s in scores.values()), paper[1]],
+        *([f"IoU {name}", *(100 * s[1][k].item() for s in scores.values()), ""]
+          for k, name in enumerate(task.names or [f"class {k}" for k in range(task.classes)])
+          if task.classes <= 20)])
+    segmentation_picture(task, shown, list(said), report)
+
+
+PALETTE = ("#dddddd", "#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#aa4499", "#44aa99", "#882255",
+           "#999933", "#e69f00", "#661100")     # Tol's muted colours, told apart by colour-blind eyes too
+
+
+def segmentation_picture(task, shown, names, report):
+    colours = [matplotlib.colors.to_rgb(c) for c in PALETTE]
+    if task.classes > len(colours):
+        colours = plt.get_cmap("turbo")(np.linspace(0, 1, task.classes))[:, :3].tolist()
+    table = np.zeros((256, 3))              # what is ignored is black
+    table[:task.classes] = colours[:task.classes]
+    picks = [shown[i] for i in np.linspace(0, len(shown) - 1, 4).round().astype(int)]
+    columns = ["image", "truth", *names]
+    figure, axes = plt.subplots(4, len(columns), figsize=(2.1 * len(columns), 8 * min(
+        1.05, picks[0][1].shape[0] / picks[0][1].shape[1] * 1.1) + 0.5), layout="constrained")
+    for row, pick in zip(axes, picks):
+        for axis, name, x in zip(row, columns, pick):
+            axis.imshow(x.permute(1, 2, 0) if name == "image" else table[x.numpy()], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(name, fontsize=11)
+    if task.classes <= 40:
+        names = task.names or [f"class {k}" for k in range(task.classes)]
+        patches = [matplotlib.patches.Patch(color=colours[k], label=names[k]) for k in range(task.classes)]
+        patches += [matplotlib.patches.Patch(color="black", label="ignored")] * (task.names is None or
+                                                                              task.args.data != "scenes")
+        figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=10, frameon=False)
+    report.picture(figure, "segmentation.png")
+
+
+# ---- Midway: optical flow ------------------------------------------------------------------------
+class ConvUnit(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+                                  nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class DPT(nn.Module):
+    """
+    Dense prediction transformer head, as CroCo v2 has it: four token maps on one grid, taken to 4, 2, 1 and
+    1/2 times the grid, fused from coarse to fine; 3 channels (u, v, confidence) at image size. Widths are in
+    proportion to D and CroCo's at D = 384.
+    """
+
+    def __init__(self, ins, dim):
+        super().__init__()
+        steps, width = [dim * 2**k // 4 for k in range(4)], 2 * dim // 3
+        scale = [nn.ConvTranspose2d(steps[0], steps[0], 4, 4), nn.ConvTranspose2d(steps[1], steps[1], 2, 2),
+                 nn.Identity(), nn.Conv2d(steps[3], steps[3], 3, 2, 1)]
+        self.assemble = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, s, 1), sc, nn.Conv2d(s, width, 3, padding=1, bias=False))
+            for i, s, sc in zip(ins, steps, scale))
+        self.before = nn.ModuleList(ConvUnit(width) for _ in range(3))
+        self.after = nn.ModuleList(ConvUnit(width) for _ in range(4))
+        self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(4))
+        self.enter = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.leave = nn.Sequential(nn.Conv2d(width // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 3, 1))
+
+    def forward(self, maps, size):
+        levels, x = [make(m) for make, m in zip(self.assemble, maps)], None
+        for k in (3, 2, 1, 0):
+            x = levels[3] if x is None else x + self.before[k](levels[k])
+            x = self.after[k](x)
+            x = F.interpolate(x, levels[k - 1].shape[-2:] if k else [2 * n for n in x.shape[-2:]],
+                              mode="bilinear", align_corners=True)
+            x = self.mix[k](x)
+        # twice as large for patches of 16, as CroCo's; for others what gives the image's size
+        return self.leave(F.interpolate(self.enter(x), size, mode="bilinear", align_corners=True))
+
+
+class FlowNet(nn.Module):
+    """Frames (B, 3, S, S) in [0, 1], S as in training -> flow in pixels (B, 2, S, S), confidence (B, S, S)."""
+
+    def __init__(self, model, frozen):
+        super().__init__()
+        D, d = model.cfg.dim, model.cfg.motion_dim
+        self.model, self.frozen, self.head = model, frozen, DPT((D, d, D, D), D)
+
+    def maps(self, source, target):
+        """paper: B.4: encoder, the target's tokens after the highest midway path, predictions, top and low."""
+        model, seen = self.model, []
+        hook = model.motion_blocks[str(model.predicted[-1])].register_forward_hook(
+            lambda module, inputs, output: seen.append(output))
+        try:
+            levels = model.predict(source, target)
+        finally:
+            hook.remove()
+        z = model.features(source)[-1]
+        target_tokens = seen[0][:, model.cfg.motion_tokens + z.shape[1]:]               # (B, L, d)
+        grid = model.cfg.size // model.cfg.patch
+        return [x[:, 1:].mT.unflatten(-1, (grid, grid))                                 # CLS is dropped
+                for x in (z, target_tokens, levels[-1].pred, levels[0].pred)]
+
+    def forward(self, source, target):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.maps(source, target)
+        out = self.head(maps, source.shape[-2:]).float()
+        return out[:, :2], out[:, 2]
+
+
+def laplacian_loss(flow, confidence, target, valid):
+    """CroCo v2's: mean over valid pixels of |error|_1 / d + log d, with d = 0.25 + 3.75 sigmoid(confidence)."""
+    d = 0.25 + 3.75 * torch.sigmoid(confidence)                             # (B, H, W)
+    each = (flow - torch.where(valid[:, None], target, 0)).abs().sum(1) / d + d.log()
+    return (each * valid).sum() / valid.sum().clamp(min=1)
+
+
+def tile_offsets(length, window, overlap):
+    """Where tiles of `window` pixels begin so that they cover `length` and overlap by that share or more."""
+    count = 1 + math.ceil((length - window) / ((1 - overlap) * window))
+    return np.round(np.linspace(0, length - window, count)).astype(int).tolist()
+
+
+@torch.no_grad()
+def tiled_flow(net, frames, overlap):
+    """
+    Flow (2, H, W) of frames (2, 3, H, W) in [0, 1] of any size: means of overlapping tiles, weighted by
+    confidence. Images smaller than a tile are enlarged first.
+    """
+    S, (H, W) = net.model.cfg.size, frames.shape[-2:]
+    h, w = max(H, S), max(W, S)
+    if (h, w) != (H, W):
+        frames = F.interpolate(frames, (h, w), mode="bicubic").clamp(0, 1)
+    corners = [(y, x) for y in tile_offsets(h, S, overlap) for x in tile_offsets(w, S, overlap)]
+    total = torch.zeros(3, h, w, device=frames.device)
+    for i in range(0, len(corners), 64):
+        tiles = torch.stack([frames[..., y:y + S, x:x + S] for y, x in corners[i:i + 64]])
+        flow, confidence = net(tiles[:, 0], tiles[:, 1])
+        weight = torch.exp(-20 * (torch.sigmoid(confidence / 5) - 0.5))[:, None]        # small d: sure
+        for (y, x), part in zip(corners[i:i + 64], torch.cat([weight * flow, weight], 1)):
+            total[:, y:y + S, x:x + S] += part
+    flow = total[:2] / total[2]
+    if (h, w) != (H, W):
+        scale = torch.tensor([W / w, H / h], device=flow.device).view(2, 1, 1)
+        flow = F.interpolate(flow[None], (H, W), mode="bilinear")[0] * scale
+    return flow
+
+
+def flow_scenes(model, config, args, split, wide=False):
+    """
+    Function of sample numbers: frames (B, 2, 3, S, S), flow (B, 2, S, S), valid (B, S, S) of scenes like the
+    checkpoint's, with sprites. S: the model's size, or wide: the scenes' own, larger than a tile.
+    """
+    options = config.get("scenes") or midway.SCENES
+    fast = options["pan"] / 2
+    options = options | dict(sprites=4, speed=fast, pan=fast, zoom=0.02, roll=0.02, frames=2)
+    scenes = data.Scenes(**options, seed=args.seed, split=split)
+    source = ((lambda numbers: scenes.batch(numbers, truth=True, points=1)) if wide else
+              cut_scenes(model, config, args, split, **options))
+
+    def batch(numbers):
+        clips = source(numbers)
+        video, flow = (clips[name].to(args.device) for name in ("video", "flow"))
+        return video, flow[:, 0], torch.ones_like(flow[:, 0, 0], dtype=torch.bool)
+    return batch
+
+
+class FlowCrops(torch.utils.data.Dataset):
+    """
+    Sample i of a run on data.FlowPairs, cropped and augmented as in CroCo v2: scaled by 2^-0.2 to 2^0.5, each
+    axis stretched by up to 2^0.2, flipped. our choice: flow is taken from the nearest pixel, sparse or not.
+    """
+
+    def __init__(self, pairs, size, seed):
+        self.pairs, self.size, self.seed = pairs, size, seed
+
+    def __getitem__(self, i):
+        rng, n = np.random.default_rng((self.seed, i)), self.size
+        sample = self.pairs[int(rng.integers(len(self.pairs)))]
+        frames, flow, valid = sample["frames"], sample["flow"], sample["valid"]
+        scale = 2 ** (rng.uniform(-0.2, 0.5) * (rng.random() < 0.8) +
+                      rng.uniform(-0.2, 0.2, 2) * (rng.random() < 0.8))             # y, x
+        h, w = (min(length, max(1, round(n / s))) for length, s in zip(valid.shape, scale))
+        top, left = (int(rng.integers(length - side + 1)) for length, side in zip(valid.shape, (h, w)))
+        at = [start + ((np.arange(n) + 0.5) * side / n).astype(int) for start, side in ((top, h), (left, w))]
+        flow = flow[at[0][:, None], at[1]] * np.float32([n / w, n / h])             # (n, n, 2)
+        valid = valid[at[0][:, None], at[1]]
+        frames = torch.stack([data.crop_uint8(frame, (top, left, h, w), n) for frame in frames])
+        flow, valid = torch.from_numpy(flow).permute(2, 0, 1), torch.from_numpy(valid)
+        for axis, chance in ((2, 0.5), (1, 0.1)):       # left and right, top and bottom
+            if rng.random() < chance:
+                frames, flow, valid = frames.flip(axis + 1), flow.flip(axis), valid.flip(axis - 1)
+                flow[2 - axis] *= -1
+        return frames, flow.clone(), valid
+
+
+def flow_batches(model, config, args, pairs, steps):
+    """`steps` training batches: frames (B, 2, 3, S, S) in [0, 1], flow (B, 2, S, S), valid (B, S, S)."""
+    n = args.batch_size
+    numbers = [range(i * n, i * n + n) for i in range(steps)]
+    if pairs is None:
+        yield from map(flow_scenes(model, config, args, "train"), numbers)
+        return
+    loader = torch.utils.data.DataLoader(
+        FlowCrops(pairs, model.cfg.size, args.seed), batch_sampler=numbers,
+        num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=data.start_worker)
+    generator = torch.Generator().manual_seed(args.seed)
+    for frames, flow, valid in loader:
+        frames = frames.to(args.device) / 255
+        together = jitter(frames.transpose(1, 2).flatten(2, 3), generator)  # both frames above each other
+        yield together.unflatten(2, (2, -1)).transpose(1, 2), flow.to(args.device), valid.to(args.device)
+
+
+def train_flow(model, config, args, pairs, steps, what):
+    model = deepcopy(model) if args.finetune else model
+    torch.manual_seed(args.seed)
+    net = FlowNet(model, not args.finetune).to(args.device)
+    batches = flow_batches(model, config, args, pairs, steps)
+
+    def loss(i):
+        frames, target, valid = next(batches)
+        return laplacian_loss(*net(frames[:, 0], frames[:, 1]), target, valid)
+    fit([net.head] + [model] * args.finetune, loss, steps, what, args.lr)
+    return net.eval()
+
+
+def encoder_only(model, args):
+    """The same encoders; midway paths, backward layers and forward model forget all they have learnt."""
+    net = random_init(model, args)
+    net.student, net.teacher = deepcopy(model.student), deepcopy(model.teacher)
+    return net
+
+
+def flow_tests(model, config, args, pairs):
+    """Names, frames (2, 3, H, W) in [0, 1], flow (2, H, W), valid (H, W) of the pairs to test on."""
+    if pairs is None:
+        scenes = flow_scenes(model, config, args, "eval", wide=True)
+        yield from zip((f"scene {n}" for n in range(32)), *scenes(range(32)))
+    else:
+        for name, pair in zip(pairs.names, (pairs[i] for i in range(len(pairs)))):
+            frames = torch.from_numpy(pair["frames"]).permute(0, 3, 1, 2) / 255
+            flow = torch.from_numpy(pair["flow"]).permute(2, 0, 1)
+            yield name, *(x.to(args.device) for x in (frames, flow, torch.from_numpy(pair["valid"])))
+
+
+def flow(model, config, args, report):
+    """A DPT readout of optical flow, against the encoder with dynamics that know nothing, and constants."""
+    dynamic(model)
+    train_pairs = test_pairs = None
+    if args.data != "scenes":
+        train_pairs, test_pairs = (data.FlowPairs(args.data, split) for split in ("train", "val"))
+        if train_pairs.names == test_pairs.names:       # nothing is meant for training: scenes are
+            train_pairs = None
+    steps = args.steps or 400
+    nets = {"this model": model} if not args.encoder_only else {}
+    nets = {name: train_flow(net, config, args, train_pairs, steps, f"flow, {name}")
+            for name, net in (nets | {"encoder only": encoder_only(model, args)}).items()}
+    rows, shown = {}, []
+    for name, frames, target, valid in progress(flow_tests(model, config, args, test_pairs), "flow, test"):
+        said = {who: tiled_flow(net, frames, args.overlap) for who, net in nets.items()}
+        best = target[:, valid].median(1).values.view(2, 1, 1).expand_as(target)
+        for who, x in (said | {"zero": torch.zeros_like(target), "best constant": best}).items():
+            rows.setdefault(name, {})[who] = flow_errors(x[None], target[None], valid[None])
+        shown.append((name, frames, target, valid, next(iter(said.values()))))
+    whos = list(next(iter(rows.values())))
+    means = lambda f: [f(*(torch.cat(x) for x in zip(*(row[who] for row in rows.values())))) for who in whos]
+    pairs = [[name, *(row[who][0].mean().item() for who in whos), ""] for name, row in rows.items()]
+    mean = [sum(x) / len(x) for x in zip(*(row[1:-1] for row in pairs))]
+    outlier = lambda e, m: 100 * ((e > 3) & (e > 0.05 * m)).double().mean().item()
+    report.table(
+        f"optical flow, {'finetuned' if args.finetune else 'frozen'}, {steps} steps on "
+        f"{'scenes' if train_pairs is None else 'the training split'}: end-point error in pixels",
+        [*whos, "paper (Sintel final)"],
+        (pairs if test_pairs is not None and len(pairs) <= 30 else []) + [
+            ["mean over pairs", *mean, ""],
+            ["mean over pixels", *means(lambda e, m: e.mean().item()), 4.9 if args.finetune else ""],
+            ["per cent of outliers (Fl-all)", *means(outlier), ""]])
+    flow_picture(shown, report)
+
+
+def flow_picture(shown, report):
+    picks = [shown[i] for i in sorted({*np.linspace(0, len(shown) - 1, 4).round().astype(int)})]
+    shape = max(0.4, picks[0][2].shape[1] / picks[0][2].shape[2])
+    figure, axes = plt.subplots(len(picks), 5, figsize=(10.5, 2.1 * shape * len(picks) + 0.4 * len(picks)),
+                                layout="constrained", squeeze=False, width_ratios=(1, 1, 1, 1, 0.6))
+    side = np.linspace(-1, 1, 101)
+    wheel = np.stack(np.meshgrid(side, side), -1)
+    wheel_image = np.where((wheel ** 2).sum(-1, keepdims=True) <= 1, flow_to_color(wheel, 1.0), 255)
+    for row, (name, frames, target, valid, said) in zip(axes, picks):
+        target, said = torch.where(valid, target, 0).cpu(), said.cpu()
+        fastest = target.norm(dim=0).max().item()
+        error = torch.where(valid.cpu(), (said - target).norm(dim=0), math.nan)
+        row[0].imshow(frames[0].permute(1, 2, 0).cpu())
+        row[1].imshow(flow_to_color(target, fastest))
+        row[2].imshow(flow_to_color(said, fastest))
+        shades = row[3].imshow(error, cmap="cividis", vmin=0, vmax=max(fastest, 1e-3))
+        figure.colorbar(shades, ax=row[3], shrink=0.8)
+        row[4].imshow(wheel_image)
+        row[4].set_title(f"rim: {fastest:.1f} px", fontsize=9)
+        row[0].set_ylabel(name.replace("_", "\n", 1), fontsize=9)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+        row[4].set_frame_on(False)
+    for axis, title in zip(axes[0], ("frame 1", "true flow", "predicted flow", "error, pixels")):
+        axis.set_title(title, fontsize=11)
+    report.picture(figure, "flow.png")
 
 
 # ---- MooG: tokens --------------------------------------------------------------------------------
@@ -803,7 +1693,10 @@ def figures(model, config, args, report):
 
 # ---- command line --------------------------------------------------------------------------------
 # model: {task: function of the model, its checkpoint's config, the arguments and a Report}
-TASKS = {"moog": {"tokens": tokens}, "melomotion": {"tables": melomotion_tables, "figures": figures}}
+TASKS = {
+    "midway": {"latents": latents, "heatmap": heatmap, "identity-bias": identity_bias, "track": track,
+               "segmentation": segmentation, "flow": flow},
+    "moog": {"tokens": tokens}, "melomotion": {"tables": melomotion_tables, "figures": figures}}
 
 
 def main(argv):
@@ -821,6 +1714,18 @@ def main(argv):
     add("--batch-size", type=int, default=16, help="samples per training step of a readout [16]")
     add("--lr", type=float, default=1e-3, help="learning rate of a readout [1e-3]")
     add("--finetune", action="store_true", help="train the model together with the readout")
+    add("--head", choices=("linear", "upernet"), default="linear", help="segmentation: the readout [linear]")
+    add("--features", choices=("backward", "encoder"), default="encoder", help="linear readout: of which [encoder]")
+    add("--classes", type=int, default=0, help="segmentation: how many [what the folder says]")
+    add("--ignore-index", type=int, help="segmentation: the label to leave out [what the folder says, or 255]")
+    add("--size", type=int, default=0, help="segmentation: short side of the images, pixels [16/7 of the model's]")
+    add("--encoder-only", action="store_true", help="flow: the control alone")
+    add("--overlap", type=float, default=0.7, help="flow: share by which tiles overlap [0.7]")
+    add("--draws", type=int, default=32, help="heatmaps: random vectors to average over [32]")
+    add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: the place, shares of width and height")
+    add("--against", default="", help="identity-bias: another Midway checkpoint, such as one without gating")
+    add("--tracks", default="", help="track: .npz with true tracks of the video in --data")
+    add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="videos: seconds between two frames [0.5 1]")
     add("--stride", type=int, default=1, help="videos: source frames from frame to frame of a clip [1]")
     args = parser.parse_args(argv)
     if args.seeds < 1:
