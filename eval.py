@@ -359,9 +359,39 @@ def moving_tokens(model, batch, generator, least=1.0):
     return rows, token, yx(token, model.cfg.size // p) + off + shift[rows, token]
 
 
+def ridge_r2(x, y, tests):
+    """R^2 on the last `tests` of ridge regression of y (n, 2) on x (n, features); strength chosen before."""
+    x, y = x.double(), y.double()
+    x = torch.cat([(x - x.mean(0)) / x.std(0).clamp(min=1e-9), torch.ones_like(x[:, :1])], 1)
+
+    def r2(fit, test, strength):
+        a = x[fit]
+        dual = torch.linalg.solve(a @ a.T + strength * x.shape[1] * torch.eye(len(a)).to(a), y[fit])
+        off = x[test] @ (a.T @ dual) - y[test]
+        return 1 - (off.square().sum() / (y[test] - y[fit].mean(0)).square().sum()).item()
+    n = len(x) - tests
+    part = n * 3 // 4
+    best = max((1e-2, 1e-1, 1, 10, 100), key=lambda s: r2(slice(part), slice(part, n), s))
+    return r2(slice(n), slice(n, None), best)
+
+
+def camera_probe(net, config, args, count=1024, tests=256):
+    """How well a linear readout of all of a pair's latents tells its mean flow: {level: R^2}; scenes."""
+    loaders = [cut_scenes(net, config, args, split) for split in ("train", "eval")]
+    m, flow = [], []
+    for split, total in ((0, count), (1, tests)):
+        for i in range(0, total, 64):
+            batch = loaders[split](range(i, i + 64))
+            levels = net.predict(*batch["video"].unbind(1))
+            m.append([level.m.flatten(1) for level in levels])
+            flow.append(batch["flow"][:, 0].mean((2, 3)))
+    return [ridge_r2(torch.cat(x), torch.cat(flow), tests) for x in zip(*m)]
+
+
 @torch.no_grad()
 def latents(model, config, args, report):
     """Do the motion latents carry motion? Their variance, their rank, and what exchanging them costs."""
+    dynamic(model)
     n, steps, rows = min(args.batch_size, 32), 8, {}
     loader = list(data.make_loader(
         args.data, model.cfg.inputs, [range(i * n, i * n + n) for i in range(steps)], args.device, args.seed,
@@ -377,6 +407,12 @@ def latents(model, config, args, report):
                 rank = (-(share * share.clamp(min=1e-12).log()).sum(1)).exp().mean()
                 numbers = [x.item() for x in errors[f"2-2cos, {name.removeprefix(who)}"].values()]
                 rows.setdefault(name, []).append([*numbers, m.var(0).mean().item(), rank.item()])
+    if args.data == "scenes":
+        nets = {"": model, "random init, ": random_init(model, args)}
+        report.table("can the camera's motion be read off the latents? R^2 of ridge regression on held-out "
+                     "scenes (0: no better than the mean)", ["R^2"],
+                     [[f"{who}level {net.levels[net.predicted[k]]}", r2] for who, net in nets.items()
+                      for k, r2 in enumerate(camera_probe(net, config, args))])
     report.table(
         f"motion latents of {steps * n} pairs: 2 - 2 cos of the prediction with the right latents, others, "
         "none, and of copying",
@@ -468,8 +504,9 @@ def heatmap(model, config, args, report):
         for axis, name in zip(column, ("source", "target", *heats)):
             axis.imshow(frames[0] if name == "source" else frames[1])
             if name in heats:
-                axis.imshow(heats[name][n].view(grid, grid).cpu(), cmap="inferno", alpha=0.7,
-                            extent=axis.images[0].get_extent(), interpolation="bilinear")
+                heat = F.interpolate(heats[name][n].view(1, 1, grid, grid).cpu(), frames.shape[1:3],
+                                     mode="bilinear")[0, 0]
+                axis.imshow(heat, cmap="inferno", alpha=(0.2 + 0.7 * heat / heat.max()).clamp(0, 1).numpy())
             (x, y), half = spot(source[n]), p / 2
             square = axis.add_patch(plt.Rectangle((x - half, y - half), p, p, fill=False, color="lime", lw=2))
             if truth is not None and name != "source":
@@ -550,7 +587,7 @@ def track(model, config, args, report):
     untrained = random_init(model, args)
     for number, (video, tracks, valid, query) in enumerate(progress(track_clips(model, config, args), "track")):
         if tracks is None:
-            z, zt = (model.features(video[t:t + 1])[-1] for t in (0, -1))
+            z, zt = (model.features(video[t][None])[-1] for t in (0, -1))
             start = changed_tokens(z, zt, len(query))[0]
         else:
             known = valid.any(0)            # a point that is never seen has no place to start
@@ -737,7 +774,7 @@ def jitter(images, generator):
 
 def labelled_scenes(model, config, args, split):
     """numbers -> images (B, 3, S, S) and classes (B, S, S) of scenes with sprites, of the checkpoint's kind."""
-    options = (config.get("scenes") or midway.SCENES) | dict(frames=1, sprites=4)
+    options = (config.get("scenes") or midway.SCENES) | dict(frames=1, sprites=4, flat=0.8, radius=(0.15, 0.3))
     scenes = data.Scenes(**options, seed=args.seed, split=split)
 
     def batch(numbers):
@@ -1037,15 +1074,15 @@ class FlowCrops(torch.utils.data.Dataset):
         h, w = (min(length, max(1, round(n / s))) for length, s in zip(valid.shape, scale))
         top, left = (int(rng.integers(length - side + 1)) for length, side in zip(valid.shape, (h, w)))
         at = [start + ((np.arange(n) + 0.5) * side / n).astype(int) for start, side in ((top, h), (left, w))]
-        flow = flow[at[0][:, None], at[1]] * np.float32([n / w, n / h])             # (n, n, 2)
+        flow = flow[:, at[0][:, None], at[1]] * np.float32([n / w, n / h])[:, None, None]   # (2, n, n)
         valid = valid[at[0][:, None], at[1]]
         frames = torch.stack([data.crop_uint8(frame, (top, left, h, w), n) for frame in frames])
-        flow, valid = torch.from_numpy(flow).permute(2, 0, 1), torch.from_numpy(valid)
+        flow, valid = torch.from_numpy(flow), torch.from_numpy(valid)
         for axis, chance in ((2, 0.5), (1, 0.1)):       # left and right, top and bottom
             if rng.random() < chance:
                 frames, flow, valid = frames.flip(axis + 1), flow.flip(axis), valid.flip(axis - 1)
                 flow[2 - axis] *= -1
-        return frames, flow.clone(), valid
+        return frames, flow, valid
 
 
 def flow_batches(model, config, args, pairs, steps):
@@ -1093,8 +1130,8 @@ def flow_tests(model, config, args, pairs):
     else:
         for name, pair in zip(pairs.names, (pairs[i] for i in range(len(pairs)))):
             frames = torch.from_numpy(pair["frames"]).permute(0, 3, 1, 2) / 255
-            flow = torch.from_numpy(pair["flow"]).permute(2, 0, 1)
-            yield name, *(x.to(args.device) for x in (frames, flow, torch.from_numpy(pair["valid"])))
+            flow, valid = torch.from_numpy(pair["flow"]), torch.from_numpy(pair["valid"])
+            yield name, *(x.to(args.device) for x in (frames, flow, valid))
 
 
 def flow(model, config, args, report):
@@ -1728,8 +1765,15 @@ def main(argv):
     add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="videos: seconds between two frames [0.5 1]")
     add("--stride", type=int, default=1, help="videos: source frames from frame to frame of a clip [1]")
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"--seeds must be at least 1, not {args.seeds}")
+    for name, fits, want in (
+            ("seeds", args.seeds >= 1, "1 or more"), ("draws", args.draws >= 1, "1 or more"),
+            ("steps", args.steps >= 0, "0 or more"), ("batch_size", args.batch_size >= 1, "1 or more"),
+            ("stride", args.stride >= 1, "1 or more"), ("overlap", 0 <= args.overlap < 1, "0 or more, below 1"),
+            ("gap", 0 < args.gap[0] <= args.gap[1], "two rising numbers above 0"),
+            ("lr", args.lr > 0, "a number above 0"),
+            ("at", args.at is None or all(0 <= x <= 1 for x in args.at), "two numbers from 0 to 1")):
+        if not fits:
+            parser.error(f"--{name.replace('_', '-')} must be {want}, not {getattr(args, name)}")
     model, name, config, path = load(args.checkpoint)
     tasks = TASKS.get(name, {})
     chosen = tasks if args.task == "all" else {args.task: tasks.get(args.task)}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from copy import deepcopy
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -2110,7 +2111,7 @@ def test_box_tracks(tmp_path):
         data.BoxTracks(tmp_path)
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
+# ---- evaluation: MooG -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def moog_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("moog") / "run"
@@ -2166,6 +2167,323 @@ def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
         with pytest.raises(SystemExit) as leaving:
             evaluate.cli(args)
         assert words in leaving.value.code and "\n" not in leaving.value.code
+# ---- evaluation: Midway --------------------------------------------------------------------------
+TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0, motion_tokens=3,
+                   motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2, forward_heads=2,
+                   head_hidden=8, head_bottleneck=4, prototypes=8, local_size=8, local_crops=1)
+SMALL_SCENES = dict(size=24, frames=2, sprites=0, speed=3.0, pan=10.0, zoom=0.0, roll=0.0, radius=(0.15, 0.3),
+                    grain=6.0, textures=6, flat=0.0)
+
+
+@pytest.fixture(scope="module")
+def small_midway():
+    torch.manual_seed(0)
+    model = Midway(Config(**TINY_MIDWAY)).eval()
+    with torch.no_grad():                   # zero at the start: positions; a gate at 1/2 is one to be seen
+        model.motion_pos.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def midway_file(small_midway, tmp_path_factory):
+    """A checkpoint as train.py writes it."""
+    path = tmp_path_factory.mktemp("midway") / "ckpt.pt"
+    options = vars(train.Options(model="midway", preset="tiny"))
+    config = dict(model="midway", preset="tiny", options=options, config=vars(small_midway.cfg),
+                  scenes=SMALL_SCENES)
+    torch.save(dict(model=small_midway.state_dict(), optimizer={}, step=1, config=config), path)
+    return path
+
+
+def eval_tables(path, out, *flags):
+    evaluate.main([str(path), "--out", str(out), "--device", "cpu", *map(str, flags)])
+    tables = json.loads((out / "results.json").read_text())["tables"]
+    for rows in tables.values():
+        for row in rows:
+            assert all(np.isfinite(x) for x in row.values() if isinstance(x, float)), row
+    return tables
+
+
+def test_perturbation_equals_finite_differences(small_midway):
+    """The cosines are those of what a small change of one token does to each predicted token."""
+    model, draws = deepcopy(small_midway).double(), 3
+    torch.manual_seed(1)
+    source, target = torch.rand(2, 2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        level = model.predict(source, target)[1]
+    token, i = torch.tensor([5, 14]), model.predicted[1]
+    heat = evaluate.perturb(model, i, level.m, level.v, token, draws, seed=7)
+    assert heat.shape == (2, 16)
+
+    r = torch.randn(draws, 2, 16, generator=torch.Generator().manual_seed(7)).double()
+    expected = torch.zeros(2, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for k in range(draws):
+            ahead, behind = level.v.clone(), level.v.clone()
+            for b in range(2):
+                ahead[b, 1 + token[b]] += 1e-5 * r[k, b]
+                behind[b, 1 + token[b]] -= 1e-5 * r[k, b]
+            change = (model.predict_forward(i, level.m, ahead)[0] -
+                      model.predict_forward(i, level.m, behind)[0])[:, 1:] / 2e-5
+            assert (change.norm(dim=-1) > 1e-6).all()           # every token feels it
+            expected += F.cosine_similarity(change, r[k][:, None], dim=-1) / draws
+    close(heat, expected, 1e-7)
+
+
+def test_heatmap_of_a_known_shift_peaks_at_the_shifted_token(small_midway, monkeypatch):
+    model, grid = deepcopy(small_midway), 4
+
+    def shift(i, m, v):                     # one down, two to the right; CLS stays
+        moved = v[:, 1:].unflatten(1, (grid, grid)).roll((1, 2), (1, 2)).flatten(1, 2)
+        return torch.cat([v[:, :1], moved], 1), []
+    monkeypatch.setattr(model, "predict_forward", shift)
+    token = torch.tensor([0, 5, 9])
+    heat = evaluate.perturb(model, 0, torch.zeros(3, 3, 12), torch.randn(3, 17, 16), token, 4)
+    assert heat.argmax(1).tolist() == [6, 11, 15]
+    close(heat.amax(1), torch.ones(3), 1e-5)
+    assert (heat.sort(1).values[:, :-1] == 0).all()
+    # five tokens are hot at most, so a token that moves as the double says is followed whatever the features
+    clip = torch.rand(3, 3, 16, 16)
+    monkeypatch.setattr(model, "features", lambda images, teacher=False: [torch.ones(len(images), 17, 16)] * 3)
+    tracks = evaluate.follow_tokens(model, clip, torch.tensor([0, 1]), torch.tensor([0, 1]), draws=2)
+    assert tracks[0].tolist() == [[0, 1], [6, 1], [8, 7]]       # the second is asked for in frame 1
+
+
+def test_moving_tokens_land_where_the_scene_moves_them(small_midway):
+    args = argparse.Namespace(seed=0, device=torch.device("cpu"))
+    scenes = evaluate.cut_scenes(small_midway, dict(scenes=SMALL_SCENES), args)
+    batch = scenes(range(24))
+    assert batch["video"].shape == (24, 2, 3, 16, 16) and batch["flow"].shape == (24, 1, 2, 16, 16)
+    rows, token, truth = evaluate.moving_tokens(small_midway, batch, torch.Generator().manual_seed(0))
+    assert len(rows) > 4
+    for row, k, (down, right) in zip(rows.tolist(), token.tolist(), truth.tolist()):
+        y, x = 4 * (k // 4) + 2, 4 * (k % 4) + 2
+        dx, dy = batch["flow"][row, 0, :, y, x].tolist()
+        assert np.hypot(dx, dy) >= 4 and abs((y + dy + 0.5) / 4 - 0.5 - down) < 1e-5
+        assert abs((x + dx + 0.5) / 4 - 0.5 - right) < 1e-5
+        assert batch["seen"][row, 0, y, x]
+        # what is there looks the same, as far as a camera's pan by parts of pixels lets it
+        there = batch["video"][row, 1, :, round(y + dy), round(x + dx)]
+        assert (there - batch["video"][row, 0, :, y, x]).abs().max() < 0.5
+
+
+def test_linear_probe_finds_what_is_there_and_nothing_else():
+    torch.manual_seed(0)
+    x, y = torch.randn(400, 30), torch.randn(400, 2)
+    assert evaluate.ridge_r2(x, x[:, :2] - x[:, 3:5], 100) > 0.99
+    assert evaluate.ridge_r2(x, y, 100) < 0.1
+
+
+def test_midways_analyses_run(midway_file, tmp_path):
+    tables = {}
+    for task in ("latents", "heatmap", "identity-bias", "track"):
+        flags = ["--against", midway_file] if task == "identity-bias" else []
+        tables |= eval_tables(midway_file, tmp_path, "--task", task, "--draws", 2, "--batch-size", 4, *flags)
+    rows = {row[""]: row for table in tables.values() for row in table}
+    assert rows["always at the source"]["nearer to the source"] == 1.0
+    assert rows["anywhere, by chance"]["patches from truth"] > 0.5
+    assert rows["best that a grid can do"]["within 1 patch"] == 1.0
+    assert rows["stays put"]["patches"] > rows["best that a grid can do"]["patches"]
+    assert rows["level 1"]["right"] < 4
+    for name in ("heatmap.png", "track.png"):
+        assert 300 < iio.imread(tmp_path / name).shape[1] <= 1600
+
+
+def test_midways_analyses_take_videos(midway_file, tmp_path):
+    video = tmp_path / "clip.mp4"
+    frames = np.random.default_rng(0).integers(0, 255, (60, 36, 64, 3), dtype=np.uint8)
+    iio.imwrite(video, frames, plugin="pyav", codec="libx264", fps=30)
+    np.savez(tmp_path / "truth.npz", tracks=np.full((2, 60, 2), 20.0),
+             annotated=np.arange(60) % 7 == np.array([[0], [3]]))
+    tables = eval_tables(midway_file, tmp_path, "--task", "heatmap", "--data", video, "--draws", 2,
+                         "--at", 0.9, 0.1)
+    assert len(tables) == 1
+    assert not eval_tables(midway_file, tmp_path, "--task", "track", "--data", video, "--draws", 2,
+                           "--gap", 0.1, 0.2, "--stride", 2)
+    (table,) = eval_tables(midway_file, tmp_path, "--task", "track", "--data", video, "--draws", 2, "--tracks",
+                           tmp_path / "truth.npz", "--stride", 7).values()
+    # the second point is seen in no frame that is looked at, the first stays where it is
+    assert {row[""]: row["patches"] for row in table}["stays put"] < 0.71
+
+
+def test_laplacian_loss_and_tiles_equal_croco():
+    z = np.load(HERE / "reference" / "metrics.npz")
+    pred, conf, gt = (torch.from_numpy(z[f"laplacian_{name}"]).double() for name in ("pred", "conf_logit", "gt"))
+    for valid, loss in ((torch.from_numpy(z["laplacian_valid"]), "loss"),
+                        (torch.ones(2, 8, 10, dtype=torch.bool), "loss_all_valid")):
+        close(evaluate.laplacian_loss(pred, conf[:, 0], gt, valid), z[f"laplacian_{loss}"], 1e-12)
+    ends = np.cumsum(z["tiling_count"])
+    for length, window, overlap, a, b in zip(
+            z["tiling_total"], z["tiling_window"], z["tiling_overlap"], ends - z["tiling_count"], ends):
+        assert evaluate.tile_offsets(int(length), int(window), float(overlap)) == z["tiling_offsets"][a:b].tolist()
+
+
+@pytest.mark.parametrize("size", [(23, 40), (10, 40), (16, 16), (8, 9)])
+def test_tiles_cover_images_of_any_size(small_midway, size):
+    """A double that reads the flow off the image's colours."""
+    class Reads(torch.nn.Module):
+        model = small_midway
+
+        def forward(self, source, target):
+            return 20 * source[:, :2] - 10, source[:, 2]
+    H, W = size
+    y, x = torch.meshgrid(torch.linspace(0.2, 0.8, H), torch.linspace(0.3, 0.7, W), indexing="ij")
+    frames = torch.stack([x, y, 1 - x]).expand(2, 3, H, W)
+    flow = evaluate.tiled_flow(Reads(), frames, 0.5)
+    scale = torch.tensor([W / max(W, 16), H / max(H, 16)]).view(2, 1, 1)
+    close(flow, (20 * torch.stack([x, y]) - 10) * scale, 0.35 if min(size) < 16 else 1e-4)
+
+
+def test_flow_crops_keep_flow_true_to_their_frames():
+    """Whatever is scaled, stretched, flipped and cut: the second crop, seen where the flow points, is the first."""
+    y, x = np.mgrid[:60, :80].astype(np.float32)
+    dx, dy = 5.0, -3.0
+    ramp = lambda x, y: np.stack([2.5 * x + 20, 3 * y + 30, x + y + 60], -1).clip(0, 255).astype(np.uint8)
+    pair = dict(frames=np.stack([ramp(x, y), ramp(x - dx, y - dy)]), valid=x > 4,
+                flow=np.stack([np.full_like(x, dx), np.full_like(y, dy)]))
+    crops, flips = evaluate.FlowCrops([pair], 24, seed=0), set()
+    for i in range(24):
+        frames, flow, valid = crops[i]
+        assert frames.shape == (2, 3, 24, 24) and flow.shape == (2, 24, 24) and valid.dtype == torch.bool
+        red, green = frames.float()[:, :2, 4:-4, 4:-4].unbind(1)            # ramps along x, along y
+        per_x, per_y = red.diff(dim=2).mean().item(), green.diff(dim=1).mean().item()
+        flips.add((per_x > 0, per_y > 0))
+        close((red[0] - red[1]).mean() / per_x, flow[0].mean(), 0.4)
+        close((green[0] - green[1]).mean() / per_y, flow[1].mean(), 0.4)
+    assert len(flips) > 1
+
+
+def test_dpt_learns_flow_that_its_maps_tell():
+    torch.manual_seed(0)
+    head = evaluate.DPT((24, 24, 24, 24), 24)
+    flow = F.interpolate(3 * torch.randn(8, 2, 4, 4), (16, 16), mode="bilinear")
+    maps = [F.interpolate(flow, (4, 4)).repeat(1, 12, 1, 1)] * 4
+    valid = torch.ones(8, 16, 16, dtype=torch.bool)
+    before = flow.norm(dim=1).mean()
+
+    def loss(i):
+        out = head(maps, (16, 16))
+        return evaluate.laplacian_loss(out[:, :2], out[:, 2], flow, valid)
+    evaluate.fit([head], loss, 120, "test", lr=3e-3)
+    out = head(maps, (16, 16))
+    assert (out[:, :2] - flow).norm(dim=1).mean() < 0.5 * before
+    assert not head.training
+    # 16-pixel patches: twice the finest map, as in CroCo v2; 4-pixel patches: less than it
+    for n in (64, 16):
+        assert head(maps, (n, n)).shape == (8, 3, n, n)
+
+
+def test_flow_reads_the_four_inputs(small_midway):
+    net = evaluate.FlowNet(small_midway, frozen=True)
+    source, target = torch.rand(2, 2, 3, 16, 16)
+    seen = []
+    hook = small_midway.motion_blocks["1"].register_forward_hook(lambda m, i, out: seen.append(out))
+    with torch.no_grad():
+        levels, z = small_midway.predict(source, target), small_midway.features(source)[-1]
+        hook.remove()
+        maps = net.maps(source, target)
+    for a, b in zip(maps, (z[:, 1:], seen[0][:, 3 + 17 + 1:], levels[1].pred[:, 1:], levels[0].pred[:, 1:])):
+        close(a.flatten(2).mT, b, 0)
+    assert not small_midway.motion_blocks["1"]._forward_hooks
+    alone = evaluate.encoder_only(small_midway, argparse.Namespace(seed=0, device="cpu"))
+    images = torch.rand(1, 3, 16, 16)
+    for teacher in (False, True):
+        close(alone.features(images, teacher)[-1], small_midway.features(images, teacher)[-1], 0)
+    assert (alone.motion_tokens - small_midway.motion_tokens).abs().max() > 0.01
+
+
+def labelled_folder(root, count=10, values=(0, 1, 2)):
+    """Images in two halves of plain colours, each colour a class; a corner that is to be left out."""
+    rng, colours = np.random.default_rng(0), np.array([(220, 40, 40), (40, 200, 60), (50, 60, 220)])
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for n in range(count):
+            a, b = rng.permutation(3)[:2]
+            classes = np.full((32, 48), a, np.uint8)
+            classes[:, 24:] = b
+            image = colours[classes] + rng.integers(-20, 20, (32, 48, 3))
+            classes = np.array(values, np.uint8)[classes]
+            classes[:8, :8] = 255
+            iio.imwrite(root / "images" / split / f"{n}.png", image.clip(0, 255).astype(np.uint8))
+            iio.imwrite(root / "labels" / split / f"{n}.png", classes)
+    return root
+
+
+@pytest.mark.parametrize("flags", [[], ["--features", "backward"], ["--head", "upernet"], ["--finetune"]])
+def test_segmentation_learns_colours_from_a_folder(midway_file, tmp_path, flags):
+    root = labelled_folder(tmp_path / "data")
+    (rows,) = eval_tables(midway_file, tmp_path, "--task", "segmentation", "--data", root, "--steps", 60,
+                          "--batch-size", 4, "--lr", 0.02, *flags).values()
+    rows = {row[""]: row for row in rows}
+    assert rows["mIoU"]["this model"] > 75 > rows["mIoU"]["position prior"]
+    assert rows["mIoU"]["random init"] > 60
+    assert len(rows) == 5                   # two means, three classes: the ignored value is none
+    assert iio.imread(tmp_path / "segmentation.png").shape[1] <= 1600
+
+
+def test_frozen_readouts_leave_the_model_alone(small_midway, tmp_path):
+    before = {name: x.clone() for name, x in small_midway.state_dict().items()}
+    args = argparse.Namespace(seed=0, device=torch.device("cpu"), finetune=True, head="linear", size=16, lr=1e-2,
+                              features="encoder", data="scenes", steps=2, batch_size=2)
+    task = evaluate.SegmentationTask(small_midway, dict(scenes=SMALL_SCENES), args)
+    for args.finetune in (True, False):
+        net = evaluate.train_segmenter(small_midway, task, args, "test")
+        changed = any((net.model.state_dict()[name] - x).abs().max() > 0 for name, x in before.items())
+        assert changed == args.finetune and not net.training
+    assert all((small_midway.state_dict()[name] == x).all() for name, x in before.items())
+    assert not small_midway.training
+
+
+@pytest.mark.parametrize("flags", [["--finetune"], ["--encoder-only"]])
+def test_flow_on_scenes_and_on_pairs(midway_file, tmp_path, flags):
+    rng = np.random.default_rng(0)
+    pair = tmp_path / "pairs" / "one"
+    pair.mkdir(parents=True)
+    for name in ("frame1", "frame2"):
+        iio.imwrite(pair / f"{name}.png", rng.integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    truth = np.zeros((20, 30, 2), np.float32) + (3, 4)
+    truth[0, 0] = 1e10                      # unknown
+    data.write_flo(pair / "flow.flo", truth)
+    for source in ("scenes", pair.parent):
+        (rows,) = eval_tables(midway_file, tmp_path, "--task", "flow", "--data", source, "--steps", 2,
+                              "--batch-size", 2, "--overlap", 0.1, *flags).values()
+        rows = {row[""]: row for row in rows}
+        assert ("this model" in rows["mean over pixels"]) == ("--finetune" in flags)
+    assert rows["one"]["zero"] == rows["mean over pixels"]["zero"] == 5.0
+    assert rows["one"]["best constant"] < 1e-6 and rows["per cent of outliers (Fl-all)"]["zero"] == 100
+
+
+def test_evaluation_tells_what_is_wrong_in_one_line(midway_file, moog_run, tmp_path, capsys):
+    root = labelled_folder(tmp_path / "wrong", values=(0, 1, 7))
+    (tmp_path / "empty").mkdir()
+    plain = tmp_path / "plain.pt"
+    ckpt = torch.load(midway_file, weights_only=True)
+    ckpt["config"]["config"]["latent_dynamics"] = False
+    ckpt["model"] = Midway(Config(**ckpt["config"]["config"])).state_dict()
+    torch.save(ckpt, plain)
+    for args, message in (
+            ([midway_file, "--task", "tokens"], "midway has no task 'tokens': choose from latents, heatmap"),
+            ([moog_run, "--task", "flow"], "moog has no task 'flow'"),
+            ([midway_file, "--task", "segmentation", "--data", root, "--classes", 3], "value 7 is neither a class"),
+            ([midway_file, "--task", "segmentation", "--data", tmp_path / "empty"], "no labelled images"),
+            ([midway_file, "--task", "segmentation", "--data", tmp_path / "nowhere"], "no such folder"),
+            ([midway_file, "--task", "segmentation", "--size", 30], "multiple of the patch size"),
+            ([midway_file, "--task", "flow", "--data", tmp_path / "empty"], "no flow with its two frames"),
+            ([midway_file, "--task", "heatmap", "--data", tmp_path / "empty"], "no videos and no frames"),
+            ([midway_file, "--task", "identity-bias", "--against", moog_run], "want another Midway"),
+            ([plain, "--task", "heatmap"], "no latent dynamics"),
+            ([plain, "--task", "segmentation", "--features", "backward"], "--features encoder"),
+            ([midway_file, "--task", "segmentation", "--head", "upernet", "--features", "backward"], "upernet")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.cli([str(a) for a in [*args, "--out", tmp_path / "out", "--steps", 1, "--device", "cpu"]])
+        assert message in str(stop.value) and "\n" not in str(stop.value), (args, stop.value)
+    for flags in (["--overlap", "1"], ["--at", "2", "0"], ["--draws", "0"], ["--gap", "2", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([str(midway_file), *flags])
+        assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
 # ---- MeloMotion: parts ---------------------------------------------------------------------------
 def squares(count=4, **options):
     return data.MovingSquares(**options).batch(range(count))
