@@ -8,7 +8,21 @@ A checkpoint in, tables and pictures out.
 
 Tasks of moog
     tokens    what each token is of: tokens.png and tokens.gif paint each pixel in the colour of the token
-              that it looks at most; on scenes, how often that is still the same token one frame later
+              that it looks at most; on scenes, how often that is still the same token one frame later.
+              tokens_single.png: where four tokens are looked at; tokens_pca.png: their leading components
+    points    a readout learns to follow points: TAP-Vid's metrics and points.png
+    boxes     the same for boxes: intersection over union and boxes.png
+    depth     a readout learns the depth of each pixel: depth.png
+    unroll    PSNR of predicted frames in clips longer than those of training, and with other numbers of
+              tokens: unroll.png
+
+    Readouts learn from frozen features, with --finetune end to end, on scenes or on --data: a folder of RGB-D
+    clips with tracks.npz (points, depth), a TAP-Vid .pkl (points), a folder with boxes_xyxy.txt (boxes). The
+    last third of its clips, at least one, is for the test. Beside ours: the same readout on a random MooG,
+    and what needs no model. No column of the paper's: its tables could not be verified.
+
+    python eval.py out/moog-tiny                                # all: some 5 minutes on two cores
+    python eval.py out/moog-tiny --task points --data PATH/TO/RGBD --out out/points
 
 Tasks of melomotion
     tables    all tables of the report beside ours, with the controls that it lacks; trains every ablation
@@ -363,7 +377,8 @@ def tokens(model, config, args, report):
     most = top[0, 1:8].flatten().bincount(minlength=N).argsort(descending=True)[:12]
     four = most[torch.randperm(len(most), generator=torch.Generator().manual_seed(args.seed))[:4]]
     seen = looks(model, states[:1, :8], size, lambda seen: seen[..., four])[0].unflatten(1, size)
-    maps = plt.get_cmap("viridis")((seen / seen.amax((0, 1, 2)).clamp(min=1e-12)).cpu().numpy())[..., :3]
+    seen = seen / seen[1:].amax((0, 1, 2)).clamp(min=1e-12)                 # t = 0 is decoded from noise
+    maps = plt.get_cmap("viridis")(seen.clamp(max=1).cpu().numpy())[..., :3]
     rows = [("frame", as_images(video[0])[:8])] + [
         (f"token {n}", maps[..., i, :]) for i, n in enumerate(four.tolist())]
     report.picture(film(rows, times)[0], "tokens_single.png")
@@ -425,8 +440,8 @@ def follow(model, config, args):
 
 # ---- MooG: readouts ------------------------------------------------------------------------------
 # our choice of all: clips to learn from, held-out ones, tracks of each, frames of a clip, steps, queries a step
-POOL, TESTS, POINTS, FRAMES, QUERIES = 2048, 64, 64, 8, 32
-READOUT_STEPS = dict(points=500, boxes=400, depth=150)
+POOL, TESTS, POINTS, FRAMES, QUERIES = 1024, 64, 64, 8, 32
+READOUT_STEPS = dict(points=300, boxes=300, depth=150)
 FIRST = 10**6                           # number of the first clip: no training of a MooG comes so far
 
 
@@ -600,6 +615,23 @@ def readout_sizes(cfg):
                 bases=cfg.decoder_bases)
 
 
+def tracker(kind, cfg):
+    """PointReadout or BoxReadout that begins near staying where the query is, see track()."""
+    readout = kind(cfg.dim, **readout_sizes(cfg))
+    with torch.no_grad():
+        readout.values[-1].weight.mul_(0.1)
+    return readout
+
+
+def track(readout, features, queries, query_frames=None):
+    """
+    readout(...) whose values are moved: queries + 2 * values - 1. our choice: what a readout learns is how far
+    things went from the query, not where they are; few steps are enough to use that, not to learn to copy.
+    """
+    out = readout(features, queries, query_frames)
+    return out._replace(values=queries[:, None] + 2 * out.values - 1)
+
+
 def of_queries(x, frames):
     """x (B, T, K, ...) at each query's own frame (B, K) -> (B, K, ...)."""
     index = frames[:, None].reshape(len(x), 1, -1, *[1] * (x.ndim - 3))
@@ -616,11 +648,10 @@ def points(model, config, args, report):
         frames = batch["query_frames"][:, K]
         time = torch.arange(tracks.shape[1], device=tracks.device)[:, None]
         valid = valid & (time >= frames[:, None])
-        out = readout(features, of_queries(tracks, frames), frames)
+        out = track(readout, features, of_queries(tracks, frames), frames)
         return readout.loss(out, tracks, visible, valid)
 
-    trained = school.train(lambda: moog.PointReadout(model.cfg.dim, **readout_sizes(model.cfg)), loss, args,
-                           "points")
+    trained = school.train(lambda: tracker(moog.PointReadout, model.cfg), loss, args, "points")
     scores, shown = {name: [] for name in (*trained, "stays put")}, None
     for test in progress(school.tests, "points, test"):
         frames, tracks = test["query_frames"], test["tracks"]
@@ -628,7 +659,7 @@ def points(model, config, args, report):
         guesses = {"stays put": (queries[:, None].expand_as(tracks), torch.ones_like(test["visible"]), None)}
         for name, (seer, readout) in trained.items():
             with torch.no_grad():
-                out = readout(seer.unroll(test["video"]).features, queries, frames)
+                out = track(readout, seer.unroll(test["video"]).features, queries, frames)
             guesses[name] = out.values, out.visible, out.logits[..., 0] > 0
         for name, guess in guesses.items():
             scores[name].append(point_scores(*guess, test))
@@ -669,8 +700,8 @@ def points_picture(test, guess, clips=3, most=8):
     S = test["video"].shape[-1]
     tracks, valid, true, frames = (test[name].cpu() for name in ("tracks", "valid", "visible", "query_frames"))
     for b in range(clips):
-        lasting = true[b].float().sum(0)                    # points that can be seen for long
-        chosen = lasting.argsort(descending=True, stable=True)[:2 * most:2]
+        lasting = (true[b].float().mean(0) >= 0.6).nonzero()[:, 0]          # points that can be seen for long
+        chosen = lasting[torch.linspace(0, len(lasting) - 1, min(most, len(lasting))).round().long()]
         colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(chosen)))
         for line, (places, seen) in enumerate(((tracks, true), (guess[0].cpu(), guess[2].cpu()))):
             for axis, t in zip(axes[2 * b + line], times):
@@ -702,11 +733,10 @@ def boxes(model, config, args, report):
 
     def loss(readout, features, batch):
         valid = batch["inside"] & batch["inside"][:, :1]
-        out = readout(features, batch["boxes"][:, 0])
+        out = track(readout, features, batch["boxes"][:, 0])
         return readout.loss(out, batch["boxes"], valid, valid)
 
-    trained = school.train(lambda: moog.BoxReadout(model.cfg.dim, **readout_sizes(model.cfg)), loss, args,
-                           "boxes")
+    trained = school.train(lambda: tracker(moog.BoxReadout, model.cfg), loss, args, "boxes")
     scores, shown = {name: [] for name in (*trained, "keeps its first box")}, None
     order = [1, 0, 3, 2]                                    # box_iou wants x1 y1 x2 y2
     for test in progress(school.tests, "boxes, test"):
@@ -714,7 +744,7 @@ def boxes(model, config, args, report):
         guesses = {"keeps its first box": target[:, :1].expand_as(target)}
         for name, (seer, readout) in trained.items():
             with torch.no_grad():
-                guesses[name] = readout(seer.unroll(test["video"]).features, target[:, 0]).values
+                guesses[name] = track(readout, seer.unroll(test["video"]).features, target[:, 0]).values
         counted = (test["inside"] & test["inside"][:, :1])[:, 1:]
         for name, guess in guesses.items():
             iou = box_iou(guess[..., order], target[..., order])[:, 1:]
@@ -818,7 +848,11 @@ def depth_picture(shown):
 def unroll(model, config, args, report):
     """PSNR of predicted frames over 36 frames, with a quarter, half, once and twice the tokens of training."""
     T, S, cfg = 36, model.cfg.size, model.cfg
-    video = eval_video(model, config, args, T, 16)
+    if args.data == "scenes":       # in longer clips sprites pass by: 8 frames, forth and back, hold them
+        back = torch.tensor([min(t % 14, 14 - t % 14) for t in range(T)], device=args.device)
+        video = eval_video(model, config, args, 8, 32)[:, back]
+    else:
+        video = eval_video(model, config, args, T, 16)
     factor = 1 if cfg.decoder_self_attention else next(f for f in (4, 2, 1) if S % f == 0)
     index = moog.subsample((S, S), factor).to(args.device).expand(len(video), T, -1)
     target, N = moog.pick(video, index), cfg.tokens
@@ -850,7 +884,7 @@ def unroll(model, config, args, report):
                   xytext=(4, -4), textcoords="offset points", va="top", fontsize=9, color="0.3")
     axis.set(xlabel="t", ylabel="PSNR in dB", xlim=(0.5, T - 0.5))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, ncols=3, loc="lower center")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=9, ncols=len(curves), loc="outside upper center")
     report.picture(figure, "unroll.png")
 
 
@@ -1326,7 +1360,7 @@ def main(argv):
     add("--device", default="", help="cuda, mps or cpu [the first that is there]")
     add("--steps", type=int, default=0, help="training steps of a readout [the task's default]")
     add("--batch-size", type=int, default=16, help="samples per training step of a readout [16]")
-    add("--lr", type=float, default=1e-3, help="learning rate of a readout [1e-3]")
+    add("--lr", type=float, default=0.0, help="learning rate of a readout [1e-3; moog 3e-3]")
     add("--finetune", action="store_true", help="train the model together with the readout")
     add("--stride", type=int, default=1, help="videos: source frames from frame to frame of a clip [1]")
     args = parser.parse_args(argv)
@@ -1339,6 +1373,7 @@ def main(argv):
         raise Stop(f"{name} has no task {args.task!r}: choose from {', '.join(tasks) or 'none, so far'}")
     args.device = train.choose_device(args.device) if name != "melomotion" else torch.device("cpu")
     model.to(args.device)
+    args.lr = args.lr or (3e-3 if name == "moog" else 1e-3)
     report, start = Report(Path(args.out) if args.out else path.parent, args.seeds), time.perf_counter()
     report.out.mkdir(parents=True, exist_ok=True)
     for task in chosen.values():
