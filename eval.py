@@ -313,6 +313,9 @@ def as_images(video):
 
 
 # ---- MooG: tokens --------------------------------------------------------------------------------
+PCA_CLIPS = 24                          # of 12 frames, as published
+
+
 def scene_options(model, config, args, frames, split="eval"):
     """Options of data.Scenes: those of the model's training; if there are none, those of preset tiny."""
     known = config.get("scenes") or moog.RECIPES["tiny"]["scenes"]
@@ -392,9 +395,9 @@ def tokens(model, config, args, report):
 
 
 def components(model, config, args, report, times):
-    """tokens_pca.png: three leading components of the tokens, of 24 clips of 12 frames as published, as RGB.
+    """tokens_pca.png: three leading components of the tokens, as RGB, fitted to PCA_CLIPS clips of 12 frames.
     A pixel shows the mean of the tokens weighted by how much it looks at them."""
-    video, size = eval_video(model, config, args, 12, 24), (model.cfg.size, model.cfg.size)
+    video, size = eval_video(model, config, args, 12, PCA_CLIPS), (model.cfg.size, model.cfg.size)
     states = torch.cat([model.anticipate(clips[:, :-1]) for clips in video.split(4)])
     flat = states.flatten(0, 2)
     centred = flat - flat.mean(0)
@@ -439,7 +442,7 @@ def follow(model, config, args):
 
 
 # ---- MooG: readouts ------------------------------------------------------------------------------
-# our choice of all: clips to learn from, held-out ones, tracks of each, frames of a clip, steps, queries a step
+# our choice of all: clips to learn from, held-out ones, points of each, frames of a clip, queries of a step
 POOL, TESTS, POINTS, FRAMES, QUERIES = 1024, 64, 64, 8, 32
 READOUT_STEPS = dict(points=300, boxes=300, depth=150)
 FIRST = 10**6                           # number of the first clip: no training of a MooG comes so far
@@ -454,14 +457,23 @@ def shares(boxes, width, height):
 
 
 def scene_clips(model, config, args, split, count):
-    """Clips of scenes with what readouts are to say of them, places as shares of the frame's size."""
+    """
+    Clips of scenes with what readouts are to say of them, places as shares of the frame's size. Their points
+    are on sprites, if there are any in frame 0: nobody could follow those on a plain background.
+    """
     scenes = data.Scenes(device=args.device, **scene_options(
         model, config, args, max(model.cfg.frames, FRAMES), split))
-    parts = [scenes.batch(range(FIRST + i, FIRST + min(i + 16, count)), truth=True, points=POINTS)
-             for i in range(0, count, 16)]
-    clips = {name: torch.cat([part[name] for part in parts])
-             for name in ("video", "tracks", "visible", "boxes", "depth")}
-    clips["video"] = (255 * clips["video"]).round().byte()
+    generator, parts = torch.Generator().manual_seed(args.seed), []
+    for i in range(0, count, 16):
+        clip = scenes.batch(range(FIRST + i, FIRST + min(i + 16, count)), truth=True, points=8 * POINTS)
+        x, y = clip["tracks"][:, 0].long().unbind(-1)
+        sprite = clip["ids"][:, 0].flatten(1).gather(1, y * scenes.size + x) > 0
+        drawn = torch.multinomial(sprite.cpu() + 1e-9, POINTS, generator=generator).to(args.device)
+        at = lambda x: x.gather(2, drawn[:, None].expand(-1, x.shape[1], -1))
+        parts.append(dict(
+            video=(255 * clip["video"]).round().byte(), boxes=clip["boxes"], depth=clip["depth"],
+            tracks=torch.stack([at(x) for x in clip["tracks"].unbind(-1)], -1), visible=at(clip["visible"])))
+    clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     clips["tracks"] = (clips["tracks"] + 0.5) / scenes.size
     clips["boxes"], clips["inside"] = shares(clips["boxes"], scenes.size, scenes.size)
     clips["valid"] = torch.ones_like(clips["visible"])
@@ -550,8 +562,8 @@ class Lessons:
         if task == "boxes":         # frames but no clip's query counts
             self.tests = [{name: x[:, i:i + 16] for name, x in clip.items()} for clip in self.tests
                           for i in range(0, clip["video"].shape[1] - 1, 16)]
-        tqdm.write(f"\n{args.data}: tested on {', '.join(items.names[i] for i in order[kept:])}, trained on " +
-                   (f"{kept} other clips" if kept else "scenes"))
+        names = ", ".join(items.names[i] for i in order[kept:])
+        tqdm.write(f"\n{args.data}: trained on {f'{kept} clips' if kept else 'scenes'}, tested on {names}")
         if not kept:
             self.clips = scene_clips(model, config, args, "train", POOL)
             return
@@ -625,8 +637,8 @@ def tracker(kind, cfg):
 
 def track(readout, features, queries, query_frames=None):
     """
-    readout(...) whose values are moved: queries + 2 * values - 1. our choice: what a readout learns is how far
-    things went from the query, not where they are; few steps are enough to use that, not to learn to copy.
+    readout(...) whose values are moved: queries + 2 * values - 1. our choice: what a readout learns is how
+    far things went from the query, not where they are. So it need not learn first to copy the query.
     """
     out = readout(features, queries, query_frames)
     return out._replace(values=queries[:, None] + 2 * out.values - 1)
@@ -656,7 +668,7 @@ def points(model, config, args, report):
     for test in progress(school.tests, "points, test"):
         frames, tracks = test["query_frames"], test["tracks"]
         queries = of_queries(tracks, frames)
-        guesses = {"stays put": (queries[:, None].expand_as(tracks), torch.ones_like(test["visible"]), None)}
+        guesses = {"stays put": (queries[:, None].expand_as(tracks), *[torch.ones_like(test["visible"])] * 2)}
         for name, (seer, readout) in trained.items():
             with torch.no_grad():
                 out = track(readout, seer.unroll(test["video"]).features, queries, frames)
@@ -667,18 +679,18 @@ def points(model, config, args, report):
     columns = list(scores)
     scores = {name: {row: torch.cat([part[row] for part in parts]).nanmean().item() for row in parts[0]}
               for name, parts in scores.items()}
-    report.table(f"points, {'end to end' if args.finetune else 'frozen features'}, pixels of 256 x 256", columns,
-                 [[row, *(scores[name][row] for name in columns)] for row in scores["stays put"]])
+    report.table(f"points, {'end to end' if args.finetune else 'frozen features'}, pixels of 256 x 256",
+                 columns, [[row, *(scores[name][row] for name in columns)] for row in scores["stays put"]])
     report.picture(points_picture(*shown), "points.png")
 
 
 def point_scores(tracks, visible, seen, test):
-    """Rows of the table, each (B,), of tracks (B, T, P, 2) as shares of the frame; seen: without certainty."""
+    """Rows of the table, each (B,), of tracks (B, T, P, 2), shares of the frame; seen: certain or not."""
     turn = lambda x: x.transpose(1, 2).cpu()
     tracks, target, true, valid = (turn(x) for x in (tracks, test["tracks"], test["visible"], test["valid"]))
     frames = test["query_frames"].cpu()
-    sure, each = (tracking_metrics(256 * tracks, turn(visible if x is None else x), 256 * target, true, frames,
-                                   valid=valid) for x in (visible, seen))
+    sure, each = (tracking_metrics(256 * tracks, turn(x), 256 * target, true, frames, valid=valid)
+                  for x in (visible, seen))
     counted = true & valid & (torch.arange(true.shape[2]) > frames[..., None])
     away = torch.where(counted, 256 * (tracks - target).norm(dim=-1), torch.nan)
     return {"average Jaccard": sure["average_jaccard"], "occlusion accuracy": sure["occlusion_accuracy"],
@@ -698,7 +710,8 @@ def points_picture(test, guess, clips=3, most=8):
         rows += [(label, [images[t] for t in times]) for label in ("truth", "this model")]
     figure, axes = film(rows, [f"t = {t}" for t in times], width=1.75)
     S = test["video"].shape[-1]
-    tracks, valid, true, frames = (test[name].cpu() for name in ("tracks", "valid", "visible", "query_frames"))
+    tracks, valid, true = (test[name].cpu() for name in ("tracks", "valid", "visible"))
+    frames = test["query_frames"].cpu()
     for b in range(clips):
         lasting = (true[b].float().mean(0) >= 0.6).nonzero()[:, 0]          # points that can be seen for long
         chosen = lasting[torch.linspace(0, len(lasting) - 1, min(most, len(lasting))).round().long()]
@@ -751,6 +764,8 @@ def boxes(model, config, args, report):
             scores[name].append(iou[counted].cpu())
         shown = shown or (test, guesses["this model"])
     scores = {name: torch.cat(parts) for name, parts in scores.items()}
+    if not len(scores["this model"]):
+        raise Stop("boxes: in no clip does more than half of a box stay in the frame from the first frame on")
     report.table(f"boxes, {'end to end' if args.finetune else 'frozen features'}: intersection over union",
                  list(scores), [["mean, frames after the query", *(x.mean().item() for x in scores.values())],
                                 ["share above 1/2", *((x > 0.5).double().mean().item() for x in
@@ -808,12 +823,13 @@ def depth(model, config, args, report):
             guesses[name] = depth_of(seer, readout, test["video"])
         for name, guess in guesses.items():
             scores[name] += [depth_metrics(a.cpu(), b.cpu()) for a, b in zip(guess, target) if (b > 0).any()]
-        shown += list(zip(test["video"][:, 3::4][:, -1], target[:, -1], guesses["this model"][:, -1]))
+        triples = (x.flatten(0, 1) for x in (test["video"][:, 3::4], target, guesses["this model"]))
+        shown += list(zip(*triples))
     columns = list(scores)
     report.table(f"depth, {'end to end' if args.finetune else 'frozen features'}", columns, [
         [row, *(statistics.fmean(score[key] for score in scores[name]) for name in columns)]
         for row, key in (("AbsRel", "abs_rel"), ("RMSE", "rmse"), ("delta < 1.25", "delta_1.25"))])
-    report.picture(depth_picture(shown[::max(len(shown) // 5, 1)][:5]), "depth.png")
+    report.picture(depth_picture([shown[i * len(shown) // 5] for i in range(5)]), "depth.png")
 
 
 @torch.no_grad()
@@ -846,7 +862,7 @@ def depth_picture(shown):
 # ---- MooG: longer clips, other numbers of tokens -------------------------------------------------
 @torch.no_grad()
 def unroll(model, config, args, report):
-    """PSNR of predicted frames over 36 frames, with a quarter, half, once and twice the tokens of training."""
+    """PSNR of predicted frames over 36 frames, with a quarter, half, once and twice training's tokens."""
     T, S, cfg = 36, model.cfg.size, model.cfg
     if args.data == "scenes":       # in longer clips sprites pass by: 8 frames, forth and back, hold them
         back = torch.tensor([min(t % 14, 14 - t % 14) for t in range(T)], device=args.device)
@@ -865,7 +881,8 @@ def unroll(model, config, args, report):
             states = model.anticipate(clips[:, :-1], tokens=tokens)
             guess.append(model.decode(states, (S, S), pixels)[:, 1:])
         curves[name] = ratio(torch.cat(guess))
-    curves = {name: curves[name].mean(0).cpu() for name in (*curves, "copy") if name in curves}
+    curves["copy"] = curves.pop("copy")                     # the last column
+    curves = {name: curve.mean(0).cpu() for name, curve in curves.items()}
     parts = {"t = 1-7": slice(0, 7), "t = 8-15": slice(7, 15), "t = 16-23": slice(15, 23),
              "t = 24-35": slice(23, 35)}
     report.table(f"PSNR in dB of {len(video)} clips' frames, predicted from those before; trained on "
@@ -875,16 +892,16 @@ def unroll(model, config, args, report):
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     styles = {"copy": dict(color="black", ls=":")} | {
         name: dict(color=colour, marker=marker, ms=3.5) for name, colour, marker in zip(
-            [name for name in curves if name != "copy"], plt.get_cmap("viridis")([0.85, 0.6, 0.3, 0]), "sovD")}
+            list(curves)[:-1], plt.get_cmap("viridis")([0.85, 0.6, 0.3, 0]), "sovD")}
     for name, curve in curves.items():
         axis.plot(range(1, T), curve, label="copying the frame before" if name == "copy" else name,
                   lw=1.5, **styles[name])
     axis.axvline(cfg.frames - 0.5, color="0.5", ls="--", lw=1)
-    axis.annotate(f"training: {cfg.frames} frames", (cfg.frames - 0.5, 1), xycoords=("data", "axes fraction"),
-                  xytext=(4, -4), textcoords="offset points", va="top", fontsize=9, color="0.3")
+    axis.annotate(f"training: {cfg.frames} frames", (cfg.frames - 0.5, 0), xycoords=("data", "axes fraction"),
+                  xytext=(4, 4), textcoords="offset points", fontsize=9, color="0.3")
     axis.set(xlabel="t", ylabel="PSNR in dB", xlim=(0.5, T - 0.5))
     axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=9, ncols=len(curves), loc="outside upper center")
+    figure.legend(fontsize=9, ncols=len(curves), loc="outside upper center")
     report.picture(figure, "unroll.png")
 
 
