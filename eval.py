@@ -296,7 +296,7 @@ def film(rows, columns=None, width=1.1):
     H, W = rows[0][1][0].shape[:2]
     figure, axes = plt.subplots(len(rows), most, squeeze=False, layout="constrained",
                                 figsize=(width * most + 0.3, 1.02 * width * H / W * len(rows) + 0.3))
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03)
     for (label, images), line in zip(rows, axes):
         line[0].set_ylabel(label, fontsize=9)
         for axis, image in zip(line, images):

@@ -1724,7 +1724,8 @@ def test_eval_points(moog_run, tmp_path, few):
     assert set(rows["delta_avg"]) == {"", "this model", "random init", "stays put"} and len(rows) == 7
     tests = eval_lessons(moog_run).tests                        # by hand: how near points are to their query
     near, away = [], []
-    for tracks, visible in zip(*(torch.cat([test[name] for test in tests]) for name in ("tracks", "visible"))):
+    both = (torch.cat([test[name] for test in tests]) for name in ("tracks", "visible"))
+    for tracks, visible in zip(*both):
         gone = [256 * (tracks[t, p] - tracks[0, p]).norm().item()
                 for t in range(1, 8) for p in range(6) if visible[t, p]]
         near += [np.mean([[d < n for d in gone] for n in (1, 2, 4, 8, 16)])] if gone else []
