@@ -1802,7 +1802,8 @@ def test_eval_of_readouts_on_real_clips(moog_run, labelled, tmp_path, few, capsy
         assert words in leaving.value.code and "\n" not in leaving.value.code
 
 
-def test_windows_of_real_clips_keep_points_on_their_pixels(moog_run, labelled, few):
+def test_windows_of_real_clips_keep_points_on_their_pixels(moog_run, labelled, few, monkeypatch):
+    monkeypatch.setattr(evaluate, "POOL", 40)
     clips, mirrored = eval_lessons(moog_run, "points", labelled).clips, 0
     assert clips["video"].shape[1:] == (8, 3, 16, 16)
     for b in range(len(clips["video"])):
