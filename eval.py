@@ -8,7 +8,21 @@ A checkpoint in, tables and pictures out.
 
 Tasks of moog
     tokens    what each token is of: tokens.png and tokens.gif paint each pixel in the colour of the token
-              that it looks at most; on scenes, how often that is still the same token one frame later
+              that it looks at most; on scenes, how often that is still the same token one frame later.
+              tokens_single.png: where four tokens are looked at; tokens_pca.png: their leading components
+    points    a readout learns to follow points: TAP-Vid's metrics and points.png
+    boxes     the same for boxes: intersection over union and boxes.png
+    depth     a readout learns the depth of each pixel: depth.png
+    unroll    PSNR of predicted frames in clips longer than those of training, and with other numbers of
+              tokens: unroll.png
+
+    Readouts learn from frozen features, with --finetune end to end, on scenes or on --data: a folder of RGB-D
+    clips with tracks.npz (points, depth), a TAP-Vid .pkl (points), a folder with boxes_xyxy.txt (boxes). The
+    last third of its clips, at least one, is for the test. Beside ours: the same readout on a random MooG,
+    and what needs no model. No column of the paper's: its tables could not be verified.
+
+    python eval.py out/moog-tiny                                # all: some 5 minutes on two cores
+    python eval.py out/moog-tiny --task points --data PATH/TO/RGBD --out out/points
 
 Tasks of melomotion
     tables    all tables of the report beside ours, with the controls that it lacks; trains every ablation
@@ -19,6 +33,7 @@ Tables are printed and, seed by seed, written to results.json, beside the pictur
 in --out.
 """
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -45,6 +60,7 @@ from tqdm import tqdm
 
 import data
 import midway
+import moog
 import train
 from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, composite, decode, place, position_loss,
                         warp)
@@ -81,6 +97,7 @@ class Report:
     def __init__(self, out, seeds):
         self.out, self.seeds, self.tables = out, seeds, {}
         self.decoder = None             # of MeloMotion, trained on the way
+        self.lessons = None             # of MooG, clips for its readouts
 
     def picture(self, figure, name):
         figure.savefig(self.out / name, dpi=110)
@@ -171,12 +188,13 @@ def mean_iou(pred, target, num_classes, ignore_index=255):
     return iou_scores(confusion(pred, target, num_classes, ignore_index))
 
 
-def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first"):
+def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first", valid=None):
     """
     TAP-Vid's metrics, each (B,), one number per video: `average_jaccard`, `delta_avg` (share of visible
     points within 1, 2, 4, 8, 16 pixels, mean over these), `occlusion_accuracy`, and jaccard_N, delta_N.
     tracks (B, P, T, 2) in pixels of 256 x 256, visible (B, P, T) bool, query_frames (B, P). mode: "first"
     counts only frames after a point's query, "strided" all but the query's. nan where nothing is to be seen.
+    valid (B, P, T): where the truth is known, by default everywhere; the rest is not counted.
     """
     if mode not in ("first", "strided"):
         raise ValueError(f"mode={mode!r} must be 'first' or 'strided'")
@@ -184,6 +202,7 @@ def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frame
     seen, true = torch.as_tensor(visible).bool(), torch.as_tensor(target_visible).bool()
     t, query = torch.arange(tracks.shape[2], device=tracks.device), torch.as_tensor(query_frames)[..., None]
     counted = (t > query if mode == "first" else t != query).expand(true.shape)
+    counted = counted if valid is None else counted & torch.as_tensor(valid).bool()
     total = lambda x: (x & counted).sum((1, 2)).double()
     square = (tracks - target).square().sum(-1)
     out = dict(occlusion_accuracy=total(seen == true) / counted.sum((1, 2)))
@@ -1197,56 +1216,130 @@ def flow_picture(shown, report):
     report.picture(figure, "flow.png")
 
 
+# ---- MooG: pictures ------------------------------------------------------------------------------
+def film(rows, columns=None, width=1.1):
+    """A figure of rows (label, images of one height), with `columns` above the first; labels may be empty."""
+    most = max(len(images) for _, images in rows)
+    H, W = rows[0][1][0].shape[:2]
+    figure, axes = plt.subplots(len(rows), most, squeeze=False, layout="constrained",
+                                figsize=(width * most + 0.3, 1.02 * width * H / W * len(rows) + 0.3))
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03)
+    for (label, images), line in zip(rows, axes):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, image in zip(line, images):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], columns or ()):
+        axis.set_title(title, fontsize=9)
+    return figure, axes
+
+
+def as_images(video):
+    """(..., 3, H, W), uint8 or float -> (..., H, W, 3) for matplotlib, from any device."""
+    return moog.as_float(video).movedim(-3, -1).clamp(0, 1).cpu().numpy()
+
+
 # ---- MooG: tokens --------------------------------------------------------------------------------
+PCA_CLIPS = 24                          # of 12 frames, as published
+
+
+def scene_options(model, config, args, frames, split="eval"):
+    """Options of data.Scenes: those of the model's training; if there are none, those of preset tiny."""
+    known = config.get("scenes") or moog.RECIPES["tiny"]["scenes"]
+    return known | dict(size=model.cfg.size, frames=frames, split=split, seed=args.seed)
+
+
+def eval_video(model, config, args, frames, count):
+    """Held-out clips (count, frames, 3, H, W) in [0, 1] of --data."""
+    options = scene_options(model, config, args, frames)
+    options = {name: options[name] for name in options if name not in ("frames", "split", "seed")}
+    numbers = [range(i, min(i + 8, count)) for i in range(0, count, 8)]
+    loader = data.make_loader(args.data, dict(frames=frames, size=model.cfg.size), numbers, args.device,
+                              args.seed, 0, split="eval", scenes=options, stride=args.stride)
+    video = torch.cat([batch["video"] for batch in loader])
+    return moog.as_float(video)
+
+
+def looks(model, states, size, use, index=None):
+    """
+    use(attention (B, T, P, N) of pixels to tokens, mean over the heads of the last layer), whose results
+    (B, T, P, ...) are joined: piece by piece, as the attention of all pixels may not fit.
+    """
+    look = lambda piece: model.decode(states, size, piece, return_attention=True)[1].mean(2)
+    whole = torch.arange(size[0] * size[1], device=states.device)
+    if model.cfg.decoder_self_attention:            # pixels that look at each other can't be parted
+        seen = look(whole)
+        if index is not None:
+            seen = seen.gather(2, index[..., None].expand(*index.shape, seen.shape[-1]))
+        return use(seen)
+    pieces = (whole if index is None else index).split(1024, -1)
+    return torch.cat([use(look(piece)) for piece in pieces], 2)
+
+
 def top_tokens(model, states, size, index=None):
     """Number of the token that each pixel looks at most, mean over the heads of the last layer: (B, T, P)."""
-    look = lambda piece: model.decode(states, size, piece, return_attention=True)[1].mean(2).argmax(-1)
-    whole = torch.arange(size[0] * size[1])
-    if model.cfg.decoder_self_attention:            # pixels that look at each other can't be parted
-        return look(whole) if index is None else look(whole).gather(2, index)
-    pieces = (whole if index is None else index).split(1024, -1)    # the attention of all may not fit
-    return torch.cat([look(piece) for piece in pieces], -1)
+    return looks(model, states, size, lambda seen: seen.argmax(-1), index)
 
 
 @torch.no_grad()
 def tokens(model, config, args, report):
     T, size = max(model.cfg.frames, 8), (model.cfg.size, model.cfg.size)
-    loader = data.make_loader(args.data, dict(frames=T, size=size[0]), [range(2)], "cpu", args.seed, 0,
-                              split="eval", scenes=config.get("scenes"), stride=args.stride)
-    video = next(iter(loader))["video"]
-    video = video / 255 if video.dtype == torch.uint8 else video
+    video = eval_video(model, config, args, T, 2)
     states = model.anticipate(video[:, :-1])        # (B, T, N, D), each from the frames before its own
-    prediction = model.decode(states, size).clamp(0, 1)
+    prediction = model.decode(states, size)
     top = top_tokens(model, states, size).unflatten(-1, size)               # (B, T, H, W)
     N = states.shape[2]
     hues = torch.rand(N, generator=torch.Generator().manual_seed(0))
     colours = torch.tensor(plt.get_cmap("hsv")(hues.numpy())[:, :3], dtype=torch.float32)
     values = 0.45 + 0.55 * torch.rand(N, 1, generator=torch.Generator().manual_seed(1))
-    painted = (colours * values)[top].movedim(-1, 2)                        # (B, T, 3, H, W)
-    blended = (0.75 * painted + 0.25 * video.mean(2, keepdim=True)).clamp(0, 1)
-    rows = [(name, x[b].movedim(1, -1).numpy()) for b in range(len(video)) for name, x in
+    painted = (colours * values).to(top.device)[top].movedim(-1, 2)         # (B, T, 3, H, W)
+    blended = 0.75 * painted + 0.25 * video.mean(2, keepdim=True)
+    rows = [(name, as_images(x[b])) for b in range(len(video)) for name, x in
             (("frame", video), ("predicted", prediction), ("tokens", blended))]
-
-    figure, axes = plt.subplots(len(rows), 8, figsize=(8.8, 1.12 * len(rows) + 0.2), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
-    for r, (name, clip) in enumerate(rows):
-        for t, axis in enumerate(axes[r]):
-            axis.imshow(clip[t], interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if not r:
-                axis.set_title(f"t = {t}", fontsize=9)
-        axes[r, 0].set_ylabel(name, fontsize=9)
-    report.picture(figure, "tokens.png")
+    times = [f"t = {t}" for t in range(8)]
+    report.picture(film([(name, clip[:8]) for name, clip in rows], times)[0], "tokens.png")
     strip = np.concatenate([np.concatenate([clip for _, clip in rows[3 * b:3 * b + 3]], 2) for b in
                             range(len(video))], 1)                          # (T, B*H, 3*W, 3)
     strip = np.uint8(255 * strip).repeat(2, 1).repeat(2, 2)
     iio.imwrite(report.out / "tokens.gif", strip, duration=250, loop=0)
 
-    if args.data == "scenes" and config.get("scenes", {}).get("sprites", 4):
+    # four tokens of the first clip, drawn from the twelve that most of its pixels look at
+    most = top[0, 1:8].flatten().bincount(minlength=N).argsort(descending=True)[:12]
+    four = most[torch.randperm(len(most), generator=torch.Generator().manual_seed(args.seed))[:4]]
+    seen = looks(model, states[:1, :8], size, lambda seen: seen[..., four])[0].unflatten(1, size)
+    seen = seen / seen[1:].amax((0, 1, 2)).clamp(min=1e-12)                 # t = 0 is decoded from noise
+    maps = plt.get_cmap("viridis")(seen.clamp(max=1).cpu().numpy())[..., :3]
+    rows = [("frame", as_images(video[0])[:8])] + [
+        (f"token {n}", maps[..., i, :]) for i, n in enumerate(four.tolist())]
+    report.picture(film(rows, times)[0], "tokens_single.png")
+    components(model, config, args, report, times)
+
+    if args.data == "scenes" and scene_options(model, config, args, T).get("sprites", 4):
         report.table(
             "share of points on sprites whose token is the same one frame later",
             ["where the point went", "where it was", "at another point"],
             [["this model", *follow(model, config, args)]])
+
+
+def components(model, config, args, report, times):
+    """tokens_pca.png: three leading components of the tokens, as RGB, fitted to PCA_CLIPS clips of 12 frames.
+    A pixel shows the mean of the tokens weighted by how much it looks at them."""
+    video, size = eval_video(model, config, args, 12, PCA_CLIPS), (model.cfg.size, model.cfg.size)
+    states = torch.cat([model.anticipate(clips[:, :-1]) for clips in video.split(4)])
+    flat = states.flatten(0, 2)
+    centred = flat - flat.mean(0)
+    variances, axes = torch.linalg.eigh((centred.mT @ centred).double())    # (D,) rising, (D, D)
+    three = (centred @ axes[:, -3:].flip(-1).to(centred)).unflatten(0, states.shape[:3])
+    share = variances[-3:].sum() / variances.sum()
+    paint = lambda b: looks(model, states[b:b + 1, :8], size, lambda seen: seen @ three[b:b + 1, :8])
+    painted = torch.cat([paint(b) for b in range(3)])                       # (B, T, H*W, 3)
+    low, high = painted[:, 1:].flatten(0, 2).quantile(torch.tensor([0.02, 0.98]).to(painted), dim=0)
+    painted = ((painted - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(2, size).cpu().numpy()
+    rows = [row for b in range(3) for row in
+            (("frame", as_images(video[b])[:8]), ("components", painted[b]))]
+    figure, _ = film(rows, times)
+    figure.supxlabel(f"three leading components of the tokens: {share:.0%} of their variance", fontsize=9)
+    report.picture(figure, "tokens_pca.png")
 
 
 @torch.no_grad()
@@ -1259,8 +1352,8 @@ def follow(model, config, args):
     """
     cfg = model.cfg
     size, T = (cfg.size, cfg.size), max(cfg.frames, 8)
-    options = config.get("scenes", {}) | dict(size=cfg.size, frames=T, split="eval", seed=args.seed)
-    clips = data.Scenes(**options).batch(range(1000, 1064), truth=True, points=256)
+    scenes = data.Scenes(device=args.device, **scene_options(model, config, args, T))
+    clips = scenes.batch(range(1000, 1064), truth=True, points=256)
     states = torch.cat([model.anticipate(clip[:, :-1]) for clip in clips["video"].split(8)])    # (B, T, N, D)
     tracks, ids = clips["tracks"], clips["ids"].flatten(2)                  # (B, T, P, 2), (B, T, H*W)
     x, y = tracks.round().long().clamp(0, cfg.size - 1).unbind(-1)
@@ -1273,6 +1366,470 @@ def follow(model, config, args):
     here, there = (top_tokens(model, states, size, i) for i in (index, left))
     before, here, there = here[:, :-1], here[:, 1:], there[:, 1:]
     return [(now == before)[counts].float().mean().item() for now in (here, there, here.roll(1, 2))]
+
+
+# ---- MooG: readouts ------------------------------------------------------------------------------
+# our choice of all: clips to learn from, held-out ones, points of each, frames of a clip, queries of a step
+POOL, TESTS, POINTS, FRAMES, QUERIES = 1024, 64, 64, 8, 32
+READOUT_STEPS = dict(points=300, boxes=300, depth=150)
+FIRST = 10**6                           # number of the first clip: no training of a MooG comes so far
+
+
+def shares(boxes, width, height):
+    """Boxes x1 y1 x2 y2 in pixels, whose centres are integers, as shares y1 x1 y2 x2 of the frame; whether
+    more than half of each lies in the frame. What sticks out is cut off."""
+    whole = ((boxes + 0.5) / torch.tensor([width, height] * 2).to(boxes))[..., [1, 0, 3, 2]]
+    cut, area = whole.clamp(0, 1), lambda box: (box[..., 2:] - box[..., :2]).prod(-1)
+    return cut, area(cut) > area(whole) / 2
+
+
+def scene_clips(model, config, args, split, count):
+    """
+    Clips of scenes with what readouts are to say of them, places as shares of the frame's size. Their points
+    are on sprites, if there are any in frame 0: nobody could follow those on a plain background.
+    """
+    scenes = data.Scenes(device=args.device, **scene_options(
+        model, config, args, max(model.cfg.frames, FRAMES), split))
+    generator, parts = torch.Generator().manual_seed(args.seed), []
+    for i in range(0, count, 16):
+        clip = scenes.batch(range(FIRST + i, FIRST + min(i + 16, count)), truth=True, points=8 * POINTS)
+        x, y = clip["tracks"][:, 0].long().unbind(-1)
+        sprite = clip["ids"][:, 0].flatten(1).gather(1, y * scenes.size + x) > 0
+        drawn = torch.multinomial(sprite.cpu() + 1e-9, POINTS, generator=generator).to(args.device)
+        at = lambda x: x.gather(2, drawn[:, None].expand(-1, x.shape[1], -1))
+        parts.append(dict(
+            video=(255 * clip["video"]).round().byte(), boxes=clip["boxes"], depth=clip["depth"],
+            tracks=torch.stack([at(x) for x in clip["tracks"].unbind(-1)], -1), visible=at(clip["visible"])))
+    clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    clips["tracks"] = (clips["tracks"] + 0.5) / scenes.size
+    clips["boxes"], clips["inside"] = shares(clips["boxes"], scenes.size, scenes.size)
+    clips["valid"] = torch.ones_like(clips["visible"])
+    clips["query_frames"] = torch.zeros_like(clips["visible"][:, 0], dtype=torch.long)
+    return clips
+
+
+def real_clip(item, size, device):
+    """A clip of data.PointTracks or BoxTracks as one of scene_clips(), without its first axis: B. Frames are
+    squashed to size x size, as in TAP-Vid; depth takes the nearest measurement."""
+    H, W = item["video"].shape[1:3]
+    video = torch.as_tensor(item["video"]).movedim(-1, 1)
+    resize = lambda x, **how: torch.nn.functional.interpolate(x, (size, size), **how)
+    clip = dict(video=resize(video, mode="bilinear", antialias=True))
+    if "boxes" in item:                             # one box a frame
+        clip["boxes"], clip["inside"] = shares(torch.as_tensor(item["boxes"])[:, None], W, H)
+    if "tracks" in item:
+        clip["tracks"] = (torch.as_tensor(item["tracks"]) + 0.5) / torch.tensor([W, H])
+        clip |= {name: torch.as_tensor(item[name]) for name in ("visible", "valid", "query_frames")}
+    if "depth" in item:
+        clip["depth"] = resize(torch.as_tensor(item["depth"])[:, None], mode="nearest-exact")[:, 0]
+    return {name: x.to(device) for name, x in clip.items()}
+
+
+def window(clip, frames, generator):
+    """
+    A random window of a real clip, every second time mirrored; its points, drawn from those that are seen in
+    it, are given at a random one of the frames in which they are seen. None if nothing is to be learnt there.
+    """
+    T = len(clip["video"])
+    draw = lambda *shape: torch.rand(*shape, generator=generator)
+    start = int(draw(1) * (T - frames + 1))
+    out = {name: x[start:start + frames] for name, x in clip.items() if name != "query_frames"}
+    if "tracks" in clip:
+        seen = (out["visible"] & out["valid"]).cpu()                        # (frames, P)
+        if not seen.any():
+            return None
+        drawn = torch.multinomial(seen.any(0).float(), POINTS, replacement=True, generator=generator)
+        at = torch.multinomial(seen[:, drawn].T.float(), 1, generator=generator)[:, 0]
+        drawn = drawn.to(clip["video"].device)
+        out |= {name: out[name][:, drawn] for name in ("tracks", "visible", "valid")}
+        out["query_frames"] = at.to(drawn.device)
+    if "boxes" in clip and not out["inside"][0].any():
+        return None
+    if draw(1) < 0.5:
+        out["video"] = out["video"].flip(-1)
+        if "tracks" in out:
+            out["tracks"] = torch.stack([1 - out["tracks"][..., 0], out["tracks"][..., 1]], -1)
+        if "boxes" in out:
+            y1, x1, y2, x2 = out["boxes"].unbind(-1)
+            out["boxes"] = torch.stack([y1, 1 - x2, y2, 1 - x1], -1)
+        if "depth" in out:
+            out["depth"] = out["depth"].flip(-1)
+    return out
+
+
+class Lessons:
+    """
+    What readouts learn from, and what they are tested on.
+
+    clips       of scenes, or windows of --data: of its clips all but the last third in the order of their
+                names, at least one, which are for the test; of a single one all is, and scenes are to learn
+    tests       scenes in batches, or whole clips of --data one by one (boxes: in windows of 16 frames)
+    models      the checkpoint's, and one of the same Config with random weights
+    """
+
+    def __init__(self, model, config, args, task):
+        torch.manual_seed(args.seed)
+        self.models = {"this model": model, "random init": moog.MooG(model.cfg).to(args.device).eval()}
+        self.features, self.real = {}, args.data != "scenes"
+        if not self.real:
+            self.clips = scene_clips(model, config, args, "train", POOL)
+            held_out = scene_clips(model, config, args, "eval", TESTS)
+            self.tests = [{name: x[i:i + 16] for name, x in held_out.items()}
+                          for i in range(0, TESTS, 16)]
+            return
+        items = (data.BoxTracks if task == "boxes" else data.PointTracks)(args.data)
+        wanted = dict(points="tracks", boxes="boxes", depth="depth")[task]
+        order = sorted(range(len(items)), key=lambda i: items.names[i])
+        kept = len(order) - max(len(order) // 3, 1)
+        clips = [real_clip(items[i], model.cfg.size, args.device) for i in order]
+        if not all(wanted in clip for clip in clips):
+            raise Stop(f"--data {args.data}: no {wanted} in it, which --task {task} needs")
+        whole = lambda clip: {name: x[None] for name, x in clip.items()}
+        self.tests = [whole(clip) for clip in clips[kept:]]
+        if task == "boxes":
+            self.tests = [{name: x[:, i:i + 16] for name, x in clip.items()} for clip in self.tests
+                          for i in range(0, clip["video"].shape[1] - 1, 16)]
+        names = ", ".join(items.names[i] for i in order[kept:])
+        tqdm.write(f"\n{args.data}: trained on {f'{kept} clips' if kept else 'scenes'}, tested on {names}")
+        if not kept:
+            self.clips = scene_clips(model, config, args, "train", POOL)
+            return
+        frames = min([max(model.cfg.frames, FRAMES), *(len(clip["video"]) for clip in clips[:kept])])
+        generator, found = torch.Generator().manual_seed(args.seed), []
+        for i in range(4 * POOL):
+            drawn = window(clips[i % kept], frames, generator)
+            found += [drawn] if drawn else []
+            if len(found) == max(POOL // 4, 1):      # few clips have few windows
+                break
+        if not found:
+            raise Stop(f"--data {args.data}: nothing to be seen in the clips to train on")
+        self.clips = {name: torch.stack([clip[name] for clip in found]) for name in found[0]}
+
+    @torch.no_grad()
+    def seen(self, name, at):
+        """What the frozen model `name` makes of the clips `at`: computed once, if it fits into 1 GB."""
+        video, model = self.clips["video"], self.models[name]
+        if name not in self.features:
+            first = model.unroll(video[:8]).features
+            fits = first.numel() / len(first) * len(video) < 2**28
+            self.features[name] = torch.cat([model.unroll(x).features for x in progress(
+                video.split(8), f"features, {name}")]) if fits else None
+        kept = self.features[name]
+        return model.unroll(video[at]).features if kept is None else kept[at]
+
+    def train(self, build, loss, args, task):
+        """
+        {name of a model: (the model, its readout)}. build() -> readout; loss(readout, features, batch of
+        clips). With --finetune the models are copied, and trained together with their readouts.
+        """
+        out, steps = {}, args.steps or READOUT_STEPS[task]
+        for name, model in self.models.items():
+            torch.manual_seed(args.seed)            # both begin alike and see the same clips
+            model, readout = copy.deepcopy(model) if args.finetune else model, build().to(args.device)
+            draws = torch.Generator().manual_seed(args.seed)
+
+            def step(i, name=name, model=model, readout=readout, draws=draws):
+                at = torch.randint(len(self.clips["video"]), (args.batch_size,), generator=draws)
+                at = at.to(args.device)
+                batch = {key: x[at] for key, x in self.clips.items()}
+                features = model.unroll(batch["video"]).features if args.finetune else self.seen(name, at)
+                return loss(readout, features, batch)
+            fit([readout, model] if args.finetune else [readout], step, steps, f"{task}, {name}", lr=args.lr)
+            out[name] = model, readout
+        return out
+
+
+def lessons(model, config, args, report, task):
+    """Lessons; those on scenes serve all tasks."""
+    if args.data != "scenes":
+        return Lessons(model, config, args, task)
+    report.lessons = report.lessons or Lessons(model, config, args, task)
+    return report.lessons
+
+
+def readout_sizes(cfg):
+    """Widths in proportion to the model's: at the paper's 512, the paper's. our choice: 2 layers if small."""
+    heads = max(cfg.dim // 64, 1) if cfg.dim >= 128 else 4 if cfg.dim % 4 == 0 else 1
+    return dict(width=cfg.dim, transformer=(3 if cfg.dim >= 256 else 2, heads, cfg.dim), hidden=4 * cfg.dim,
+                bases=cfg.decoder_bases)
+
+
+def tracker(kind, cfg):
+    """PointReadout or BoxReadout that begins near staying where the query is, see track()."""
+    readout = kind(cfg.dim, **readout_sizes(cfg))
+    with torch.no_grad():
+        readout.values[-1].weight.mul_(0.1)
+    return readout
+
+
+def track(readout, features, queries, query_frames=None):
+    """
+    readout(...) whose values are moved: queries + 2 * values - 1. our choice: what a readout learns is how
+    far things went from the query, not where they are. So it need not learn first to copy the query.
+    """
+    out = readout(features, queries, query_frames)
+    return out._replace(values=queries[:, None] + 2 * out.values - 1)
+
+
+def of_queries(x, frames):
+    """x (B, T, K, ...) at each query's own frame (B, K) -> (B, K, ...)."""
+    index = frames[:, None].reshape(len(x), 1, -1, *[1] * (x.ndim - 3))
+    return x.gather(1, index.expand(-1, -1, -1, *x.shape[3:]))[:, 0]
+
+
+def points(model, config, args, report):
+    """Point tracking: a query in one frame, followed through the others."""
+    school = lessons(model, config, args, report, "points")
+
+    def loss(readout, features, batch):
+        K = torch.randint(POINTS, (QUERIES,), device=features.device)
+        tracks, visible, valid = (batch[name][:, :, K] for name in ("tracks", "visible", "valid"))
+        frames = batch["query_frames"][:, K]
+        time = torch.arange(tracks.shape[1], device=tracks.device)[:, None]
+        valid = valid & (time >= frames[:, None])
+        out = track(readout, features, of_queries(tracks, frames), frames)
+        return readout.loss(out, tracks, visible, valid)
+
+    trained = school.train(lambda: tracker(moog.PointReadout, model.cfg), loss, args, "points")
+    scores, shown = {name: [] for name in (*trained, "stays put")}, None
+    for test in progress(school.tests, "points, test"):
+        frames, tracks = test["query_frames"], test["tracks"]
+        queries = of_queries(tracks, frames)
+        guesses = {"stays put": (queries[:, None].expand_as(tracks), *[torch.ones_like(test["visible"])] * 2)}
+        for name, (seer, readout) in trained.items():
+            with torch.no_grad():
+                out = track(readout, seer.unroll(test["video"]).features, queries, frames)
+            guesses[name] = out.values, out.visible, out.logits[..., 0] > 0
+        for name, guess in guesses.items():
+            scores[name].append(point_scores(*guess, test))
+        shown = shown or (test, guesses["this model"])
+    columns = list(scores)
+    scores = {name: {row: torch.cat([part[row] for part in parts]).nanmean().item() for row in parts[0]}
+              for name, parts in scores.items()}
+    report.table(f"points, {'end to end' if args.finetune else 'frozen features'}, pixels of 256 x 256",
+                 columns, [[row, *(scores[name][row] for name in columns)] for row in scores["stays put"]])
+    report.picture(points_picture(*shown), "points.png")
+
+
+def point_scores(tracks, visible, seen, test):
+    """Rows of the table, each (B,), of tracks (B, T, P, 2), shares of the frame; seen: certain or not."""
+    turn = lambda x: x.transpose(1, 2).cpu()
+    tracks, target, true, valid = (turn(x) for x in (tracks, test["tracks"], test["visible"], test["valid"]))
+    frames = test["query_frames"].cpu()
+    sure, each = (tracking_metrics(256 * tracks, turn(x), 256 * target, true, frames, valid=valid)
+                  for x in (visible, seen))
+    counted = true & valid & (torch.arange(true.shape[2]) > frames[..., None])
+    away = torch.where(counted, 256 * (tracks - target).norm(dim=-1), torch.nan)
+    return {"average Jaccard": sure["average_jaccard"], "occlusion accuracy": sure["occlusion_accuracy"],
+            "average Jaccard, certain or not": each["average_jaccard"],
+            "occlusion accuracy, certain or not": each["occlusion_accuracy"],
+            "delta_avg": sure["delta_avg"], "delta_16": sure["delta_16"],
+            "mean distance, pixels": away.flatten(1).nanmean(1)}
+
+
+def points_picture(test, guess, clips=3, most=8):
+    """Rows of clips: points with the way that they came, as they went and as predicted; hollow: hidden."""
+    clips, T = min(clips, len(test["video"])), test["video"].shape[1]
+    times = sorted({round(i * (T - 1) / 4) for i in range(5)})
+    rows = []
+    for b in range(clips):
+        images = as_images(test["video"][b])
+        rows += [(label, [images[t] for t in times]) for label in ("truth", "this model")]
+    figure, axes = film(rows, [f"t = {t}" for t in times], width=1.75)
+    S = test["video"].shape[-1]
+    tracks, valid, true = (test[name].cpu() for name in ("tracks", "valid", "visible"))
+    frames = test["query_frames"].cpu()
+    for b in range(clips):
+        lasting = (true[b].float().mean(0) >= 0.6).nonzero()[:, 0]          # points that can be seen for long
+        chosen = lasting[torch.linspace(0, len(lasting) - 1, min(most, len(lasting))).round().long()]
+        colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(chosen)))
+        for line, (places, seen) in enumerate(((tracks, true), (guess[0].cpu(), guess[2].cpu()))):
+            for axis, t in zip(axes[2 * b + line], times):
+                axis.set(xlim=(-0.5, S - 0.5), ylim=(S - 0.5, -0.5))
+                for p, colour in zip(chosen.tolist(), colours):
+                    first = int(frames[b, p])
+                    if t < first or line == 0 and not valid[b, t, p]:
+                        continue
+                    for s in range(max(first, t - 8), t):   # older is fainter
+                        if line == 0 and not (valid[b, s, p] and valid[b, s + 1, p] and
+                                              true[b, s, p] and true[b, s + 1, p]):
+                            continue
+                        axis.plot(*(S * places[b, s:s + 2, p] - 0.5).T, color=colour, lw=1.6,
+                                  alpha=max(0.15, 1 - (t - s) / 8))
+                    if line == 0 and not true[b, t, p] and not bool(places[b, t, p].abs().sum() > 0):
+                        continue
+                    axis.scatter(*(S * places[b, t, p] - 0.5), s=22, zorder=3, linewidths=1.3,
+                                 color=colour if seen[b, t, p] else "none", edgecolors=colour
+                                 if not seen[b, t, p] else "black")
+    figure.supxlabel("filled: said to be seen; hollow: hidden; lines: the way since the query", fontsize=9)
+    return figure
+
+
+def boxes(model, config, args, report):
+    """Box tracking: a box in the first frame, followed through the others."""
+    if args.data == "scenes" and not scene_options(model, config, args, 1).get("sprites", 4):
+        raise Stop("boxes: the scenes of this checkpoint have no sprites")
+    school = lessons(model, config, args, report, "boxes")
+
+    def loss(readout, features, batch):
+        valid = batch["inside"] & batch["inside"][:, :1]
+        out = track(readout, features, batch["boxes"][:, 0])
+        return readout.loss(out, batch["boxes"], valid, valid)
+
+    trained = school.train(lambda: tracker(moog.BoxReadout, model.cfg), loss, args, "boxes")
+    scores, shown = {name: [] for name in (*trained, "keeps its first box")}, None
+    order = [1, 0, 3, 2]                                    # box_iou wants x1 y1 x2 y2
+    for test in progress(school.tests, "boxes, test"):
+        target = test["boxes"]
+        guesses = {"keeps its first box": target[:, :1].expand_as(target)}
+        for name, (seer, readout) in trained.items():
+            with torch.no_grad():
+                guesses[name] = track(readout, seer.unroll(test["video"]).features, target[:, 0]).values
+        counted = (test["inside"] & test["inside"][:, :1])[:, 1:]
+        for name, guess in guesses.items():
+            iou = box_iou(guess[..., order], target[..., order])[:, 1:]
+            scores[name].append(iou[counted].cpu())
+        shown = shown or (test, guesses["this model"])
+    scores = {name: torch.cat(parts) for name, parts in scores.items()}
+    if not len(scores["this model"]):
+        raise Stop("boxes: in no clip does more than half of a box stay in the frame from the first frame on")
+    report.table(f"boxes, {'end to end' if args.finetune else 'frozen features'}: intersection over union",
+                 list(scores), [["mean, frames after the query", *(x.mean().item() for x in scores.values())],
+                                ["share above 1/2", *((x > 0.5).double().mean().item() for x in
+                                                      scores.values())]])
+    report.picture(boxes_picture(*shown), "boxes.png")
+
+
+def boxes_picture(test, guess, clips=3):
+    T, S, clips = test["video"].shape[1], test["video"].shape[-1], min(clips, len(test["video"]))
+    times = sorted({round(i * (T - 1) / 5) for i in range(6)})
+    figure, axes = film([("", list(as_images(test["video"][b, times]))) for b in range(clips)],
+                        [f"t = {t}" for t in times], width=1.5)
+    target, inside, guess = (x.cpu() for x in (test["boxes"], test["inside"], guess))
+    for b in range(clips):
+        for axis, t in zip(axes[b], times):
+            axis.set(xlim=(-0.5, S - 0.5), ylim=(S - 0.5, -0.5))
+            for k in range(target.shape[2]):
+                if not (inside[b, 0, k] and inside[b, t, k]):
+                    continue
+                for box, style in ((target, dict(color="white", lw=2.4)), (guess, dict(
+                        color=("#e69f00", "#d55e00", "#cc79a7", "#f0e442")[k % 4], lw=1.4, ls="--"))):
+                    y1, x1, y2, x2 = (S * box[b, t, k] - 0.5).tolist()
+                    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
+    figure.supxlabel("white: truth; dashed: this model, from the box at t = 0", fontsize=9)
+    return figure
+
+
+def depth(model, config, args, report):
+    """Depth of every pixel, from the features of its frame."""
+    school, cfg = lessons(model, config, args, report, "depth"), model.cfg
+    measured = school.clips["depth"][::4, ::2].flatten()
+    median = measured[measured > 0].median()
+
+    def build():
+        sizes = readout_sizes(cfg)
+        readout = moog.DepthReadout(cfg.dim, sizes["transformer"], sizes["hidden"], sizes["bases"])
+        with torch.no_grad():           # our choice: begins near the median
+            readout.recon.weight.mul_(0.1)
+            readout.recon.bias.fill_(median)
+        return readout
+
+    def loss(readout, features, batch):
+        B, T, *size = batch["depth"].shape
+        factor = next(f for f in (8, 4, 2, 1) if size[0] % f == 0)
+        index = moog.subsample(size, factor, torch.randint(factor, (B, T, 2), device=features.device))
+        target = moog.pick(batch["depth"][:, :, None], index).flatten(0, 1)
+        return readout.loss(readout(features.flatten(0, 1), size, index.flatten(0, 1)), target, target > 0)
+
+    trained = school.train(build, loss, args, "depth")
+    scores, shown = {name: [] for name in (*trained, "median")}, []
+    for test in progress(school.tests, "depth, test"):
+        target = test["depth"][:, 3::4]                     # all pixels of every fourth frame
+        guesses = {"median": torch.full_like(target, median)}
+        for name, (seer, readout) in trained.items():
+            guesses[name] = depth_of(seer, readout, test["video"])
+        for name, guess in guesses.items():
+            scores[name] += [depth_metrics(a.cpu(), b.cpu()) for a, b in zip(guess, target) if (b > 0).any()]
+        triples = (x.flatten(0, 1) for x in (test["video"][:, 3::4], target, guesses["this model"]))
+        shown += list(zip(*triples))
+    columns = list(scores)
+    report.table(f"depth, {'end to end' if args.finetune else 'frozen features'}", columns, [
+        [row, *(statistics.fmean(score[key] for score in scores[name]) for name in columns)]
+        for row, key in (("AbsRel", "abs_rel"), ("RMSE", "rmse"), ("delta < 1.25", "delta_1.25"))])
+    report.picture(depth_picture([shown[i * len(shown) // 5] for i in range(5)]), "depth.png")
+
+
+@torch.no_grad()
+def depth_of(model, readout, video):
+    """Depth (B, frames, H, W) of frames 3, 7, 11, ... of the videos, in pieces."""
+    size = video.shape[-2:]
+    features = model.unroll(video).features[:, 3::4]
+    index = torch.arange(size[0] * size[1], device=video.device)
+    parts = [torch.cat([readout(part, size, piece) for piece in index.split(4096)], 1)
+             for part in features.flatten(0, 1).split(8)]
+    return torch.cat(parts)[..., 0].view(*features.shape[:2], *size)
+
+
+def depth_picture(shown):
+    figure, axes = film([("frame", [as_images(frame) for frame, _, _ in shown]),
+                         ("truth", [target.cpu().numpy() for _, target, _ in shown]),
+                         ("this model", [guess.cpu().numpy() for *_, guess in shown])], width=1.6)
+    known = torch.cat([target[target > 0] for _, target, _ in shown])
+    for line in axes[1:]:
+        for axis in line:
+            [image] = axis.images
+            image.set(cmap="cividis", clim=(known.min().item(), known.max().item()))
+            values = image.get_array()
+            image.set_array(np.ma.masked_where(values <= 0, values))
+            axis.set_facecolor("white")
+    figure.colorbar(image, ax=axes[1:], label="depth (white: not measured)", fraction=0.03, pad=0.01)
+    return figure
+
+
+# ---- MooG: longer clips, other numbers of tokens -------------------------------------------------
+@torch.no_grad()
+def unroll(model, config, args, report):
+    """PSNR of predicted frames over 36 frames, with a quarter, half, once and twice training's tokens."""
+    T, S, cfg = 36, model.cfg.size, model.cfg
+    if args.data == "scenes":       # in longer clips sprites pass by: 8 frames, forth and back, hold them
+        back = torch.tensor([min(t % 14, 14 - t % 14) for t in range(T)], device=args.device)
+        video = eval_video(model, config, args, 8, 32)[:, back]
+    else:
+        video = eval_video(model, config, args, T, 16)
+    factor = 1 if cfg.decoder_self_attention else next(f for f in (4, 2, 1) if S % f == 0)
+    index = moog.subsample((S, S), factor).to(args.device).expand(len(video), T, -1)
+    target, N = moog.pick(video, index), cfg.tokens
+    ratio = lambda guess: -10 * (guess - target[:, 1:]).square().mean((2, 3)).clamp(min=1e-10).log10()
+    curves = {"copy": ratio(target[:, :-1])}                # (clips, T - 1) in dB
+    numbers = {f"{times:g}x tokens": max(round(times * N), 1) for times in (0.25, 0.5, 1, 2)}
+    for name, tokens in ({"this model": None} if cfg.grid else numbers).items():
+        guess = []
+        for clips, pixels in zip(video.split(4), index.split(4)):
+            states = model.anticipate(clips[:, :-1], tokens=tokens)
+            guess.append(model.decode(states, (S, S), pixels)[:, 1:])
+        curves[name] = ratio(torch.cat(guess))
+    curves["copy"] = curves.pop("copy")                     # the last column
+    curves = {name: curve.mean(0).cpu() for name, curve in curves.items()}
+    parts = {"t = 1-7": slice(0, 7), "t = 8-15": slice(7, 15), "t = 16-23": slice(15, 23),
+             "t = 24-35": slice(23, 35)}
+    report.table(f"PSNR in dB of {len(video)} clips' frames, predicted from those before; trained on "
+                 f"{cfg.frames} frames", list(curves),
+                 [[row, *(curve[part].mean().item() for curve in curves.values())]
+                  for row, part in parts.items()])
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    styles = {"copy": dict(color="black", ls=":")} | {
+        name: dict(color=colour, marker=marker, ms=3.5) for name, colour, marker in zip(
+            list(curves)[:-1], plt.get_cmap("viridis")([0.85, 0.6, 0.3, 0]), "sovD")}
+    for name, curve in curves.items():
+        axis.plot(range(1, T), curve, label="copying the frame before" if name == "copy" else name,
+                  lw=1.5, **styles[name])
+    axis.axvline(cfg.frames - 0.5, color="0.5", ls="--", lw=1)
+    axis.annotate(f"training: {cfg.frames} frames", (cfg.frames - 0.5, 0), xycoords=("data", "axes fraction"),
+                  xytext=(4, 4), textcoords="offset points", fontsize=9, color="0.3")
+    axis.set(xlabel="t", ylabel="PSNR in dB", xlim=(0.5, T - 0.5))
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize=9, ncols=len(curves), loc="outside upper center")
+    report.picture(figure, "unroll.png")
 
 
 # ---- MeloMotion: many trainings at once ----------------------------------------------------------
@@ -1733,7 +2290,8 @@ def figures(model, config, args, report):
 TASKS = {
     "midway": {"latents": latents, "heatmap": heatmap, "identity-bias": identity_bias, "track": track,
                "segmentation": segmentation, "flow": flow},
-    "moog": {"tokens": tokens}, "melomotion": {"tables": melomotion_tables, "figures": figures}}
+    "moog": {"tokens": tokens, "points": points, "boxes": boxes, "depth": depth, "unroll": unroll},
+    "melomotion": {"tables": melomotion_tables, "figures": figures}}
 
 
 def main(argv):
@@ -1749,7 +2307,7 @@ def main(argv):
     add("--device", default="", help="cuda, mps or cpu [the first that is there]")
     add("--steps", type=int, default=0, help="training steps of a readout [the task's default]")
     add("--batch-size", type=int, default=16, help="samples per training step of a readout [16]")
-    add("--lr", type=float, default=1e-3, help="learning rate of a readout [1e-3]")
+    add("--lr", type=float, default=0.0, help="learning rate of a readout [1e-3; moog 3e-3]")
     add("--finetune", action="store_true", help="train the model together with the readout")
     add("--head", choices=("linear", "upernet"), default="linear", help="segmentation: the readout [linear]")
     add("--features", choices=("backward", "encoder"), default="encoder", help="linear readout: of which [encoder]")
@@ -1781,6 +2339,7 @@ def main(argv):
         raise Stop(f"{name} has no task {args.task!r}: choose from {', '.join(tasks) or 'none, so far'}")
     args.device = train.choose_device(args.device) if name != "melomotion" else torch.device("cpu")
     model.to(args.device)
+    args.lr = args.lr or (3e-3 if name == "moog" else 1e-3)
     report, start = Report(Path(args.out) if args.out else path.parent, args.seeds), time.perf_counter()
     report.out.mkdir(parents=True, exist_ok=True)
     for task in chosen.values():

@@ -2119,8 +2119,15 @@ def moog_run(tmp_path_factory):
     return out
 
 
-def test_eval_paints_tokens(moog_run, tmp_path, capsys):
-    evaluate.main([str(moog_run), "--out", str(tmp_path)])
+@pytest.fixture
+def few(monkeypatch):
+    """MooG's readouts on few clips."""
+    for name, value in dict(POOL=6, TESTS=32, POINTS=6, QUERIES=4, PCA_CLIPS=3).items():
+        monkeypatch.setattr(evaluate, name, value)
+
+
+def test_eval_paints_tokens(moog_run, tmp_path, few, capsys):
+    evaluate.main([str(moog_run), "--task", "tokens", "--out", str(tmp_path)])
     [row] = json.loads((tmp_path / "results.json").read_text())["tables"].popitem()[1]
     assert all(0 <= row[name] <= 1 for name in row if name) and len(row) == 4
     assert iio.imread(tmp_path / "tokens.png").shape[1] > 400
@@ -2129,7 +2136,8 @@ def test_eval_paints_tokens(moog_run, tmp_path, capsys):
     encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(40, 30))
     evaluate.main([str(moog_run / "ckpt.pt"), "--task", "tokens", "--data", str(tmp_path / "clip.mp4"),
                    "--out", str(tmp_path / "video")])
-    assert {p.name for p in (tmp_path / "video").iterdir()} == {"results.json", "tokens.png", "tokens.gif"}
+    assert {p.name for p in (tmp_path / "video").iterdir()} == {
+        "results.json", "tokens.png", "tokens.gif", "tokens_single.png", "tokens_pca.png"}
 
 
 @torch.no_grad()
@@ -2148,11 +2156,126 @@ def test_follow_tells_tokens_of_things_from_tokens_of_places(moog_run, monkeypat
     ids = Scenes(**options).batch(range(1000, 1064), truth=True)["ids"].flatten(2)
     monkeypatch.setattr(evaluate, "top_tokens", lambda model, states, size, index: (
         ids.gather(2, index) if follows else index))
-    went, was, other = evaluate.follow(model, config, argparse.Namespace(seed=0))
+    went, was, other = evaluate.follow(model, config, argparse.Namespace(seed=0, device="cpu"))
     if follows:                                     # one token a sprite; rounded tracks miss some at the rim
         assert went > 0.75 and was < 0.2 and 0.1 < other < 0.9
     else:                                           # one token a pixel
         assert was == 1 and went < 0.35
+
+
+def moog_tables(run, task, out, *more):
+    evaluate.main([str(run), "--task", task, "--steps", "2", "--batch-size", "2", "--out", str(out), *more])
+    tables = json.loads((out / "results.json").read_text())["tables"]
+    assert len(tables) == 1 and 400 < iio.imread(out / f"{task}.png").shape[1] <= 1600
+    [rows] = tables.values()
+    assert all(np.isfinite([cell for name, cell in row.items() if name]).all() for row in rows)
+    return {row[""]: row for row in rows}
+
+
+def eval_lessons(run, task="points", path="scenes"):
+    model, _, config, _ = evaluate.load(run)
+    return evaluate.Lessons(model, config, argparse.Namespace(
+        seed=0, device=torch.device("cpu"), data=str(path), stride=1), task)
+
+
+def test_eval_points(moog_run, tmp_path, few):
+    rows = moog_tables(moog_run, "points", tmp_path)
+    assert set(rows["delta_avg"]) == {"", "this model", "random init", "stays put"} and len(rows) == 7
+    tests = eval_lessons(moog_run).tests                        # by hand: how near points are to their query
+    near, away = [], []
+    both = (torch.cat([test[name] for test in tests]) for name in ("tracks", "visible"))
+    for tracks, visible in zip(*both):
+        gone = [256 * (tracks[t, p] - tracks[0, p]).norm().item()
+                for t in range(1, 8) for p in range(6) if visible[t, p]]
+        near += [np.mean([[d < n for d in gone] for n in (1, 2, 4, 8, 16)])] if gone else []
+        away += [np.mean(gone)] if gone else []
+    close(rows["delta_avg"]["stays put"], np.mean(near), 1e-6)
+    close(rows["mean distance, pixels"]["stays put"], np.mean(away), 1e-3)
+    assert moog_tables(moog_run, "points", tmp_path / "tuned", "--finetune")
+
+
+def test_eval_boxes(moog_run, tmp_path, few):
+    rows = moog_tables(moog_run, "boxes", tmp_path)
+    overlap = []
+    for test in eval_lessons(moog_run, "boxes").tests:
+        for box, inside in zip(test["boxes"], test["inside"]):
+            overlap += [evaluate.box_iou(box[0, k], box[t, k]).item() for t in range(1, 8)
+                        for k in range(box.shape[1]) if inside[0, k] and inside[t, k]]
+    close(rows["mean, frames after the query"]["keeps its first box"], np.mean(overlap), 1e-6)
+
+
+def test_eval_depth_and_longer_clips(moog_run, tmp_path, few):
+    rows = moog_tables(moog_run, "depth", tmp_path)
+    target = torch.cat([test["depth"] for test in eval_lessons(moog_run, "depth").tests])[:, 3::4].double()
+    close(rows["AbsRel"]["median"], ((1 - target) / target).mean(), 1e-6)      # most is background: at 1
+    rows = moog_tables(moog_run, "unroll", tmp_path)
+    assert list(rows) == ["t = 1-7", "t = 8-15", "t = 16-23", "t = 24-35"] and len(rows["t = 1-7"]) == 6
+
+
+def test_perfect_tracks_score_one_and_readouts_begin_at_their_query(moog_run, few):
+    [test, *_] = eval_lessons(moog_run).tests
+    scores = evaluate.point_scores(test["tracks"], test["visible"], test["visible"], test)
+    for name in ("average Jaccard", "occlusion accuracy", "delta_avg"):
+        assert scores[name].nanmean() == 1, name
+    readout = evaluate.tracker(moog.PointReadout, tiny_moog().cfg)
+    torch.nn.init.zeros_(readout.values[-1].weight)
+    queries = torch.rand(2, 5, 2)
+    out = evaluate.track(readout, torch.rand(2, 3, 6, 16), queries)
+    close(out.values.detach(), queries[:, None].expand(-1, 3, -1, -1), 1e-6)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Three RGB-D clips of ten frames whose red says x and green y, with points that stand still; a box."""
+    y, x = np.mgrid[:24, :32]
+    picture = np.stack([8 * x, 8 * y, 0 * x], -1).astype(np.uint8)
+    for name in ("a", "b", "c", "boxes"):
+        (tmp_path / name).mkdir()
+        for t in range(10):
+            iio.imwrite(tmp_path / name / f"rgb_{t:02}.png", picture)
+            if name != "boxes":
+                iio.imwrite(tmp_path / name / f"depth_{t:02}.png", (1000 + 100 * x).astype(np.uint16))
+        if name == "boxes":
+            (tmp_path / name / "boxes_xyxy.txt").write_text("3 4 12 14\n" * 10)
+            continue
+        tracks = np.tile(np.array([[4, 5], [20, 12], [9, 18]], np.float32)[:, None], (1, 10, 1))
+        np.savez(tmp_path / name / "tracks.npz", tracks=tracks, status=np.zeros((3, 10), np.int8),
+                 query_frame=np.array([0, 0, 5]))
+    return tmp_path
+
+
+def test_eval_of_readouts_on_real_clips(moog_run, labelled, tmp_path, few, capsys):
+    rows = moog_tables(moog_run, "points", tmp_path / "points", "--data", str(labelled))
+    assert "trained on 2 clips, tested on c\n" in capsys.readouterr().out
+    assert rows["delta_avg"]["stays put"] == 1 and rows["mean distance, pixels"]["stays put"] == 0
+    rows = moog_tables(moog_run, "depth", tmp_path / "depth", "--data", str(labelled))
+    assert 0.1 < rows["AbsRel"]["median"] < 0.5
+    rows = moog_tables(moog_run, "boxes", tmp_path / "boxes", "--data", str(labelled / "boxes"))
+    assert "trained on scenes, tested on boxes\n" in capsys.readouterr().out
+    close(rows["mean, frames after the query"]["keeps its first box"], 1, 1e-9)
+    for task, path, words in (("points", labelled / "boxes", "no clip in it"),
+                              ("boxes", labelled / "a", "boxes_xyxy.txt"),
+                              ("depth", labelled / "nowhere", "nowhere")):
+        with pytest.raises(SystemExit) as leaving:
+            evaluate.cli([str(moog_run), "--task", task, "--data", str(path)])
+        assert words in leaving.value.code and "\n" not in leaving.value.code
+
+
+def test_windows_of_real_clips_keep_points_on_their_pixels(moog_run, labelled, few, monkeypatch):
+    monkeypatch.setattr(evaluate, "POOL", 40)
+    clips, mirrored = eval_lessons(moog_run, "points", labelled).clips, 0
+    assert clips["video"].shape[1:] == (8, 3, 16, 16)
+    for b in range(len(clips["video"])):
+        frames, tracks = clips["video"][b].float(), clips["tracks"][b]
+        mirrored += (frames[0, 0, 0, 0] > frames[0, 0, 0, -1]).item()
+        grid = (2 * tracks - 1)[:, None]                        # (T, 1, P, 2)
+        red, green, _ = F.grid_sample(frames, grid, align_corners=False)[:, :, 0].unbind(1)
+        for p in range(tracks.shape[1]):
+            t = clips["query_frames"][b, p]
+            assert clips["visible"][b, t, p] and clips["valid"][b, t, p]
+            close(min(abs(red[t, p] - 8 * x) + abs(green[t, p] - 8 * y) for x, y in (
+                (4, 5), (20, 12), (9, 18))), 0, 6)
+    assert 0 < mirrored < len(clips["video"])
 
 
 def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
