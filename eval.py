@@ -1562,7 +1562,7 @@ def tracker(kind, cfg):
     return readout
 
 
-def track(readout, features, queries, query_frames=None):
+def answers(readout, features, queries, query_frames=None):
     """
     readout(...) whose values are moved: queries + 2 * values - 1. our choice: what a readout learns is how
     far things went from the query, not where they are. So it need not learn first to copy the query.
@@ -1587,7 +1587,7 @@ def points(model, config, args, report):
         frames = batch["query_frames"][:, K]
         time = torch.arange(tracks.shape[1], device=tracks.device)[:, None]
         valid = valid & (time >= frames[:, None])
-        out = track(readout, features, of_queries(tracks, frames), frames)
+        out = answers(readout, features, of_queries(tracks, frames), frames)
         return readout.loss(out, tracks, visible, valid)
 
     trained = school.train(lambda: tracker(moog.PointReadout, model.cfg), loss, args, "points")
@@ -1598,7 +1598,7 @@ def points(model, config, args, report):
         guesses = {"stays put": (queries[:, None].expand_as(tracks), *[torch.ones_like(test["visible"])] * 2)}
         for name, (seer, readout) in trained.items():
             with torch.no_grad():
-                out = track(readout, seer.unroll(test["video"]).features, queries, frames)
+                out = answers(readout, seer.unroll(test["video"]).features, queries, frames)
             guesses[name] = out.values, out.visible, out.logits[..., 0] > 0
         for name, guess in guesses.items():
             scores[name].append(point_scores(*guess, test))
@@ -1673,7 +1673,7 @@ def boxes(model, config, args, report):
 
     def loss(readout, features, batch):
         valid = batch["inside"] & batch["inside"][:, :1]
-        out = track(readout, features, batch["boxes"][:, 0])
+        out = answers(readout, features, batch["boxes"][:, 0])
         return readout.loss(out, batch["boxes"], valid, valid)
 
     trained = school.train(lambda: tracker(moog.BoxReadout, model.cfg), loss, args, "boxes")
@@ -1684,7 +1684,7 @@ def boxes(model, config, args, report):
         guesses = {"keeps its first box": target[:, :1].expand_as(target)}
         for name, (seer, readout) in trained.items():
             with torch.no_grad():
-                guesses[name] = track(readout, seer.unroll(test["video"]).features, target[:, 0]).values
+                guesses[name] = answers(readout, seer.unroll(test["video"]).features, target[:, 0]).values
         counted = (test["inside"] & test["inside"][:, :1])[:, 1:]
         for name, guess in guesses.items():
             iou = box_iou(guess[..., order], target[..., order])[:, 1:]
@@ -2328,7 +2328,7 @@ def main(argv):
             ("steps", args.steps >= 0, "0 or more"), ("batch_size", args.batch_size >= 1, "1 or more"),
             ("stride", args.stride >= 1, "1 or more"), ("overlap", 0 <= args.overlap < 1, "0 or more, below 1"),
             ("gap", 0 < args.gap[0] <= args.gap[1], "two rising numbers above 0"),
-            ("lr", args.lr > 0, "a number above 0"),
+            ("lr", args.lr >= 0, "0 or more"),
             ("at", args.at is None or all(0 <= x <= 1 for x in args.at), "two numbers from 0 to 1")):
         if not fits:
             parser.error(f"--{name.replace('_', '-')} must be {want}, not {getattr(args, name)}")

@@ -2220,7 +2220,7 @@ def test_perfect_tracks_score_one_and_readouts_begin_at_their_query(moog_run, fe
     readout = evaluate.tracker(moog.PointReadout, tiny_moog().cfg)
     torch.nn.init.zeros_(readout.values[-1].weight)
     queries = torch.rand(2, 5, 2)
-    out = evaluate.track(readout, torch.rand(2, 3, 6, 16), queries)
+    out = evaluate.answers(readout, torch.rand(2, 3, 6, 16), queries)
     close(out.values.detach(), queries[:, None].expand(-1, 3, -1, -1), 1e-6)
 
 
