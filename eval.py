@@ -1,10 +1,27 @@
 """
 A checkpoint in, tables and pictures out.
 
-    python eval.py out/melomotion-report/ckpt.pt                # every task that its model has
+    python eval.py out/midway-tiny                      # every task that its model has, on synthetic scenes
+    python eval.py out/midway-tiny --task segmentation --data PATH/TO/LABELLED
+    python eval.py out/midway-tiny --task identity-bias --against out/midway-ungated
+    python eval.py PATH/midway-bdd-vit-s-ep300.pth --task heatmap --data clip.mp4       # the authors' weights
+    python eval.py out/moog-tiny --task points --data PATH/TO/RGBD --out out/points
     python eval.py out/melomotion-report --task tables --seeds 10 --out out/tables
 
-    python eval.py PATH/moog_backbone.npz --task tokens --data clip.mp4     # the authors' weights as well
+Tasks of midway
+    latents         do the motion latents carry motion: errors with the right latents, others, none; variance
+                    and rank; on scenes also whether a linear readout can tell the camera's motion from them
+    heatmap         where the forward model takes a token of the source (Fig. 6): heatmap.png
+    identity-bias   on scenes, how often that is where the token came from; gated and not, with --against
+    track           regions followed by heatmaps (Fig. 7), against true tracks where there are any: track.png
+    segmentation    linear or UperNet readout, frozen or --finetune: mIoU and segmentation.png
+    flow            DPT readout of optical flow, frozen or --finetune, large images in tiles: flow.png
+
+    --data for segmentation: CamVid, Cityscapes, BDD100K or ADE20K as unpacked, or images/ and labels/; for
+    flow: Sintel, FlyingChairs, FlyingThings3D or KITTI as unpacked, or folders with frame1.png, frame2.png
+    and flow.flo; see data.py. Where flow has no training split, its readout learns on scenes and is tested on
+    all pairs. For heatmap, latents and track: videos; track also takes RGB-D clips, TAP-Vid's .pkl, and a
+    video with --tracks. The dynamics want frames as large as in training: others are made so.
 
 Tasks of moog
     tokens    what each token is of: tokens.png and tokens.gif paint each pixel in the colour of the token
@@ -21,9 +38,6 @@ Tasks of moog
     last third of its clips, at least one, is for the test. Beside ours: the same readout on a random MooG,
     and what needs no model. No column of the paper's: its tables could not be verified.
 
-    python eval.py out/moog-tiny                                # all: some 5 minutes on two cores
-    python eval.py out/moog-tiny --task points --data PATH/TO/RGBD --out out/points
-
 Tasks of melomotion
     tables    all tables of the report beside ours, with the controls that it lacks; trains every ablation
               with --seeds seeds: some 6 minutes on one core for 3
@@ -33,7 +47,6 @@ Tables are printed and, seed by seed, written to results.json, beside the pictur
 in --out.
 """
 import argparse
-import copy
 import importlib
 import json
 import math
@@ -223,7 +236,7 @@ def average_jaccard(tracks, visible, target_tracks, target_visible, query_frames
 
 
 def depth_metrics(depth, target, valid=None):
-    """abs_rel, rmse (in the target's unit) and delta_1.25, the share within a factor of 1.25, of any shapes."""
+    """abs_rel, rmse (in the target's unit) and delta_1.25, the share within a factor of 1.25; any shapes."""
     depth, target = as_double(depth, target)
     valid = target > 0 if valid is None else torch.as_tensor(valid).bool()
     depth, target = depth[valid], target[valid]
@@ -445,7 +458,7 @@ def compared(model, args):
     if args.against:
         other, name, _, path = load(args.against)
         if name != "midway" or not other.cfg.latent_dynamics or other.cfg.size != model.cfg.size:
-            raise Stop(f"--against {args.against}: want another Midway of size {model.cfg.size} with dynamics")
+            raise Stop(f"--against {args.against}: want another Midway with dynamics, of the same size")
         nets[str(path.parent.name or path)] = other.to(args.device)
     gated = lambda net: "gated" if net.cfg.gating else "not gated"
     nets = {f"{name} ({gated(net)})": net for name, net in nets.items()}
@@ -604,7 +617,8 @@ def track(model, config, args, report):
     dynamic(model)
     grid, p, sums, shown = model.cfg.size // model.cfg.patch, model.cfg.patch, {}, []
     untrained = random_init(model, args)
-    for number, (video, tracks, valid, query) in enumerate(progress(track_clips(model, config, args), "track")):
+    clips = progress(track_clips(model, config, args), "track")
+    for number, (video, tracks, valid, query) in enumerate(clips):
         if tracks is None:
             z, zt = (model.features(video[t][None])[-1] for t in (0, -1))
             start = changed_tokens(z, zt, len(query))[0]
@@ -622,17 +636,17 @@ def track(model, config, args, report):
         truth = ((tracks + 0.5) / p - 0.5).flip(-1)                         # (T, P, 2), rows and columns
         counted = valid & (torch.arange(len(video), device=valid.device)[:, None] > query)
         nearest = truth.round().clamp(0, grid - 1)
-        ways = dict(zip(("this model, heatmap and features", "this model, features alone"), yx(found, grid)))
         other = follow_tokens(untrained, video, start, query, args.draws, args.seed)
-        ways |= dict(zip(("random init, heatmap and features", "random init, features alone"), yx(other, grid)))
+        ways = {f"{who}, {way}": place for who, places in (("this model", found), ("random init", other))
+                for way, place in zip(("heatmap and features", "features alone"), yx(places, grid))}
         ways |= {"stays put": yx(start, grid).expand_as(truth), "best that a grid can do": nearest}
         for name, place in ways.items():
             sums.setdefault(name, []).append((place - truth).norm(dim=-1)[counted])
     track_picture(model, shown, report)
     if sums:
         report.table(
-            f"tracks of {number + 1} clip{'s' * (number > 0)}: mean distance from the truth in patches of {p} "
-            f"pixels, on a {grid} x {grid} grid", ["patches", "within 1 patch"],
+            f"tracks of {number + 1} clip{'s' * (number > 0)}: mean distance from the truth in patches of "
+            f"{p} pixels, on a {grid} x {grid} grid", ["patches", "within 1 patch"],
             [[name, torch.cat(x).mean().item(), (torch.cat(x) <= 1).float().mean().item()]
              for name, x in sums.items()])
 
@@ -792,8 +806,9 @@ def jitter(images, generator):
 
 
 def labelled_scenes(model, config, args, split):
-    """numbers -> images (B, 3, S, S) and classes (B, S, S) of scenes with sprites, of the checkpoint's kind."""
-    options = (config.get("scenes") or midway.SCENES) | dict(frames=1, sprites=4, flat=0.8, radius=(0.15, 0.3))
+    """numbers -> images (B, 3, S, S), classes (B, S, S) of scenes like training's, with plain sprites."""
+    options = config.get("scenes") or midway.SCENES
+    options = options | dict(frames=1, sprites=4, flat=0.8, radius=(0.15, 0.3))
     scenes = data.Scenes(**options, seed=args.seed, split=split)
 
     def batch(numbers):
@@ -852,7 +867,7 @@ class SegmentationTask:
 
 
 def position_prior(task, size=64):
-    """The commonest class of each place: what can be said without looking at the image. -> (1, size, size)."""
+    """The commonest class of each place: what can be said without looking. -> (1, size, size)."""
     counts = torch.zeros(task.classes, size, size, device=task.args.device)
     labels = ((classes for _, classes in map(task.train, (range(i, i + 32) for i in range(0, 512, 32))))
               if task.args.data == "scenes" else
@@ -989,7 +1004,7 @@ class DPT(nn.Module):
 
 
 class FlowNet(nn.Module):
-    """Frames (B, 3, S, S) in [0, 1], S as in training -> flow in pixels (B, 2, S, S), confidence (B, S, S)."""
+    """Frames (B, 3, S, S), S as in training -> flow in pixels (B, 2, S, S), confidence (B, S, S)."""
 
     def __init__(self, model, frozen):
         super().__init__()
@@ -997,7 +1012,7 @@ class FlowNet(nn.Module):
         self.model, self.frozen, self.head = model, frozen, DPT((D, d, D, D), D)
 
     def maps(self, source, target):
-        """paper: B.4: encoder, the target's tokens after the highest midway path, predictions, top and low."""
+        """paper: B.4: encoder, the target's tokens after the highest midway path, predictions top and low."""
         model, seen = self.model, []
         hook = model.motion_blocks[str(model.predicted[-1])].register_forward_hook(
             lambda module, inputs, output: seen.append(output))
@@ -1019,7 +1034,7 @@ class FlowNet(nn.Module):
 
 
 def laplacian_loss(flow, confidence, target, valid):
-    """CroCo v2's: mean over valid pixels of |error|_1 / d + log d, with d = 0.25 + 3.75 sigmoid(confidence)."""
+    """CroCo v2's: mean over valid pixels of |error|_1 / d + log d, d = 0.25 + 3.75 sigmoid(confidence)."""
     d = 0.25 + 3.75 * torch.sigmoid(confidence)                             # (B, H, W)
     each = (flow - torch.where(valid[:, None], target, 0)).abs().sum(1) / d + d.log()
     return (each * valid).sum() / valid.sum().clamp(min=1)
@@ -1413,7 +1428,7 @@ def real_clip(item, size, device):
     squashed to size x size, as in TAP-Vid; depth takes the nearest measurement."""
     H, W = item["video"].shape[1:3]
     video = torch.as_tensor(item["video"]).movedim(-1, 1)
-    resize = lambda x, **how: torch.nn.functional.interpolate(x, (size, size), **how)
+    resize = lambda x, **how: F.interpolate(x, (size, size), **how)
     clip = dict(video=resize(video, mode="bilinear", antialias=True))
     if "boxes" in item:                             # one box a frame
         clip["boxes"], clip["inside"] = shares(torch.as_tensor(item["boxes"])[:, None], W, H)
@@ -1525,7 +1540,7 @@ class Lessons:
         out, steps = {}, args.steps or READOUT_STEPS[task]
         for name, model in self.models.items():
             torch.manual_seed(args.seed)            # both begin alike and see the same clips
-            model, readout = copy.deepcopy(model) if args.finetune else model, build().to(args.device)
+            model, readout = deepcopy(model) if args.finetune else model, build().to(args.device)
             draws = torch.Generator().manual_seed(args.seed)
 
             def step(i, name=name, model=model, readout=readout, draws=draws):
@@ -1555,7 +1570,7 @@ def readout_sizes(cfg):
 
 
 def tracker(kind, cfg):
-    """PointReadout or BoxReadout that begins near staying where the query is, see track()."""
+    """PointReadout or BoxReadout that begins near staying where the query is, see answers()."""
     readout = kind(cfg.dim, **readout_sizes(cfg))
     with torch.no_grad():
         readout.values[-1].weight.mul_(0.1)
@@ -2310,14 +2325,15 @@ def main(argv):
     add("--lr", type=float, default=0.0, help="learning rate of a readout [1e-3; moog 3e-3]")
     add("--finetune", action="store_true", help="train the model together with the readout")
     add("--head", choices=("linear", "upernet"), default="linear", help="segmentation: the readout [linear]")
-    add("--features", choices=("backward", "encoder"), default="encoder", help="linear readout: of which [encoder]")
+    add("--features", choices=("backward", "encoder"), default="encoder",
+        help="linear readout: of what [encoder]; the paper's is of the backward layers")
     add("--classes", type=int, default=0, help="segmentation: how many [what the folder says]")
-    add("--ignore-index", type=int, help="segmentation: the label to leave out [what the folder says, or 255]")
-    add("--size", type=int, default=0, help="segmentation: short side of the images, pixels [16/7 of the model's]")
+    add("--ignore-index", type=int, help="segmentation: label to leave out [what the folder says, or 255]")
+    add("--size", type=int, default=0, help="segmentation: short side of images [16/7 of the model's size]")
     add("--encoder-only", action="store_true", help="flow: the control alone")
     add("--overlap", type=float, default=0.7, help="flow: share by which tiles overlap [0.7]")
     add("--draws", type=int, default=32, help="heatmaps: random vectors to average over [32]")
-    add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: the place, shares of width and height")
+    add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: where, from 0 to 1")
     add("--against", default="", help="identity-bias: another Midway checkpoint, such as one without gating")
     add("--tracks", default="", help="track: .npz with true tracks of the video in --data")
     add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="videos: seconds between two frames [0.5 1]")
@@ -2326,7 +2342,8 @@ def main(argv):
     for name, fits, want in (
             ("seeds", args.seeds >= 1, "1 or more"), ("draws", args.draws >= 1, "1 or more"),
             ("steps", args.steps >= 0, "0 or more"), ("batch_size", args.batch_size >= 1, "1 or more"),
-            ("stride", args.stride >= 1, "1 or more"), ("overlap", 0 <= args.overlap < 1, "0 or more, below 1"),
+            ("stride", args.stride >= 1, "1 or more"), ("size", args.size >= 0, "0 or more"),
+            ("classes", args.classes >= 0, "0 or more"), ("overlap", 0 <= args.overlap < 1, "0 to below 1"),
             ("gap", 0 < args.gap[0] <= args.gap[1], "two rising numbers above 0"),
             ("lr", args.lr >= 0, "0 or more"),
             ("at", args.at is None or all(0 <= x <= 1 for x in args.at), "two numbers from 0 to 1")):

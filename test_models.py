@@ -2291,9 +2291,9 @@ def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
             evaluate.cli(args)
         assert words in leaving.value.code and "\n" not in leaving.value.code
 # ---- evaluation: Midway --------------------------------------------------------------------------
-TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0, motion_tokens=3,
-                   motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2, forward_heads=2,
-                   head_hidden=8, head_bottleneck=4, prototypes=8, local_size=8, local_crops=1)
+TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
+                   motion_tokens=3, motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2,
+                   forward_heads=2, head_hidden=8, head_bottleneck=4, prototypes=8, local_size=8, local_crops=1)
 SMALL_SCENES = dict(size=24, frames=2, sprites=0, speed=3.0, pan=10.0, zoom=0.0, roll=0.0, radius=(0.15, 0.3),
                     grain=6.0, textures=6, flat=0.0)
 
@@ -2367,7 +2367,8 @@ def test_heatmap_of_a_known_shift_peaks_at_the_shifted_token(small_midway, monke
     assert (heat.sort(1).values[:, :-1] == 0).all()
     # five tokens are hot at most, so a token that moves as the double says is followed whatever the features
     clip = torch.rand(3, 3, 16, 16)
-    monkeypatch.setattr(model, "features", lambda images, teacher=False: [torch.ones(len(images), 17, 16)] * 3)
+    alike = lambda images, teacher=False: [torch.ones(len(images), 17, 16)] * 3
+    monkeypatch.setattr(model, "features", alike)
     tracks = evaluate.follow_tokens(model, clip, torch.tensor([0, 1]), torch.tensor([0, 1]), draws=2)
     assert tracks[0].tolist() == [[0, 1], [6, 1], [8, 7]]       # the second is asked for in frame 1
 
@@ -2423,22 +2424,24 @@ def test_midways_analyses_take_videos(midway_file, tmp_path):
     assert len(tables) == 1
     assert not eval_tables(midway_file, tmp_path, "--task", "track", "--data", video, "--draws", 2,
                            "--gap", 0.1, 0.2, "--stride", 2)
-    (table,) = eval_tables(midway_file, tmp_path, "--task", "track", "--data", video, "--draws", 2, "--tracks",
-                           tmp_path / "truth.npz", "--stride", 7).values()
+    (table,) = eval_tables(midway_file, tmp_path, "--task", "track", "--data", video, "--draws", 2,
+                           "--tracks", tmp_path / "truth.npz", "--stride", 7).values()
     # the second point is seen in no frame that is looked at, the first stays where it is
     assert {row[""]: row["patches"] for row in table}["stays put"] < 0.71
 
 
 def test_laplacian_loss_and_tiles_equal_croco():
     z = np.load(HERE / "reference" / "metrics.npz")
-    pred, conf, gt = (torch.from_numpy(z[f"laplacian_{name}"]).double() for name in ("pred", "conf_logit", "gt"))
+    pred, conf, gt = (torch.from_numpy(z[f"laplacian_{name}"]).double()
+                      for name in ("pred", "conf_logit", "gt"))
     for valid, loss in ((torch.from_numpy(z["laplacian_valid"]), "loss"),
                         (torch.ones(2, 8, 10, dtype=torch.bool), "loss_all_valid")):
         close(evaluate.laplacian_loss(pred, conf[:, 0], gt, valid), z[f"laplacian_{loss}"], 1e-12)
     ends = np.cumsum(z["tiling_count"])
     for length, window, overlap, a, b in zip(
             z["tiling_total"], z["tiling_window"], z["tiling_overlap"], ends - z["tiling_count"], ends):
-        assert evaluate.tile_offsets(int(length), int(window), float(overlap)) == z["tiling_offsets"][a:b].tolist()
+        found = evaluate.tile_offsets(int(length), int(window), float(overlap))
+        assert found == z["tiling_offsets"][a:b].tolist()
 
 
 @pytest.mark.parametrize("size", [(23, 40), (10, 40), (16, 16), (8, 9)])
@@ -2458,7 +2461,7 @@ def test_tiles_cover_images_of_any_size(small_midway, size):
 
 
 def test_flow_crops_keep_flow_true_to_their_frames():
-    """Whatever is scaled, stretched, flipped and cut: the second crop, seen where the flow points, is the first."""
+    """Scaled, stretched, flipped and cut: the second crop, seen where the flow points, is the first."""
     y, x = np.mgrid[:60, :80].astype(np.float32)
     dx, dy = 5.0, -3.0
     ramp = lambda x, y: np.stack([2.5 * x + 20, 3 * y + 30, x + y + 60], -1).clip(0, 255).astype(np.uint8)
@@ -2547,8 +2550,8 @@ def test_segmentation_learns_colours_from_a_folder(midway_file, tmp_path, flags)
 
 def test_frozen_readouts_leave_the_model_alone(small_midway, tmp_path):
     before = {name: x.clone() for name, x in small_midway.state_dict().items()}
-    args = argparse.Namespace(seed=0, device=torch.device("cpu"), finetune=True, head="linear", size=16, lr=1e-2,
-                              features="encoder", data="scenes", steps=2, batch_size=2)
+    args = argparse.Namespace(seed=0, device=torch.device("cpu"), finetune=True, head="linear", size=16,
+                              lr=1e-2, features="encoder", data="scenes", steps=2, batch_size=2)
     task = evaluate.SegmentationTask(small_midway, dict(scenes=SMALL_SCENES), args)
     for args.finetune in (True, False):
         net = evaluate.train_segmenter(small_midway, task, args, "test")
@@ -2588,7 +2591,7 @@ def test_evaluation_tells_what_is_wrong_in_one_line(midway_file, moog_run, tmp_p
     for args, message in (
             ([midway_file, "--task", "tokens"], "midway has no task 'tokens': choose from latents, heatmap"),
             ([moog_run, "--task", "flow"], "moog has no task 'flow'"),
-            ([midway_file, "--task", "segmentation", "--data", root, "--classes", 3], "value 7 is neither a class"),
+            ([midway_file, "--task", "segmentation", "--data", root, "--classes", 3], "value 7 is neither"),
             ([midway_file, "--task", "segmentation", "--data", tmp_path / "empty"], "no labelled images"),
             ([midway_file, "--task", "segmentation", "--data", tmp_path / "nowhere"], "no such folder"),
             ([midway_file, "--task", "segmentation", "--size", 30], "multiple of the patch size"),
@@ -2597,9 +2600,10 @@ def test_evaluation_tells_what_is_wrong_in_one_line(midway_file, moog_run, tmp_p
             ([midway_file, "--task", "identity-bias", "--against", moog_run], "want another Midway"),
             ([plain, "--task", "heatmap"], "no latent dynamics"),
             ([plain, "--task", "segmentation", "--features", "backward"], "--features encoder"),
-            ([midway_file, "--task", "segmentation", "--head", "upernet", "--features", "backward"], "upernet")):
+            ([midway_file, "--task", "segmentation", "--head", "upernet", "--features", "backward"], "four")):
         with pytest.raises(SystemExit) as stop:
-            evaluate.cli([str(a) for a in [*args, "--out", tmp_path / "out", "--steps", 1, "--device", "cpu"]])
+            args = [*args, "--out", tmp_path / "out", "--steps", 1, "--device", "cpu"]
+            evaluate.cli([str(a) for a in args])
         assert message in str(stop.value) and "\n" not in str(stop.value), (args, stop.value)
     for flags in (["--overlap", "1"], ["--at", "2", "0"], ["--draws", "0"], ["--gap", "2", "1"]):
         with pytest.raises(SystemExit) as stop:
