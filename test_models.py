@@ -2293,7 +2293,8 @@ def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
 # ---- evaluation: Midway --------------------------------------------------------------------------
 TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
                    motion_tokens=3, motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2,
-                   forward_heads=2, head_hidden=8, head_bottleneck=4, prototypes=8, local_size=8, local_crops=1)
+                   forward_heads=2, head_hidden=8, head_bottleneck=4, prototypes=8, local_size=8,
+                   local_crops=1)
 SMALL_SCENES = dict(size=24, frames=2, sprites=0, speed=3.0, pan=10.0, zoom=0.0, roll=0.0, radius=(0.15, 0.3),
                     grain=6.0, textures=6, flat=0.0)
 

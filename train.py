@@ -81,6 +81,7 @@ class Options:
     repeat: int = 5                     # samples drawn from a video each time it is opened (videos)
     fps: float = 30.0                   # rate in which the numbers in frame names count (folders of frames)
     stride: int = 1                     # source frames between the frames of a clip (videos, models of clips)
+    colours: bool = True                # photometric augmentation of crops; off: a control
     bench: bool = False                 # time 20 steps on one batch and leave
 
 
@@ -475,7 +476,7 @@ def main(argv):
     # ---- data: opened before the output folder is touched, so that a wrong path leaves no trace
     loader = data.make_loader(
         opt.data, cfg.inputs, batches(opt, run, start, accum, micro), device, opt.seed, opt.workers,
-        scenes=scenes, gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
+        colours=opt.colours, scenes=scenes, gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
     run.say(f"{opt.model} {opt.preset} on {opt.data}: "
             f"{sum(p.numel() for p in trained) / 1e6:.2f} M trained parameters, {run.world} x "
             f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
