@@ -43,14 +43,15 @@ Tasks of melomotion
               with --seeds seeds: some 6 minutes on one core for 3
     figures   Figure 1 as figure1.png, twice as long as figure1_long.png, and motion.gif
 
-Tables are printed and, seed by seed, written to results.json, beside the pictures: with the checkpoint, or
-in --out.
+Tables are printed and, with the command, the seeds and the versions, written to results.json, task by task,
+beside the pictures: with the checkpoint, or in --out.
 """
 import argparse
 import importlib
 import json
 import math
 import os
+import platform
 import statistics
 import sys
 import time
@@ -140,6 +141,11 @@ def show(cell):
 
 def progress(items, what):
     return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
+
+
+def as_images(video):
+    """(..., 3, H, W), uint8 or float -> (..., H, W, 3) for matplotlib, from any device."""
+    return moog.as_float(video).movedim(-3, -1).clamp(0, 1).cpu().numpy()
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -532,13 +538,14 @@ def heatmap(model, config, args, report):
                                                                      + 0.4), layout="constrained")
     spot = lambda at: ((at + 0.5) * p - 0.5).flip(-1).tolist()              # grid -> (x, y) in pixels
     for n, column in enumerate(axes.T):
-        frames = video[n].permute(0, 2, 3, 1).cpu()
+        frames = as_images(video[n])
         for axis, name in zip(column, ("source", "target", *heats)):
             axis.imshow(frames[0] if name == "source" else frames[1])
             if name in heats:
                 heat = F.interpolate(heats[name][n].view(1, 1, grid, grid).cpu(), frames.shape[1:3],
                                      mode="bilinear")[0, 0]
-                axis.imshow(heat, cmap="inferno", alpha=(0.2 + 0.7 * heat / heat.max()).clamp(0, 1).numpy())
+                heat = heat.numpy()
+                axis.imshow(heat, cmap="inferno", alpha=np.clip(0.2 + 0.7 * heat / heat.max(), 0, 1))
             (x, y), half = spot(source[n]), p / 2
             square = axis.add_patch(plt.Rectangle((x - half, y - half), p, p, fill=False, color="lime", lw=2))
             if truth is not None and name != "source":
@@ -573,7 +580,7 @@ def follow_tokens(model, clip, start, query, draws=32, seed=0):
         alike = z[t][now] @ z[t + 1].T                                      # (2, P, h*w)
         heat = perturb(model, i, top.m.expand(len(start), -1, -1), top.v.expand(len(start), -1, -1), now[0],
                        draws, seed + t)
-        five = heat.topk(5).indices                                         # (P, 5)
+        five = heat.topk(min(5, heat.shape[1])).indices                     # (P, 5)
         best = five.gather(1, alike[0].gather(1, five).argmax(1, keepdim=True))[:, 0]
         tokens[:, t + 1] = torch.where(t < query, start, torch.stack([best, alike[1].argmax(1)]))
     return tokens
@@ -669,7 +676,7 @@ def track_picture(model, shown, report):
             line = axes[c * len(names) + r]
             line[0].set_ylabel(f"clip {c + 1}, {name}", fontsize=9)
             for axis, t in zip(line, times):
-                axis.imshow(video[t].permute(1, 2, 0).cpu())
+                axis.imshow(as_images(video[t]))
                 axis.set(xticks=[], yticks=[])
                 axis.set_title("" if r else f"frame {t}", fontsize=9)
                 for k in range(min(places.shape[1], 6)):
@@ -946,7 +953,7 @@ def segmentation_picture(task, shown, names, report):
         1.05, picks[0][1].shape[0] / picks[0][1].shape[1] * 1.1) + 0.5), layout="constrained")
     for row, pick in zip(axes, picks):
         for axis, name, x in zip(row, columns, pick):
-            axis.imshow(x.permute(1, 2, 0) if name == "image" else table[x.numpy()], interpolation="nearest")
+            axis.imshow(as_images(x) if name == "image" else table[x.numpy()], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], columns):
         axis.set_title(name, fontsize=11)
@@ -1215,10 +1222,10 @@ def flow_picture(shown, report):
         target, said = torch.where(valid, target, 0).cpu(), said.cpu()
         fastest = target.norm(dim=0).max().item()
         error = torch.where(valid.cpu(), (said - target).norm(dim=0), math.nan)
-        row[0].imshow(frames[0].permute(1, 2, 0).cpu())
+        row[0].imshow(as_images(frames[0]))
         row[1].imshow(flow_to_color(target, fastest))
         row[2].imshow(flow_to_color(said, fastest))
-        shades = row[3].imshow(error, cmap="cividis", vmin=0, vmax=max(fastest, 1e-3))
+        shades = row[3].imshow(error.numpy(), cmap="cividis", vmin=0, vmax=max(fastest, 1e-3))
         figure.colorbar(shades, ax=row[3], shrink=0.8)
         row[4].imshow(wheel_image)
         row[4].set_title(f"rim: {fastest:.1f} px", fontsize=9)
@@ -1247,11 +1254,6 @@ def film(rows, columns=None, width=1.1):
     for axis, title in zip(axes[0], columns or ()):
         axis.set_title(title, fontsize=9)
     return figure, axes
-
-
-def as_images(video):
-    """(..., 3, H, W), uint8 or float -> (..., H, W, 3) for matplotlib, from any device."""
-    return moog.as_float(video).movedim(-3, -1).clamp(0, 1).cpu().numpy()
 
 
 # ---- MooG: tokens --------------------------------------------------------------------------------
@@ -2357,15 +2359,40 @@ def main(argv):
     args.device = train.choose_device(args.device) if name != "melomotion" else torch.device("cpu")
     model.to(args.device)
     args.lr = args.lr or (3e-3 if name == "moog" else 1e-3)
-    report, start = Report(Path(args.out) if args.out else path.parent, args.seeds), time.perf_counter()
+    report, left_out = Report(Path(args.out) if args.out else path.parent, args.seeds), []
     report.out.mkdir(parents=True, exist_ok=True)
-    for task in chosen.values():
+    misfits = Stop if args.data == "scenes" else (Stop, ValueError, OSError)
+    for task, run_task in chosen.items():
+        start, report.tables = time.perf_counter(), {}
         torch.manual_seed(args.seed)
-        task(model, config, args, report)
-    results = dict(command=["eval.py", *argv], checkpoint=str(path), seed=args.seed, seeds=args.seeds,
-                   torch=torch.__version__, seconds=round(time.perf_counter() - start), tables=report.tables)
-    (report.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nwritten in {results['seconds']} s: results.json and pictures in {report.out}")
+        try:
+            run_task(model, config, args, report)
+        except misfits as error:            # of all tasks, some may have no use for this model or these data
+            left_out.append(f"{task}: {' '.join(str(error).split())}")
+            if len(left_out) == len(chosen):
+                raise
+            tqdm.write(f"\nleft out: {left_out[-1]}")
+            continue
+        save_results(report.out / "results.json", task, dict(
+            command=["eval.py", *argv], checkpoint=str(path), seed=args.seed, seeds=args.seeds,
+            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+            device=str(args.device), seconds=round(time.perf_counter() - start), tables=report.tables))
+    print(f"\nresults.json and pictures are in {report.out}")
+
+
+def save_results(path, task, entry):
+    """results.json is {task: entry}; entries of other tasks stay. What is not finite becomes null."""
+    try:
+        results = json.loads(path.read_text())
+        results = {key: old for key, old in results.items() if "tables" in old}
+    except (OSError, ValueError, AttributeError, TypeError):
+        results = {}
+    plain = lambda x: ({k: plain(v) for k, v in x.items()} if isinstance(x, dict) else
+                       [plain(v) for v in x] if isinstance(x, list) else
+                       None if isinstance(x, float) and not math.isfinite(x) else x)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(plain(results | {task: entry}), indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def cli(argv):

@@ -2128,7 +2128,7 @@ def few(monkeypatch):
 
 def test_eval_paints_tokens(moog_run, tmp_path, few, capsys):
     evaluate.main([str(moog_run), "--task", "tokens", "--out", str(tmp_path)])
-    [row] = json.loads((tmp_path / "results.json").read_text())["tables"].popitem()[1]
+    [row] = json.loads((tmp_path / "results.json").read_text())["tokens"]["tables"].popitem()[1]
     assert all(0 <= row[name] <= 1 for name in row if name) and len(row) == 4
     assert iio.imread(tmp_path / "tokens.png").shape[1] > 400
     assert iio.imread(tmp_path / "tokens.gif", index=None).shape[0] == 8
@@ -2165,7 +2165,7 @@ def test_follow_tells_tokens_of_things_from_tokens_of_places(moog_run, monkeypat
 
 def moog_tables(run, task, out, *more):
     evaluate.main([str(run), "--task", task, "--steps", "2", "--batch-size", "2", "--out", str(out), *more])
-    tables = json.loads((out / "results.json").read_text())["tables"]
+    tables = json.loads((out / "results.json").read_text())[task]["tables"]
     assert len(tables) == 1 and 400 < iio.imread(out / f"{task}.png").shape[1] <= 1600
     [rows] = tables.values()
     assert all(np.isfinite([cell for name, cell in row.items() if name]).all() for row in rows)
@@ -2279,17 +2279,18 @@ def test_windows_of_real_clips_keep_points_on_their_pixels(moog_run, labelled, f
 
 
 def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
-    train.main(TINY + ["--steps", "1", "--out", f"{tmp_path}/midway"])
     (tmp_path / "text.npz").write_text("hello")
     for args, words in [
             ([str(tmp_path / "nowhere")], "no checkpoint at"),
             ([str(tmp_path / "nowhere.npz")], "no checkpoint at"),
-            ([str(tmp_path / "text.npz")], "not a .npz"), ([str(tmp_path / "midway")], "midway has no task"),
+            ([str(tmp_path / "text.npz")], "not a .npz"),
             ([str(moog_run), "--task", "fly"], "moog has no task 'fly': choose from tokens"),
             ([str(moog_run), "--data", str(tmp_path / "nowhere")], "nowhere")]:
         with pytest.raises(SystemExit) as leaving:
             evaluate.cli(args)
         assert words in leaving.value.code and "\n" not in leaving.value.code
+
+
 # ---- evaluation: Midway --------------------------------------------------------------------------
 TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
                    motion_tokens=3, motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2,
@@ -2321,10 +2322,11 @@ def midway_file(small_midway, tmp_path_factory):
 
 def eval_tables(path, out, *flags):
     evaluate.main([str(path), "--out", str(out), "--device", "cpu", *map(str, flags)])
-    tables = json.loads((out / "results.json").read_text())["tables"]
+    task = flags[flags.index("--task") + 1]
+    tables = json.loads((out / "results.json").read_text())[task]["tables"]
     for rows in tables.values():
         for row in rows:
-            assert all(np.isfinite(x) for x in row.values() if isinstance(x, float)), row
+            assert None not in row.values(), row        # null: not finite
     return tables
 
 
@@ -2984,13 +2986,29 @@ def test_eval_writes_every_table_and_picture(fast_run, tmp_path, monkeypatch, ca
     for name, value in dict(EPOCH=10, DECODER_STEPS=2, ROUNDS=(2, 0.0), HELD_OUT=20, L1_CLIPS=1).items():
         monkeypatch.setattr(evaluate, name, value)
     evaluate.main([str(fast_run), "--seeds", "2", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())["tables"]
     said = capsys.readouterr().out
     for title in ("Table 1", "Table 2", "Table 3", "Table 4", "Section 4.4", "Section 4.8", "Section 3.4"):
         assert any(table.startswith(title) for table in results["tables"]) and title in said
     assert {"figure1.png", "figure1_long.png", "motion.gif"} <= {p.name for p in tmp_path.iterdir()}
     assert iio.imread(tmp_path / "motion.gif").shape[0] == 32
     assert results["tables"]["Table 1: parameters"][5] == {"": "total", "report": 43111, "ours": 43111}
+
+
+def test_results_of_other_tasks_stay_and_all_leaves_out_what_does_not_fit(midway_file, tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"earlier": {"tables": {}}, "foreign": 3')      # damaged
+    evaluate.save_results(tmp_path / "results.json", "one", dict(tables={"t": [{"a": float("nan")}]}))
+    evaluate.save_results(tmp_path / "results.json", "two", dict(tables={}))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == {"one": {"tables": {"t": [{"a": None}]}}, "two": {"tables": {}}}
+    ckpt = torch.load(midway_file, weights_only=True)       # the DINO baseline has but its features
+    ckpt["config"]["config"]["latent_dynamics"] = False
+    ckpt["model"] = Midway(Config(**ckpt["config"]["config"])).state_dict()
+    torch.save(ckpt, tmp_path / "plain.pt")
+    evaluate.main([str(tmp_path / "plain.pt"), "--out", str(tmp_path), "--steps", "1", "--batch-size", "2",
+                   "--device", "cpu"])
+    assert "left out: flow: this model has no latent dynamics" in capsys.readouterr().out
+    assert {*json.loads((tmp_path / "results.json").read_text())} == {"one", "two", "segmentation"}
 
 
 def test_eval_tells_what_is_wrong_in_one_line(fast_run, tmp_path):
