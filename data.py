@@ -932,11 +932,12 @@ def rotate_hue(x, turn):
 
 @no_tf32()
 def blur(x, sigma):
-    """Gaussian blur of (N, 3, S, S), sigma (N,) pixels: two band matrix products, borders renormalised."""
-    d = torch.arange(x.shape[-1], device=x.device)
-    weights = (-(d[:, None] - d) ** 2 / (2 * sigma.view(-1, 1, 1) ** 2)).exp()
-    weights = (weights / weights.sum(-1, keepdim=True))[:, None]        # (N, 1, S, S)
-    return weights @ x @ weights.mT
+    """Gaussian blur of (N, 3, H, W), sigma (N,) pixels: two band matrix products, borders renormalised."""
+    def weights(length):
+        d = torch.arange(length, device=x.device)
+        band = (-(d[:, None] - d) ** 2 / (2 * sigma.view(-1, 1, 1) ** 2)).exp()
+        return (band / band.sum(-1, keepdim=True))[:, None]             # (N, 1, length, length)
+    return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).mT
 
 
 # Columns of the parameters of one crop's augmentation.
@@ -1630,6 +1631,16 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     if workers:
         atexit.register(end_workers)
     return Finished(loader, crops, device)
+
+
+def sample_loader(dataset, batches, device="cpu"):
+    """Loads a dataset's samples in batches of numbers, in order, by processes that end with this one."""
+    cores = os.cpu_count() or 1
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores - 1)), worker_init_fn=start_worker,
+        pin_memory=torch.device(device).type == "cuda")
+    atexit.register(end_workers)
+    return loader
 
 
 def start_worker(number):

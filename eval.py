@@ -52,6 +52,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -150,7 +151,7 @@ def as_images(video):
 
 # ---- metrics -------------------------------------------------------------------------------------
 def as_double(*arrays):
-    return [torch.as_tensor(x).double() for x in arrays]
+    return [torch.as_tensor(x).cpu().double() for x in arrays]              # MPS has no float64
 
 
 def flow_errors(flow, target, valid=None):
@@ -158,7 +159,7 @@ def flow_errors(flow, target, valid=None):
     flow, target = as_double(flow, target)
     if flow.shape != target.shape or flow.ndim != 4 or flow.shape[1] != 2:
         raise ValueError(f"flows must both be (B, 2, H, W), not {[*flow.shape]} and {[*target.shape]}")
-    valid = target.abs().amax(1) < 1e9 if valid is None else torch.as_tensor(valid).bool()
+    valid = target.abs().amax(1) < 1e9 if valid is None else torch.as_tensor(valid).cpu().bool()
     return ((flow - target).norm(dim=1)[valid], target.norm(dim=1)[valid])
 
 
@@ -192,7 +193,7 @@ def confusion(pred, target, num_classes, ignore_index=255):
 
 def iou_scores(counts):
     """mean_iou's three numbers from a confusion matrix."""
-    counts = counts.double()
+    counts = counts.cpu().double()
     hit = counts.diagonal()
     per_class = hit / (counts.sum(0) + counts.sum(1) - hit)     # 0 / 0 = nan: in neither, left out
     return per_class.nanmean().item(), per_class, (hit.sum() / counts.sum()).item()
@@ -218,10 +219,10 @@ def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frame
     if mode not in ("first", "strided"):
         raise ValueError(f"mode={mode!r} must be 'first' or 'strided'")
     tracks, target = as_double(tracks, target_tracks)
-    seen, true = torch.as_tensor(visible).bool(), torch.as_tensor(target_visible).bool()
-    t, query = torch.arange(tracks.shape[2], device=tracks.device), torch.as_tensor(query_frames)[..., None]
+    seen, true = (torch.as_tensor(x).cpu().bool() for x in (visible, target_visible))
+    t, query = torch.arange(tracks.shape[2]), torch.as_tensor(query_frames).cpu()[..., None]
     counted = (t > query if mode == "first" else t != query).expand(true.shape)
-    counted = counted if valid is None else counted & torch.as_tensor(valid).bool()
+    counted = counted if valid is None else counted & torch.as_tensor(valid).cpu().bool()
     total = lambda x: (x & counted).sum((1, 2)).double()
     square = (tracks - target).square().sum(-1)
     out = dict(occlusion_accuracy=total(seen == true) / counted.sum((1, 2)))
@@ -244,7 +245,7 @@ def average_jaccard(tracks, visible, target_tracks, target_visible, query_frames
 def depth_metrics(depth, target, valid=None):
     """abs_rel, rmse (in the target's unit) and delta_1.25, the share within a factor of 1.25; any shapes."""
     depth, target = as_double(depth, target)
-    valid = target > 0 if valid is None else torch.as_tensor(valid).bool()
+    valid = target > 0 if valid is None else torch.as_tensor(valid).cpu().bool()
     depth, target = depth[valid], target[valid]
     ratio = torch.maximum(depth / target, target / depth)
     return {"abs_rel": ((depth - target).abs() / target).mean().item(),
@@ -399,15 +400,14 @@ def moving_tokens(model, batch, generator, least=1.0):
 
 def ridge_r2(x, y, tests):
     """R^2 on the last `tests` of ridge regression of y (n, 2) on x (n, features); strength chosen before."""
-    x, y = x.double(), y.double()
-    x = torch.cat([(x - x.mean(0)) / x.std(0).clamp(min=1e-9), torch.ones_like(x[:, :1])], 1)
+    x, y, n = x.cpu().double(), y.cpu().double(), len(x) - tests
+    x = torch.cat([(x - x[:n].mean(0)) / x[:n].std(0).clamp(min=1e-9), torch.ones_like(x[:, :1])], 1)
 
     def r2(fit, test, strength):
         a = x[fit]
         dual = torch.linalg.solve(a @ a.T + strength * x.shape[1] * torch.eye(len(a)).to(a), y[fit])
         off = x[test] @ (a.T @ dual) - y[test]
         return 1 - (off.square().sum() / (y[test] - y[fit].mean(0)).square().sum()).item()
-    n = len(x) - tests
     part = n * 3 // 4
     best = max((1e-2, 1e-1, 1, 10, 100), key=lambda s: r2(slice(part), slice(part, n), s))
     return r2(slice(n), slice(n, None), best)
@@ -475,6 +475,8 @@ def compared(model, args):
 def identity_bias(model, config, args, report):
     """our choice: a number for Fig. 6: how often the heatmap of a moving token peaks where the token was."""
     dynamic(model)
+    if args.data != "scenes":
+        raise Stop("identity-bias needs known motion, which only scenes have: leave out --data")
     generator, found, scenes = torch.Generator().manual_seed(args.seed), [], cut_scenes(model, config, args)
     for i in range(0, 256, 64):
         batch = scenes(range(i, i + 64))
@@ -521,8 +523,11 @@ def heatmap(model, config, args, report):
     levels, grid, p, each = dynamic(model), model.cfg.size // model.cfg.patch, model.cfg.patch, 2
     if args.data == "scenes":
         batch = cut_scenes(model, config, args)(range(32))
-        row, token, truth = (x[:6] for x in moving_tokens(model, batch, torch.Generator().manual_seed(5)))
+        generator = torch.Generator().manual_seed(args.seed)
+        row, token, truth = (x[:6] for x in moving_tokens(model, batch, generator))
         video = batch["video"][row]
+        if not len(token):
+            raise Stop("nothing moves by a patch or more in this checkpoint's scenes: give videos as --data")
     else:
         video, truth = video_pairs(model, args, 3).repeat_interleave(each, 0), None
         z, zt = (model.features(video[::each, t])[-1] for t in (0, 1))
@@ -534,8 +539,8 @@ def heatmap(model, config, args, report):
     heats = {f"level {model.levels[model.predicted[k]]}": perturb(
         model, model.predicted[k], found[k].m, found[k].v, token, args.draws, args.seed) for k in levels}
     source = yx(token, grid)
-    figure, axes = plt.subplots(2 + len(heats), len(token), figsize=(1.75 * len(token), 1.8 * (2 + len(heats))
-                                                                     + 0.4), layout="constrained")
+    figure, axes = plt.subplots(2 + len(heats), len(token), layout="constrained", squeeze=False,
+                                figsize=(1.75 * len(token), 1.8 * (2 + len(heats)) + 0.4))
     spot = lambda at: ((at + 0.5) * p - 0.5).flip(-1).tolist()              # grid -> (x, y) in pixels
     for n, column in enumerate(axes.T):
         frames = as_images(video[n])
@@ -592,6 +597,8 @@ def track_clips(model, config, args):
     if nothing is known, and query frames (P,).
     """
     S, T = model.cfg.size, 8
+    if args.tracks and args.data == "scenes":
+        raise Stop(f"--tracks {args.tracks}: give the video that it is of as --data")
     if args.data == "scenes":
         pan = (config.get("scenes") or midway.SCENES)["pan"] / 3            # some are to stay for 8 frames
         batch = cut_scenes(model, config, args, points=64, frames=T, pan=pan)(range(16))
@@ -603,15 +610,17 @@ def track_clips(model, config, args):
                                                             any(Path(args.data).rglob("tracks.npz"))):
         source = data.PointTracks(args.tracks or args.data, args.data if args.tracks else None)
         for clip in (source[i] for i in range(len(source))):
-            video = torch.from_numpy(clip["video"][::args.stride]).permute(0, 3, 1, 2).to(args.device)
+            every = slice(None, None, args.stride or 1)
+            video = torch.from_numpy(clip["video"][every]).permute(0, 3, 1, 2)
             H, W = video.shape[2:]
-            tracks, valid = (torch.from_numpy(clip[name][::args.stride]).to(args.device)
+            tracks, valid = (torch.from_numpy(clip[name][every]).to(args.device)
                              for name in ("tracks", "visible"))
-            video = F.interpolate(video, (S, S), mode="bicubic", antialias=True) / 255     # squashed
+            video = F.interpolate(video, (S, S), mode="bicubic", antialias=True)           # squashed
+            video = video.to(args.device) / 255
             tracks = (tracks + 0.5) * torch.tensor([S / W, S / H], device=args.device) - 0.5
             yield video, tracks, valid, valid.int().argmax(0)
     else:
-        stride = args.stride if args.stride > 1 else 6                      # of 30 frames per second: 0.2 s
+        stride = args.stride or 6                                           # of 30 frames per second: 0.2 s
         loader = data.make_loader(args.data, dict(frames=T, size=S), [range(3)], args.device, args.seed, 0,
                                   split="eval", stride=stride, repeat=1)
         for video in next(iter(loader))["video"] / 255:
@@ -629,6 +638,8 @@ def track(model, config, args, report):
         if tracks is None:
             z, zt = (model.features(video[t][None])[-1] for t in (0, -1))
             start = changed_tokens(z, zt, len(query))[0]
+        elif not valid.any():
+            continue
         else:
             known = valid.any(0)            # a point that is never seen has no place to start
             tracks, valid, query = tracks[:, known], valid[:, known], query[known]
@@ -649,6 +660,8 @@ def track(model, config, args, report):
         ways |= {"stays put": yx(start, grid).expand_as(truth), "best that a grid can do": nearest}
         for name, place in ways.items():
             sums.setdefault(name, []).append((place - truth).norm(dim=-1)[counted])
+    if not shown:
+        raise Stop(f"--data {args.data}: no point is ever to be seen in it")
     track_picture(model, shown, report)
     if sums:
         report.table(
@@ -721,7 +734,7 @@ class UperNet(nn.Module):
         super().__init__()
         up = lambda: nn.ConvTranspose2d(dim, dim, 2, 2)
         self.pyramid = nn.ModuleList([nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up()), up(),
-                                      nn.Identity(), nn.MaxPool2d(2)])
+                                      nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
         self.pools, self.pooled = pools, nn.ModuleList(conv_bn(dim, dim, 1) for _ in pools)
         self.bottleneck = conv_bn(dim * (1 + len(pools)), dim)
         self.lateral = nn.ModuleList(conv_bn(dim, dim, 1) for _ in range(3))
@@ -841,16 +854,17 @@ class SegmentationTask:
     def __init__(self, model, config, args):
         cfg = model.cfg
         self.args, self.size = args, args.size or round(16 / 7 * cfg.size / cfg.patch) * cfg.patch
-        if self.size % cfg.patch:
-            raise Stop(f"--size {self.size} must be a multiple of the patch size, {cfg.patch}")
+        if args.size and args.size < 2 * cfg.patch or self.size % cfg.patch:
+            raise Stop(f"--size {self.size} must be 2, 3, ... times the patch size, {cfg.patch}")
         if args.data == "scenes":
             self.classes, self.names, self.steps = 9, ("background", *data.SHAPES), 400
             self.train, self.test = (labelled_scenes(model, config, args, s) for s in ("train", "eval"))
+            self.test_batches = 8               # of 32 scenes
             return
         options = dict(num_classes=args.classes or None, ignore_index=args.ignore_index)
         self.labelled = [data.Segmentation(args.data, split, **options) for split in ("train", "val")]
         self.classes, self.names, self.steps = self.labelled[0].num_classes, self.labelled[0].names, 2000
-        self.patch = cfg.patch
+        self.patch, self.test_batches = cfg.patch, len(self.labelled[1])
 
     def batches(self, steps):
         """`steps` training batches: images (B, 3, S, S) in [0, 1], classes (B, S, S)."""
@@ -859,9 +873,8 @@ class SegmentationTask:
         if self.args.data == "scenes":
             yield from map(self.train, numbers)
             return
-        loader = torch.utils.data.DataLoader(
-            TrainingCrops(self.labelled[0], self.size, self.args.seed), batch_sampler=numbers,
-            num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=data.start_worker)
+        crops = TrainingCrops(self.labelled[0], self.size, self.args.seed)
+        loader = data.sample_loader(crops, numbers, device)
         generator = torch.Generator().manual_seed(self.args.seed)
         for images, classes in loader:
             yield jitter(images.to(device) / 255, generator), classes.to(device)
@@ -869,18 +882,18 @@ class SegmentationTask:
     def tests(self):
         """Held-out images (B, 3, h, w), classes (B, H, W)."""
         if self.args.data == "scenes":
-            return (self.test(range(i, i + 32)) for i in range(0, 256, 32))
+            return (self.test(range(32 * i, 32 * i + 32)) for i in range(self.test_batches))
         return whole_images(self.labelled[1], self.size, self.patch, self.args.device)
 
 
 def position_prior(task, size=64):
     """The commonest class of each place: what can be said without looking. -> (1, size, size)."""
-    counts = torch.zeros(task.classes, size, size, device=task.args.device)
-    labels = ((classes for _, classes in map(task.train, (range(i, i + 32) for i in range(0, 512, 32))))
+    counts = torch.zeros(task.classes, size, size)
+    labels = ((classes.cpu() for _, classes in map(task.train, (range(i, i + 32) for i in range(0, 512, 32))))
               if task.args.data == "scenes" else
               (torch.from_numpy(task.labelled[0][i]["classes"])[None] for i in range(len(task.labelled[0]))))
     for classes in labels:
-        small = F.interpolate(classes[:, None].double(), (size, size), mode="nearest")[:, 0].long()
+        small = F.interpolate(classes[:, None].float(), (size, size), mode="nearest")[:, 0].long()
         for k in range(task.classes):
             counts[k] += (small == k).sum(0)
     return counts.argmax(0, keepdim=True)
@@ -908,29 +921,35 @@ def segmentation(model, config, args, report):
         raise Stop("this model has no backward layers: use --features encoder")
     if args.features == "backward" and args.head == "upernet":
         raise Stop("--head upernet reads four levels of the encoder: leave out --features backward")
+    if args.batch_size < 2:
+        raise Stop("batch normalisation in the readouts needs a --batch-size of 2 or more")
     task = SegmentationTask(model, config, args)
     nets = {"this model": train_segmenter(model, task, args, "segmentation, this model"),
             "random init": train_segmenter(random_init(model, args), task, args, "segmentation, random init")}
     prior = position_prior(task)
     counts, shown = {name: 0 for name in (*nets, "position prior")}, []
     with torch.no_grad():
-        for images, classes in progress(task.tests(), "segmentation, test"):
+        picked = set(np.linspace(0, task.test_batches - 1, 4).round().astype(int))
+        for number, (images, classes) in enumerate(progress(task.tests(), "segmentation, test")):
             said = {name: resized(net(images)[0], classes).argmax(1) for name, net in nets.items()}
-            said["position prior"] = F.interpolate(prior[None].double(), classes.shape[1:]).long()[0].expand(
+            said["position prior"] = F.interpolate(prior[None].float(), classes.shape[1:]).long()[0].expand(
                 len(classes), -1, -1)
+            said, classes = {name: x.cpu() for name, x in said.items()}, classes.cpu()
             for name, pred in said.items():
                 counts[name] = counts[name] + confusion(pred, classes, task.classes)
-            shown.append([x[0].cpu() for x in (images, classes, *said.values())])
+            if number in picked:
+                shown.append([x[0].cpu() for x in (images, classes, *said.values())])
     scores = {name: iou_scores(c) for name, c in counts.items()}
-    # paper: Table 1, ViT-S, BDD100K at 224
-    paper = {"linear": (39.7, ""), "upernet": (50.4, "")}[args.head] if not args.finetune else ("", "")
+    # paper: Table 1, ViT-S on BDD100K; its linear readout is of the backward layers
+    comparable = not args.finetune and (args.head == "upernet" or args.features == "backward")
+    paper = {"linear": 39.7, "upernet": 50.4}[args.head] if comparable else ""
     where = (f"{args.head} readout, {args.features if args.head == 'linear' else 'encoder'} features, "
              f"{'finetuned' if args.finetune else 'frozen'}, {args.steps or task.steps} steps, held-out "
              f"{'scenes' if args.data == 'scenes' else 'images'}; per cent")
-    columns = [*scores, "paper (BDD100K)"]
+    columns = [*scores, "paper, other data: ViT-S, BDD100K"]
     report.table(f"segmentation: {where}", columns, [
-        ["mIoU", *(100 * s[0] for s in scores.values()), paper[0]],
-        ["pixel accuracy", *(100 * s[2] for s in scores.values()), paper[1]],
+        ["mIoU", *(100 * s[0] for s in scores.values()), paper],
+        ["pixel accuracy", *(100 * s[2] for s in scores.values()), ""],
         *([f"IoU {name}", *(100 * s[1][k].item() for s in scores.values()), ""]
           for k, name in enumerate(task.names or [f"class {k}" for k in range(task.classes)])
           if task.classes <= 20)])
@@ -947,11 +966,11 @@ def segmentation_picture(task, shown, names, report):
         colours = plt.get_cmap("turbo")(np.linspace(0, 1, task.classes))[:, :3].tolist()
     table = np.zeros((256, 3))              # what is ignored is black
     table[:task.classes] = colours[:task.classes]
-    picks = [shown[i] for i in np.linspace(0, len(shown) - 1, 4).round().astype(int)]
-    columns = ["image", "truth", *names]
-    figure, axes = plt.subplots(4, len(columns), figsize=(2.1 * len(columns), 8 * min(
-        1.05, picks[0][1].shape[0] / picks[0][1].shape[1] * 1.1) + 0.5), layout="constrained")
-    for row, pick in zip(axes, picks):
+    columns, shape = ["image", "truth", *names], shown[0][1].shape
+    height = 2.1 * min(1.05, 1.1 * shape[0] / shape[1])
+    figure, axes = plt.subplots(len(shown), len(columns), layout="constrained", squeeze=False,
+                                figsize=(2.1 * len(columns), height * len(shown) + 0.6))
+    for row, pick in zip(axes, shown):
         for axis, name, x in zip(row, columns, pick):
             axis.imshow(as_images(x) if name == "image" else table[x.numpy()], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
@@ -1021,17 +1040,19 @@ class FlowNet(nn.Module):
     def maps(self, source, target):
         """paper: B.4: encoder, the target's tokens after the highest midway path, predictions top and low."""
         model, seen = self.model, []
+        z = model.features(source)
+        with torch.no_grad():
+            zt = model.features(target, teacher=True)
         hook = model.motion_blocks[str(model.predicted[-1])].register_forward_hook(
             lambda module, inputs, output: seen.append(output))
         try:
-            levels = model.predict(source, target)
+            levels = model.dynamics(z, zt)
         finally:
             hook.remove()
-        z = model.features(source)[-1]
-        target_tokens = seen[0][:, model.cfg.motion_tokens + z.shape[1]:]               # (B, L, d)
+        target_tokens = seen[0][:, model.cfg.motion_tokens + z[-1].shape[1]:]           # (B, L, d)
         grid = model.cfg.size // model.cfg.patch
         return [x[:, 1:].mT.unflatten(-1, (grid, grid))                                 # CLS is dropped
-                for x in (z, target_tokens, levels[-1].pred, levels[0].pred)]
+                for x in (z[-1], target_tokens, levels[-1].pred, levels[0].pred)]
 
     def forward(self, source, target):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -1133,9 +1154,7 @@ def flow_batches(model, config, args, pairs, steps):
     if pairs is None:
         yield from map(flow_scenes(model, config, args, "train"), numbers)
         return
-    loader = torch.utils.data.DataLoader(
-        FlowCrops(pairs, model.cfg.size, args.seed), batch_sampler=numbers,
-        num_workers=min(8, max(1, (os.cpu_count() or 2) - 1)), worker_init_fn=data.start_worker)
+    loader = data.sample_loader(FlowCrops(pairs, model.cfg.size, args.seed), numbers, args.device)
     generator = torch.Generator().manual_seed(args.seed)
     for frames, flow, valid in loader:
         frames = frames.to(args.device) / 255
@@ -1163,6 +1182,19 @@ def encoder_only(model, args):
     return net
 
 
+def flow_pairs(args):
+    """--data's pairs to train on, or None where there are none (then scenes serve), and those to test on."""
+    if args.data == "scenes":
+        return None, None
+    test = data.FlowPairs(args.data, "val")
+    try:
+        training = data.FlowPairs(args.data, "train")
+    except ValueError:                      # the data set is there, its training split is not
+        return None, test
+    training.items = [item for item in training.items if item not in test.items]    # of those without splits
+    return training if training.items else None, test
+
+
 def flow_tests(model, config, args, pairs):
     """Names, frames (2, 3, H, W) in [0, 1], flow (2, H, W), valid (H, W) of the pairs to test on."""
     if pairs is None:
@@ -1170,6 +1202,9 @@ def flow_tests(model, config, args, pairs):
         yield from zip((f"scene {n}" for n in range(32)), *scenes(range(32)))
     else:
         for name, pair in zip(pairs.names, (pairs[i] for i in range(len(pairs)))):
+            if not pair["valid"].any():
+                tqdm.write(f"left out {name}: no pixel of its flow is known")
+                continue
             frames = torch.from_numpy(pair["frames"]).permute(0, 3, 1, 2) / 255
             flow, valid = torch.from_numpy(pair["flow"]), torch.from_numpy(pair["valid"])
             yield name, *(x.to(args.device) for x in (frames, flow, valid))
@@ -1178,51 +1213,53 @@ def flow_tests(model, config, args, pairs):
 def flow(model, config, args, report):
     """A DPT readout of optical flow, against the encoder with dynamics that know nothing, and constants."""
     dynamic(model)
-    train_pairs = test_pairs = None
-    if args.data != "scenes":
-        train_pairs, test_pairs = (data.FlowPairs(args.data, split) for split in ("train", "val"))
-        if train_pairs.names == test_pairs.names:       # nothing is meant for training: scenes are
-            train_pairs = None
-    steps = args.steps or 400
-    nets = {"this model": model} if not args.encoder_only else {}
+    train_pairs, test_pairs = flow_pairs(args)
+    steps, nets = args.steps or 400, {"encoder only": encoder_only(model, args)}
+    nets = nets if args.encoder_only else {"this model": model} | nets
     nets = {name: train_flow(net, config, args, train_pairs, steps, f"flow, {name}")
-            for name, net in (nets | {"encoder only": encoder_only(model, args)}).items()}
-    rows, shown = {}, []
-    for name, frames, target, valid in progress(flow_tests(model, config, args, test_pairs), "flow, test"):
+            for name, net in nets.items()}
+    count, rows, shown = 32 if test_pairs is None else len(test_pairs), {}, []
+    picked = set(np.linspace(0, count - 1, 4).round().astype(int))
+    tests = progress(flow_tests(model, config, args, test_pairs), "flow, test")
+    for number, (name, frames, target, valid) in enumerate(tests):
         said = {who: tiled_flow(net, frames, args.overlap) for who, net in nets.items()}
+        if number in picked:
+            shown.append((name, *(x.cpu() for x in (frames[0], target, valid, next(iter(said.values()))))))
         best = target[:, valid].median(1).values.view(2, 1, 1).expand_as(target)
         for who, x in (said | {"zero": torch.zeros_like(target), "best constant": best}).items():
-            rows.setdefault(name, {})[who] = flow_errors(x[None], target[None], valid[None])
-        shown.append((name, frames, target, valid, next(iter(said.values()))))
+            error, length = flow_errors(x[None], target[None], valid[None])
+            wrong = (error > 3) & (error > 0.05 * length)
+            rows.setdefault(name, {})[who] = [error.sum().item(), wrong.sum().item(), len(error)]
+    if not rows:
+        raise Stop(f"--data {args.data}: no flow is known in any of its pairs")
     whos = list(next(iter(rows.values())))
-    means = lambda f: [f(*(torch.cat(x) for x in zip(*(row[who] for row in rows.values())))) for who in whos]
-    pairs = [[name, *(row[who][0].mean().item() for who in whos), ""] for name, row in rows.items()]
-    mean = [sum(x) / len(x) for x in zip(*(row[1:-1] for row in pairs))]
-    outlier = lambda e, m: 100 * ((e > 3) & (e > 0.05 * m)).double().mean().item()
+    total = {who: [sum(x) for x in zip(*(row[who] for row in rows.values()))] for who in whos}
+    pairs = [[name, *(row[who][0] / row[who][2] for who in whos), ""] for name, row in rows.items()]
     report.table(
         f"optical flow, {'finetuned' if args.finetune else 'frozen'}, {steps} steps on "
         f"{'scenes' if train_pairs is None else 'the training split'}: end-point error in pixels",
-        [*whos, "paper (Sintel final)"],
+        [*whos, "paper, other data: ViT-S, Sintel final"],
         (pairs if test_pairs is not None and len(pairs) <= 30 else []) + [
-            ["mean over pairs", *mean, ""],
-            ["mean over pixels", *means(lambda e, m: e.mean().item()), 4.9 if args.finetune else ""],
-            ["per cent of outliers (Fl-all)", *means(outlier), ""]])
-    flow_picture(shown, report)
+            ["mean over pairs", *(sum(x) / len(x) for x in zip(*(row[1:-1] for row in pairs))), ""],
+            ["mean over pixels", *(total[who][0] / total[who][2] for who in whos),
+             4.9 if args.finetune else ""],
+            ["per cent of outliers (Fl-all)", *(100 * total[who][1] / total[who][2] for who in whos), ""]])
+    if shown:
+        flow_picture(shown, report)
 
 
 def flow_picture(shown, report):
-    picks = [shown[i] for i in sorted({*np.linspace(0, len(shown) - 1, 4).round().astype(int)})]
-    shape = max(0.4, picks[0][2].shape[1] / picks[0][2].shape[2])
-    figure, axes = plt.subplots(len(picks), 5, figsize=(10.5, 2.1 * shape * len(picks) + 0.4 * len(picks)),
+    shape = max(0.4, shown[0][2].shape[1] / shown[0][2].shape[2])
+    figure, axes = plt.subplots(len(shown), 5, figsize=(10.5, (2.1 * shape + 0.4) * len(shown)),
                                 layout="constrained", squeeze=False, width_ratios=(1, 1, 1, 1, 0.6))
     side = np.linspace(-1, 1, 101)
     wheel = np.stack(np.meshgrid(side, side), -1)
     wheel_image = np.where((wheel ** 2).sum(-1, keepdims=True) <= 1, flow_to_color(wheel, 1.0), 255)
-    for row, (name, frames, target, valid, said) in zip(axes, picks):
-        target, said = torch.where(valid, target, 0).cpu(), said.cpu()
+    for row, (name, frame, target, valid, said) in zip(axes, shown):
+        target = torch.where(valid, target, 0)
         fastest = target.norm(dim=0).max().item()
-        error = torch.where(valid.cpu(), (said - target).norm(dim=0), math.nan)
-        row[0].imshow(as_images(frames[0]))
+        error = torch.where(valid, (said - target).norm(dim=0), math.nan)
+        row[0].imshow(as_images(frame))
         row[1].imshow(flow_to_color(target, fastest))
         row[2].imshow(flow_to_color(said, fastest))
         shades = row[3].imshow(error.numpy(), cmap="cividis", vmin=0, vmax=max(fastest, 1e-3))
@@ -1272,7 +1309,7 @@ def eval_video(model, config, args, frames, count):
     options = {name: options[name] for name in options if name not in ("frames", "split", "seed")}
     numbers = [range(i, min(i + 8, count)) for i in range(0, count, 8)]
     loader = data.make_loader(args.data, dict(frames=frames, size=model.cfg.size), numbers, args.device,
-                              args.seed, 0, split="eval", scenes=options, stride=args.stride)
+                              args.seed, 0, split="eval", scenes=options, stride=args.stride or 1)
     video = torch.cat([batch["video"] for batch in loader])
     return moog.as_float(video)
 
@@ -1345,7 +1382,7 @@ def components(model, config, args, report, times):
     states = torch.cat([model.anticipate(clips[:, :-1]) for clips in video.split(4)])
     flat = states.flatten(0, 2)
     centred = flat - flat.mean(0)
-    variances, axes = torch.linalg.eigh((centred.mT @ centred).double())    # (D,) rising, (D, D)
+    variances, axes = torch.linalg.eigh((centred.mT @ centred).cpu().double())    # (D,) rising, (D, D)
     three = (centred @ axes[:, -3:].flip(-1).to(centred)).unflatten(0, states.shape[:3])
     share = variances[-3:].sum() / variances.sum()
     paint = lambda b: looks(model, states[b:b + 1, :8], size, lambda seen: seen @ three[b:b + 1, :8])
@@ -1506,6 +1543,8 @@ class Lessons:
         if task == "boxes":
             self.tests = [{name: x[:, i:i + 16] for name, x in clip.items()} for clip in self.tests
                           for i in range(0, clip["video"].shape[1] - 1, 16)]
+        if task == "depth" and not kept:
+            raise Stop(f"--data {args.data}: depth is to be learnt from other clips: want two or more")
         names = ", ".join(items.names[i] for i in order[kept:])
         tqdm.write(f"\n{args.data}: trained on {f'{kept} clips' if kept else 'scenes'}, tested on {names}")
         if not kept:
@@ -1770,6 +1809,8 @@ def depth(model, config, args, report):
         triples = (x.flatten(0, 1) for x in (test["video"][:, 3::4], target, guesses["this model"]))
         shown += list(zip(*triples))
     columns = list(scores)
+    if not scores["median"]:
+        raise Stop(f"--data {args.data}: no depth is measured in every fourth frame of the clips to test on")
     report.table(f"depth, {'end to end' if args.finetune else 'frozen features'}", columns, [
         [row, *(statistics.fmean(score[key] for score in scores[name]) for name in columns)]
         for row, key in (("AbsRel", "abs_rel"), ("RMSE", "rmse"), ("delta < 1.25", "delta_1.25"))])
@@ -2339,12 +2380,13 @@ def main(argv):
     add("--against", default="", help="identity-bias: another Midway checkpoint, such as one without gating")
     add("--tracks", default="", help="track: .npz with true tracks of the video in --data")
     add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="videos: seconds between two frames [0.5 1]")
-    add("--stride", type=int, default=1, help="videos: source frames from frame to frame of a clip [1]")
+    add("--stride", type=int, default=0,
+        help="videos: source frames from frame to frame of a clip [1; track, if no tracks are known: 6]")
     args = parser.parse_args(argv)
     for name, fits, want in (
             ("seeds", args.seeds >= 1, "1 or more"), ("draws", args.draws >= 1, "1 or more"),
             ("steps", args.steps >= 0, "0 or more"), ("batch_size", args.batch_size >= 1, "1 or more"),
-            ("stride", args.stride >= 1, "1 or more"), ("size", args.size >= 0, "0 or more"),
+            ("stride", args.stride >= 0, "1 or more"), ("size", args.size >= 0, "0 or more"),
             ("classes", args.classes >= 0, "0 or more"), ("overlap", 0 <= args.overlap < 1, "0 to below 1"),
             ("gap", 0 < args.gap[0] <= args.gap[1], "two rising numbers above 0"),
             ("lr", args.lr >= 0, "0 or more"),
@@ -2368,7 +2410,7 @@ def main(argv):
         try:
             run_task(model, config, args, report)
         except misfits as error:            # of all tasks, some may have no use for this model or these data
-            left_out.append(f"{task}: {' '.join(str(error).split())}")
+            left_out.append(f"{task}: {one_line(error)}")
             if len(left_out) == len(chosen):
                 raise
             tqdm.write(f"\nleft out: {left_out[-1]}")
@@ -2378,6 +2420,14 @@ def main(argv):
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
             device=str(args.device), seconds=round(time.perf_counter() - start), tables=report.tables))
     print(f"\nresults.json and pictures are in {report.out}")
+
+
+def one_line(error):
+    """What an error says; of one from a data process, whose message is a traceback, the end."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = re.sub(r"^[A-Za-z]+Error: ", "", text.splitlines()[-1])
+    return " ".join(text.split()) or type(error).__name__
 
 
 def save_results(path, task, entry):
@@ -2401,8 +2451,10 @@ def cli(argv):
         main(argv)
     except KeyboardInterrupt:
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit("eval.py: error: out of memory: give a lower --batch-size, or --device cpu")
     except (Stop, ValueError, OSError) as error:
-        sys.exit(f"eval.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"eval.py: error: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -564,7 +564,6 @@ class Midway(nn.Module):
             # our choice: averaged (paper); the released code sums
             dynamics = sum(level.loss for level in levels) / len(levels)
             loss = loss + dynamics
-            # feature_std: over pairs, place by place
             feature_std = full(z[-1]).std(0).mean()         # over the frames, place by place
             logs = dict(dynamics=dynamics, feature_std=feature_std) | logs
             for i, level in zip(self.predicted, levels):

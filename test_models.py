@@ -2583,8 +2583,41 @@ def test_flow_on_scenes_and_on_pairs(midway_file, tmp_path, flags):
     assert rows["one"]["best constant"] < 1e-6 and rows["per cent of outliers (Fl-all)"]["zero"] == 100
 
 
-def test_evaluation_tells_what_is_wrong_in_one_line(midway_file, moog_run, tmp_path, capsys):
+def test_flow_trains_on_a_training_split_and_leaves_out_what_it_tests(midway_file, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for scene in ("alley_1", "temple_2", "temple_3"):           # laid out as Sintel
+        (tmp_path / "training/clean" / scene).mkdir(parents=True)
+        for n in (1, 2):
+            iio.imwrite(tmp_path / f"training/clean/{scene}/frame_000{n}.png",
+                        rng.integers(0, 255, (22, 34, 3), dtype=np.uint8))
+        truth = np.zeros((22, 34, 2), np.float32) + (6, 8)
+        (tmp_path / "training/flow" / scene).mkdir(parents=True)
+        data.write_flo(tmp_path / f"training/flow/{scene}/frame_0001.flo", truth if scene != "temple_3" else
+                       0 * truth + 1e10)                        # where nothing is known
+    training, test = evaluate.flow_pairs(argparse.Namespace(data=tmp_path / "training"))
+    assert len(training) == 1 and len(test) == 2 and "alley" in training.items[0][1]
+    seen, crops = [], evaluate.FlowCrops
+    monkeypatch.setattr(evaluate, "FlowCrops", lambda *of: seen.append(len(of[0])) or crops(*of))
+    ((title, rows),) = eval_tables(midway_file, tmp_path, "--task", "flow", "--data", tmp_path / "training",
+                                   "--steps", 2, "--batch-size", 2, "--overlap", 0.1).items()
+    assert seen == [1, 1] and "on the training split" in title
+    assert [row["zero"] for row in rows[:2]] == [10.0, 10.0] and rows[0][""].endswith("temple_2/frame_0001")
+    (tmp_path / "training/flow/alley_1/frame_0001.flo").unlink()
+    assert evaluate.flow_pairs(argparse.Namespace(data=tmp_path / "training"))[0] is None       # then scenes
+
+
+def test_an_error_of_a_data_process_is_one_line_and_ends_the_program(midway_file, tmp_path):
     root = labelled_folder(tmp_path / "wrong", values=(0, 1, 7))
+    done = subprocess.run(
+        [sys.executable, HERE / "eval.py", midway_file, "--task", "segmentation", "--data", root,
+         "--classes", "3", "--out", tmp_path / "out", "--device", "cpu", "--batch-size", "2"],
+        capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert re.fullmatch(r"eval.py: error: \S+\.png: value 7 is neither .*\n", done.stderr), done.stderr
+
+
+def test_evaluation_tells_what_is_wrong_in_one_line(midway_file, moog_run, tmp_path, capsys):
+    root = tmp_path
     (tmp_path / "empty").mkdir()
     plain = tmp_path / "plain.pt"
     ckpt = torch.load(midway_file, weights_only=True)
@@ -2594,10 +2627,12 @@ def test_evaluation_tells_what_is_wrong_in_one_line(midway_file, moog_run, tmp_p
     for args, message in (
             ([midway_file, "--task", "tokens"], "midway has no task 'tokens': choose from latents, heatmap"),
             ([moog_run, "--task", "flow"], "moog has no task 'flow'"),
-            ([midway_file, "--task", "segmentation", "--data", root, "--classes", 3], "value 7 is neither"),
+            ([midway_file, "--task", "segmentation", "--batch-size", 1], "--batch-size of 2 or more"),
+            ([midway_file, "--task", "identity-bias", "--data", root], "only scenes have"),
+            ([midway_file, "--task", "track", "--tracks", "points.npz"], "give the video"),
             ([midway_file, "--task", "segmentation", "--data", tmp_path / "empty"], "no labelled images"),
             ([midway_file, "--task", "segmentation", "--data", tmp_path / "nowhere"], "no such folder"),
-            ([midway_file, "--task", "segmentation", "--size", 30], "multiple of the patch size"),
+            ([midway_file, "--task", "segmentation", "--size", 30], "times the patch size"),
             ([midway_file, "--task", "flow", "--data", tmp_path / "empty"], "no flow with its two frames"),
             ([midway_file, "--task", "heatmap", "--data", tmp_path / "empty"], "no videos and no frames"),
             ([midway_file, "--task", "identity-bias", "--against", moog_run], "want another Midway"),
