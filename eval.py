@@ -363,7 +363,7 @@ def perturb(model, i, m, v, token, draws=32, seed=0):
     i      level, as model.predict_forward counts them: model.predicted[0] is the lowest
     m, v   (B, K, d), (B, L, D) of that level, from model.predict
     token  (B,) long, number of the patch, 0 .. h*w - 1
-    Returns heatmaps (B, h*w) over the target. Raises nothing; runs without gradient.
+    Returns heatmaps (B, h*w) over the target, without gradient.
     """
     v, place = v.contiguous(), F.one_hot(token + 1, v.shape[1])[..., None].to(v)        # (B, L, 1), after CLS
     generator = torch.Generator().manual_seed(seed)
@@ -414,7 +414,7 @@ def ridge_r2(x, y, tests):
 
 
 def camera_probe(net, config, args, count=1024, tests=256):
-    """How well a linear readout of all of a pair's latents tells its mean flow: {level: R^2}; scenes."""
+    """How well a linear readout of all of a pair's latents tells its mean flow: R^2, lowest level first."""
     loaders = [cut_scenes(net, config, args, split) for split in ("train", "eval")]
     m, flow = [], []
     for split, total in ((0, count), (1, tests)):
@@ -463,8 +463,9 @@ def compared(model, args):
     nets = {"this model": model}
     if args.against:
         other, name, _, path = load(args.against)
-        if name != "midway" or not other.cfg.latent_dynamics or other.cfg.size != model.cfg.size:
-            raise Stop(f"--against {args.against}: want another Midway with dynamics, of the same size")
+        fits = lambda cfg: (cfg.latent_dynamics, cfg.size, cfg.patch)
+        if name != "midway" or fits(other.cfg) != fits(model.cfg):
+            raise Stop(f"--against {args.against}: want another Midway with dynamics, of this size and patch")
         nets[str(path.parent.name or path)] = other.to(args.device)
     gated = lambda net: "gated" if net.cfg.gating else "not gated"
     nets = {f"{name} ({gated(net)})": net for name, net in nets.items()}
@@ -857,7 +858,7 @@ class SegmentationTask:
         if args.size and args.size < 2 * cfg.patch or self.size % cfg.patch:
             raise Stop(f"--size {self.size} must be 2, 3, ... times the patch size, {cfg.patch}")
         if args.data == "scenes":
-            self.classes, self.names, self.steps = 9, ("background", *data.SHAPES), 400
+            self.classes, self.names, self.steps = 9, ("background", *data.SHAPES), 250
             self.train, self.test = (labelled_scenes(model, config, args, s) for s in ("train", "eval"))
             self.test_batches = 8               # of 32 scenes
             return
@@ -1199,7 +1200,7 @@ def flow_tests(model, config, args, pairs):
     """Names, frames (2, 3, H, W) in [0, 1], flow (2, H, W), valid (H, W) of the pairs to test on."""
     if pairs is None:
         scenes = flow_scenes(model, config, args, "eval", wide=True)
-        yield from zip((f"scene {n}" for n in range(32)), *scenes(range(32)))
+        yield from zip((f"scene {n}" for n in range(16)), *scenes(range(16)))
     else:
         for name, pair in zip(pairs.names, (pairs[i] for i in range(len(pairs)))):
             if not pair["valid"].any():
@@ -1214,11 +1215,12 @@ def flow(model, config, args, report):
     """A DPT readout of optical flow, against the encoder with dynamics that know nothing, and constants."""
     dynamic(model)
     train_pairs, test_pairs = flow_pairs(args)
-    steps, nets = args.steps or 400, {"encoder only": encoder_only(model, args)}
+    steps = args.steps or (250 if args.data == "scenes" else 2000)
+    nets = {"encoder only": encoder_only(model, args)}
     nets = nets if args.encoder_only else {"this model": model} | nets
     nets = {name: train_flow(net, config, args, train_pairs, steps, f"flow, {name}")
             for name, net in nets.items()}
-    count, rows, shown = 32 if test_pairs is None else len(test_pairs), {}, []
+    count, rows, shown = 16 if test_pairs is None else len(test_pairs), {}, []
     picked = set(np.linspace(0, count - 1, 4).round().astype(int))
     tests = progress(flow_tests(model, config, args, test_pairs), "flow, test")
     for number, (name, frames, target, valid) in enumerate(tests):
@@ -1425,7 +1427,7 @@ def follow(model, config, args):
 # ---- MooG: readouts ------------------------------------------------------------------------------
 # our choice of all: clips to learn from, held-out ones, points of each, frames of a clip, queries of a step
 POOL, TESTS, POINTS, FRAMES, QUERIES = 1024, 64, 64, 8, 32
-READOUT_STEPS = dict(points=300, boxes=300, depth=150)
+READOUT_STEPS = dict(points=250, boxes=250, depth=150)
 FIRST = 10**6                           # number of the first clip: no training of a MooG comes so far
 
 
