@@ -413,17 +413,19 @@ def ridge_r2(x, y, tests):
     return r2(slice(n), slice(n, None), best)
 
 
-def camera_probe(net, config, args, count=1024, tests=256):
-    """How well a linear readout of all of a pair's latents tells its mean flow: R^2, lowest level first."""
-    loaders = [cut_scenes(net, config, args, split) for split in ("train", "eval")]
-    m, flow = [], []
-    for split, total in ((0, count), (1, tests)):
-        for i in range(0, total, 64):
-            batch = loaders[split](range(i, i + 64))
-            levels = net.predict(*batch["video"].unbind(1))
-            m.append([level.m.flatten(1) for level in levels])
+def camera_probe(nets, config, args, count=1024, tests=256):
+    """How well a linear readout of all of a pair's latents tells its mean flow: [name, R^2] of each level."""
+    first, m, flow = next(iter(nets.values())), {}, []
+    for split, total in (("train", count), ("eval", tests)):
+        scenes = cut_scenes(first, config, args, split)
+        for i in progress(range(0, total, 32), f"camera's motion, {split}"):
+            batch = scenes(range(i, i + 32))
             flow.append(batch["flow"][:, 0].mean((2, 3)))
-    return [ridge_r2(torch.cat(x), torch.cat(flow), tests) for x in zip(*m)]
+            for who, net in nets.items():
+                for k, level in enumerate(net.predict(*batch["video"].unbind(1))):
+                    name = f"{who}level {net.levels[net.predicted[k]]}"
+                    m.setdefault(name, []).append(level.m.flatten(1))
+    return [[name, ridge_r2(torch.cat(x), torch.cat(flow), tests)] for name, x in m.items()]
 
 
 @torch.no_grad()
@@ -434,7 +436,8 @@ def latents(model, config, args, report):
     loader = list(data.make_loader(
         args.data, model.cfg.inputs, [range(i * n, i * n + n) for i in range(steps)], args.device, args.seed,
         split="eval", colours=False, scenes=config.get("scenes") or midway.SCENES, gap=args.gap))
-    for who, net in (("", model), ("random init, ", random_init(model, args))):
+    nets = {"": model, "random init, ": random_init(model, args)}
+    for who, net in nets.items():
         for batch in loader:
             errors = net.report(batch)
             levels = net.both_directions(batch["motion"])[0]
@@ -446,11 +449,8 @@ def latents(model, config, args, report):
                 numbers = [x.item() for x in errors[f"2-2cos, {name.removeprefix(who)}"].values()]
                 rows.setdefault(name, []).append([*numbers, m.var(0).mean().item(), rank.item()])
     if args.data == "scenes":
-        nets = {"": model, "random init, ": random_init(model, args)}
         report.table("can the camera's motion be read off the latents? R^2 of ridge regression on held-out "
-                     "scenes (0: no better than the mean)", ["R^2"],
-                     [[f"{who}level {net.levels[net.predicted[k]]}", r2] for who, net in nets.items()
-                      for k, r2 in enumerate(camera_probe(net, config, args))])
+                     "scenes (0: no better than the mean)", ["R^2"], camera_probe(nets, config, args))
     report.table(
         f"motion latents of {steps * n} pairs: 2 - 2 cos of the prediction with the right latents, others, "
         "none, and of copying",
