@@ -633,7 +633,7 @@ class Midway(nn.Module):
     @torch.no_grad()
     def report(self, batch):
         """
-        How much motion the latents carry: {row: {column: scalar}} with the mean 2 - 2 cos of each level's
+        What predictions owe to their latents: {row: {column: scalar}} with the mean 2 - 2 cos of each level's
         prediction with its right latents, with those of another pair of the batch (same direction; none if
         there is but one pair), with zeros, and of copying the teacher's source features. Only the latents of
         the level itself are exchanged: v is the source's own, and the levels above stay as they are.

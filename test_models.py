@@ -3075,7 +3075,8 @@ def test_readme_names_only_what_exists():
     known = {f.name.replace("_", "-") for cls in (train.Options, Config, moog.Config, melomotion.Config)
              for f in fields(cls)}
     known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
-    known |= {"task", "seeds", "help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend",
+    known |= set(re.findall(r'add\("--([\w-]+)"', (HERE / "eval.py").read_text()))
+    known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend",
               "rdzv-endpoint",
               "shm-size"}        # of other programs
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) <= known
