@@ -642,7 +642,8 @@ def track(model, config, args, report):
         elif not valid.any():
             continue
         else:
-            known = valid.any(0)            # a point that is never seen has no place to start
+            known = valid.any(0).nonzero()[:, 0]        # a point that is never seen has no place to start
+            known = known[torch.linspace(0, len(known) - 1, min(len(known), 32)).round().long()]
             tracks, valid, query = tracks[:, known], valid[:, known], query[known]
             first = tracks.gather(0, query[None, :, None].expand(1, -1, 2))[0]          # (P, 2)
             x, y = ((first + 0.5) / p).long().clamp(0, grid - 1).unbind(-1)
