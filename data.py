@@ -1609,8 +1609,7 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     if workers < 0 and source == "squares":     # frame 0 is drawn sooner than it is sent from another process
         workers = 0
     if workers < 0:     # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        most = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+        most = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         workers = 0 if synthetic and device.type != "cpu" else min(most, 1 if synthetic else 16)
     if source == "squares":
         dataset = MovingSquares(inputs["size"] * (2 if crops else 1), inputs["frames"], seed=seed,
@@ -1633,11 +1632,15 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     return Finished(loader, crops, device)
 
 
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def sample_loader(dataset, batches, device="cpu"):
     """Loads a dataset's samples in batches of numbers, in order, by processes that end with this one."""
-    cores = os.cpu_count() or 1
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores - 1)), worker_init_fn=start_worker,
+        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores() - 1)), worker_init_fn=start_worker,
         pin_memory=torch.device(device).type == "cuda")
     atexit.register(end_workers)
     return loader

@@ -30,8 +30,8 @@ Tasks of moog
     points    a readout learns to follow points: TAP-Vid's metrics and points.png
     boxes     the same for boxes: intersection over union and boxes.png
     depth     a readout learns the depth of each pixel: depth.png
-    unroll    PSNR of predicted frames in clips longer than those of training, and with other numbers of
-              tokens: unroll.png
+    unroll    PSNR of predicted frames in clips longer than those of training (scenes: 8 frames, played forth
+              and back), and with other numbers of tokens: unroll.png
 
     Readouts learn from frozen features, with --finetune end to end, on scenes or on --data: a folder of RGB-D
     clips with tracks.npz (points, depth), a TAP-Vid .pkl (points), a folder with boxes_xyxy.txt (boxes). The
@@ -79,7 +79,7 @@ import moog
 import train
 from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, composite, decode, place, position_loss,
                         warp)
-from moog import psnr
+from moog import psnr       # one of the metrics, for whoever imports this file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -297,7 +297,8 @@ def fit(modules, loss, steps, what, lr=1e-3, weight_decay=1e-4):
     """
     AdamW on the parameters of the modules that want a gradient: `steps` of loss(i), i = 0, 1, ...; after a
     warm-up of a twentieth of the steps the learning rate follows a cosine to 0. The first module is the
-    readout; others are finetuned at a tenth of its rate. All end in eval mode.
+    readout; others are finetuned at a tenth of its rate. All end in eval mode. our choice: one recipe for all
+    readouts; mmsegmentation, CroCo v2 and TAP-Net each have their own, for far more steps.
     """
     for module in modules:
         module.train()
@@ -514,7 +515,8 @@ def video_pairs(model, args, count):
 
 
 def changed_tokens(z, zt, count):
-    """The tokens whose features differ most from those at the same place of the other frame: (B, count)."""
+    """our choice of what to look at in videos: tokens that differ most from those at their place in the other
+    frame, (B, count)."""
     return F.cosine_similarity(z[:, 1:], zt[:, 1:], dim=-1).topk(count, largest=False).indices
 
 
@@ -634,8 +636,8 @@ def track(model, config, args, report):
     dynamic(model)
     grid, p, sums, shown = model.cfg.size // model.cfg.patch, model.cfg.patch, {}, []
     untrained = random_init(model, args)
-    clips = progress(track_clips(model, config, args), "track")
-    for number, (video, tracks, valid, query) in enumerate(clips):
+    clips_scored = 0
+    for video, tracks, valid, query in progress(track_clips(model, config, args), "track"):
         if tracks is None:
             z, zt = (model.features(video[t][None])[-1] for t in (0, -1))
             start = changed_tokens(z, zt, len(query))[0]
@@ -653,6 +655,7 @@ def track(model, config, args, report):
             shown.append((video, found, tracks, valid, query))
         if tracks is None:
             continue
+        clips_scored += 1
         truth = ((tracks + 0.5) / p - 0.5).flip(-1)                         # (T, P, 2), rows and columns
         counted = valid & (torch.arange(len(video), device=valid.device)[:, None] > query)
         nearest = truth.round().clamp(0, grid - 1)
@@ -667,8 +670,8 @@ def track(model, config, args, report):
     track_picture(model, shown, report)
     if sums:
         report.table(
-            f"tracks of {number + 1} clip{'s' * (number > 0)}: mean distance from the truth in patches of "
-            f"{p} pixels, on a {grid} x {grid} grid", ["patches", "within 1 patch"],
+            f"tracks of {clips_scored} clip{'s' * (clips_scored > 1)}: mean distance from the truth in patches "
+            f"of {p} pixels, on a {grid} x {grid} grid", ["patches", "within 1 patch"],
             [[name, torch.cat(x).mean().item(), (torch.cat(x) <= 1).float().mean().item()]
              for name, x in sums.items()])
 
@@ -729,7 +732,8 @@ class Linear(nn.Module):
 class UperNet(nn.Module):
     """
     UperNet on four maps of a ViT (B, D, h, w), lowest first: made a pyramid, pyramid pooling on the coarsest,
-    top-down sums, all fused at the finest. Also an auxiliary head on the last map. As mmsegmentation has it.
+    top-down sums, all fused at the finest. Also an auxiliary head on the last map. our choice: the pyramid by
+    transposed convolutions, as in iBOT; for the rest mmsegmentation's, D channels wide.
     """
 
     def __init__(self, dim, classes, pools=(1, 2, 3, 6)):
@@ -827,7 +831,7 @@ def jitter(images, generator):
     return data.photometric(images, params)
 
 
-def labelled_scenes(model, config, args, split):
+def labelled_scenes(config, args, split):
     """numbers -> images (B, 3, S, S), classes (B, S, S) of scenes like training's, with plain sprites."""
     options = config.get("scenes") or midway.SCENES
     options = options | dict(frames=1, sprites=4, flat=0.8, radius=(0.15, 0.3))
@@ -860,7 +864,7 @@ class SegmentationTask:
             raise Stop(f"--size {self.size} must be 2, 3, ... times the patch size, {cfg.patch}")
         if args.data == "scenes":
             self.classes, self.names, self.steps = 9, ("background", *data.SHAPES), 250
-            self.train, self.test = (labelled_scenes(model, config, args, s) for s in ("train", "eval"))
+            self.train, self.test = (labelled_scenes(config, args, s) for s in ("train", "eval"))
             self.test_batches = 8               # of 32 scenes
             return
         options = dict(num_classes=args.classes or None, ignore_index=args.ignore_index)
