@@ -636,7 +636,7 @@ def track(model, config, args, report):
     dynamic(model)
     grid, p, sums, shown = model.cfg.size // model.cfg.patch, model.cfg.patch, {}, []
     untrained = random_init(model, args)
-    clips_scored = 0
+    scored = 0
     for video, tracks, valid, query in progress(track_clips(model, config, args), "track"):
         if tracks is None:
             z, zt = (model.features(video[t][None])[-1] for t in (0, -1))
@@ -655,7 +655,7 @@ def track(model, config, args, report):
             shown.append((video, found, tracks, valid, query))
         if tracks is None:
             continue
-        clips_scored += 1
+        scored += 1
         truth = ((tracks + 0.5) / p - 0.5).flip(-1)                         # (T, P, 2), rows and columns
         counted = valid & (torch.arange(len(video), device=valid.device)[:, None] > query)
         nearest = truth.round().clamp(0, grid - 1)
@@ -670,7 +670,7 @@ def track(model, config, args, report):
     track_picture(model, shown, report)
     if sums:
         report.table(
-            f"tracks of {clips_scored} clip{'s' * (clips_scored > 1)}: mean distance from the truth in patches "
+            f"tracks of {scored} clip{'s' * (scored > 1)}: mean distance from the truth in patches "
             f"of {p} pixels, on a {grid} x {grid} grid", ["patches", "within 1 patch"],
             [[name, torch.cat(x).mean().item(), (torch.cat(x) <= 1).float().mean().item()]
              for name, x in sums.items()])
