@@ -319,7 +319,7 @@ def fit(modules, loss, steps, what, lr=1e-3, weight_decay=1e-4):
 
 
 # ---- Midway: what the dynamics know --------------------------------------------------------------
-def dynamic(model):
+def predicted_levels(model):
     """The numbers of the predicted levels, lowest first; Stop if the model has none."""
     if not model.cfg.latent_dynamics:
         raise Stop("this model has no latent dynamics (latent_dynamics=False): only --task segmentation fits")
@@ -432,7 +432,7 @@ def camera_probe(nets, config, args, count=1024, tests=256):
 @torch.no_grad()
 def latents(model, config, args, report):
     """Do the motion latents carry motion? Their variance, their rank, and what exchanging them costs."""
-    dynamic(model)
+    predicted_levels(model)
     n, steps, rows = min(args.batch_size, 32), 8, {}
     loader = list(data.make_loader(
         args.data, model.cfg.inputs, [range(i * n, i * n + n) for i in range(steps)], args.device, args.seed,
@@ -442,7 +442,7 @@ def latents(model, config, args, report):
         for batch in loader:
             errors = net.report(batch)
             levels = net.both_directions(batch["motion"])[0]
-            for k in dynamic(net):
+            for k in predicted_levels(net):
                 name, m = f"{who}level {net.levels[net.predicted[k]]}", levels[k].m.float()
                 share = torch.linalg.svdvals(m)
                 share = share / share.sum(1, keepdim=True)                  # (2B, K)
@@ -476,7 +476,7 @@ def compared(model, args):
 @torch.no_grad()
 def identity_bias(model, config, args, report):
     """our choice: a number for Fig. 6: how often the heatmap of a moving token peaks where the token was."""
-    dynamic(model)
+    predicted_levels(model)
     if args.data != "scenes":
         raise Stop("identity-bias needs known motion, which only scenes have: leave out --data")
     generator, found, scenes = torch.Generator().manual_seed(args.seed), [], cut_scenes(model, config, args)
@@ -496,7 +496,7 @@ def identity_bias(model, config, args, report):
 
     rows = []
     for name, net in compared(model, args).items():
-        for k in reversed(dynamic(net)):
+        for k in reversed(predicted_levels(net)):
             heat = torch.cat([perturb(net, net.predicted[k], level.m, level.v, t, args.draws, args.seed)
                               for v, t in zip(progress(video.split(32), name), token.split(32))
                               for level in [net.predict(v[:, 0], v[:, 1])[k]]])
@@ -523,7 +523,7 @@ def changed_tokens(z, zt, count):
 @torch.no_grad()
 def heatmap(model, config, args, report):
     """Fig. 6: where the forward model takes a token of the source, level by level."""
-    levels, grid, p, each = dynamic(model), model.cfg.size // model.cfg.patch, model.cfg.patch, 2
+    levels, grid, p, each = predicted_levels(model), model.cfg.size // model.cfg.patch, model.cfg.patch, 2
     if args.data == "scenes":
         batch = cut_scenes(model, config, args)(range(32))
         generator = torch.Generator().manual_seed(args.seed)
@@ -633,7 +633,7 @@ def track_clips(model, config, args):
 @torch.no_grad()
 def track(model, config, args, report):
     """Fig. 7: regions followed by heatmaps and by features alone, against true tracks where there are any."""
-    dynamic(model)
+    predicted_levels(model)
     grid, p, sums, shown = model.cfg.size // model.cfg.patch, model.cfg.patch, {}, []
     untrained = random_init(model, args)
     scored = 0
@@ -1045,17 +1045,13 @@ class FlowNet(nn.Module):
 
     def maps(self, source, target):
         """paper: B.4: encoder, the target's tokens after the highest midway path, predictions top and low."""
-        model, seen = self.model, []
+        model = self.model
         z = model.features(source)
         with torch.no_grad():
             zt = model.features(target, teacher=True)
-        hook = model.motion_blocks[str(model.predicted[-1])].register_forward_hook(
-            lambda module, inputs, output: seen.append(output))
-        try:
-            levels = model.dynamics(z, zt)
-        finally:
-            hook.remove()
-        target_tokens = seen[0][:, model.cfg.motion_tokens + z[-1].shape[1]:]           # (B, L, d)
+        levels = model.dynamics(z, zt)
+        tokens = model.midway_path(model.predicted[-1], None, z[-1], zt[-1])            # (B, K + 2L, d)
+        target_tokens = tokens[:, model.cfg.motion_tokens + z[-1].shape[1]:]            # (B, L, d)
         grid = model.cfg.size // model.cfg.patch
         return [x[:, 1:].mT.unflatten(-1, (grid, grid))                                 # CLS is dropped
                 for x in (z[-1], target_tokens, levels[-1].pred, levels[0].pred)]
@@ -1218,7 +1214,7 @@ def flow_tests(model, config, args, pairs):
 
 def flow(model, config, args, report):
     """A DPT readout of optical flow, against the encoder with dynamics that know nothing, and constants."""
-    dynamic(model)
+    predicted_levels(model)
     train_pairs, test_pairs = flow_pairs(args)
     steps = args.steps or (250 if args.data == "scenes" else 2000)
     nets = {"encoder only": encoder_only(model, args)}
