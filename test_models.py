@@ -132,11 +132,11 @@ def test_dynamics_equal_the_authors(official, frames):
 
 
 def test_dino_loss_gradient_and_center_equal_the_authors():
-    loss = DINOLoss(64)
+    loss = DINOLoss(64).double()
     assert loss.mask.nonzero().tolist() == sorted(REFERENCE["dino_pairs"].tolist())
     loss.center.copy_(0.1 * formula_input("dino_center", 1, 64))
-    student = formula_input("dino_student", 60, 64).requires_grad_()
-    value, _ = loss(student, formula_input("dino_teacher", 12, 64))
+    student = formula_input("dino_student", 60, 64).double().requires_grad_()
+    value, _ = loss(student, formula_input("dino_teacher", 12, 64).double())
     value.backward()
     loss.update_center()
     assert abs(value.item() - REFERENCE["dino_loss"]) < 2e-6
