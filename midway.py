@@ -10,15 +10,14 @@ top-down ("midway"): it starts at the highest level of the encoder, and each low
 looking at the prediction that the level above has already made. A DINO loss on smaller crops keeps
 the features from collapsing.
 
-    loss = DINO(crops) + mean over levels l of || z^_l/|z^_l| - z~_l/|z~_l| ||^2
-    paper: Eq. 1, Appendix B.1
+    loss = DINO(crops) + mean over levels l of || z^_l/|z^_l| - z~_l/|z~_l| ||^2      paper: Eq. 1, B.1
 
 Glossary (paper's symbol where it differs)
     B       pairs of frames                 D       encoder width
     H W     pixels                          d       width of the midway path
     h w     patch grid                      K       motion tokens (10)
     L       1 + h*w tokens, CLS first       P       DINO prototypes
-            (the paper's L: highest level)  level   3, 6, 9 are predicted, 12 starts the top-down path
+    level   3, 6, 9 are predicted, 12 starts the top-down path (the paper's L is the highest level)
     z       student features (z_t)          zt      teacher (EMA) features of the target (z~_t+1)
     v       backward features               vt      the same of the target, from EMA copies of the layers
     m       motion latents                  pred    predicted target features (z^_t+1)
@@ -95,10 +94,8 @@ class Config:
     @property
     def inputs(self):
         """What the model expects: crops of frame pairs. `blur`: largest sigma in pixels, 2 at 224."""
-        crops = dict(
-            local_size=self.local_size,
-            local_crops=self.local_crops if self.dino_weight else 0,
-            blur=2 * self.size / 224)
+        n = self.local_crops if self.dino_weight else 0
+        crops = dict(local_size=self.local_size, local_crops=n, blur=2 * self.size / 224)
         return dict(frames=2, size=self.size, crops=crops)
 
 
@@ -118,12 +115,10 @@ PRESETS = {
 # What train.py starts from, preset by preset; every entry is a flag.
 # paper: Table 8; the steps, 60 passes over BDD100K, and min_lr as released
 PAPER = dict(
-    steps=105_000, batch_size=200, lr=3.90625e-4, min_lr=1e-6,      # lr: 5e-4 per 256 pairs, as DINO's
-    warmup=1 / 30, betas=(0.9, 0.999),
-    # our choice: for all parameters; in the released code the dynamics keep 0.01, by a slip
-    weight_decay=0.04, weight_decay_end=0.4,
-    # our choice: of the one global norm, as is usual; released: tensor by tensor, dynamics never
-    clip=3.0)
+    steps=105_000, batch_size=200, lr=3.90625e-4, min_lr=1e-6,  # lr: 5e-4 per 256 pairs, as DINO's
+    warmup=1 / 30, betas=(0.9, 0.999), weight_decay=0.04,
+    weight_decay_end=0.4,       # our choice: of all; released: the dynamics keep 0.01, by a slip
+    clip=3.0)                   # our choice: of the global norm; released: per tensor, dynamics never
 SCENES = dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32)      # for runs without --data
 RECIPES = {
     # Small budgets want pans of a patch or two over rich textures; sprites come with larger presets.
@@ -216,10 +211,7 @@ class Block(nn.Module):
         return y * (keep / (1 - self.drop_path)).to(y.dtype)
 
     def forward(self, x, first=None):
-        """
-        x (B, L, D) -> (B, L, D). With `first`, only of the first tokens: (B, first, D). They look at
-        all, but what becomes of the others is not computed; it saves most of a last block.
-        """
+        """x (B, L, D) -> (B, L, D), or of the `first` tokens alone, which look at all: (B, first, D)."""
         y = self.norm1(x)
         x = x[:, :first] + self.drop(self.attn(y[:, :first], y))
         return x + self.drop(self.mlp(self.norm2(x)))
@@ -261,10 +253,8 @@ class Gate(nn.Module):
 class GatedBlock(Block):
     """
     Block of the forward model, h = g * x + Attention(x): a token can let go of what stood there.
-    paper: Eq. 2
-    our choice: the gate of block b is computed from the input of block b-1 and not, as Eq. 2 reads,
-    from the block's own input, because that is what the released weights were trained with. So each
-    block but the last makes its successor's gate.
+    our choice: the gate of block b comes from the input of block b-1 and not, as in Eq. 2, of its own,
+    because the released weights were trained so. Each block but the last makes its successor's gate.
     """
 
     def __init__(self, dim, heads, makes_gate):
@@ -272,29 +262,18 @@ class GatedBlock(Block):
         self.next_gate = Gate(dim) if makes_gate else None
 
     def forward(self, h, gate, K):
-        """
-        h (B, K + L, D): K motion tokens, never gated, then the image tokens; gate (B, L, D), or None
-        in the first block. Returns the new h and the gate for the next block, or None.
-        """
-        next_gate = None
-        if self.next_gate is not None:
-            next_gate = self.next_gate(h[:, K:])
-        residual = h
-        if gate is not None:
-            residual = torch.cat([h[:, :K], h[:, K:] * gate], 1)
+        """h (B, K + L, D), K motion tokens first; gate (B, L, D) or None -> h, gate of the next block."""
+        next_gate = self.next_gate(h[:, K:]) if self.next_gate else None
+        # the motion tokens are never gated, nor is the first block
+        residual = h if gate is None else torch.cat([h[:, :K], h[:, K:] * gate], 1)
         y = self.norm1(h)
         h = residual + self.attn(y, y)                          # paper: Eq. 2
-        h = h + self.mlp(self.norm2(h))
-        return h, next_gate
+        return h + self.mlp(self.norm2(h)), next_gate
 
 
 # ---- encoder and DINO ----------------------------------------------------------------------------
 class ViT(nn.Module):
-    """
-    The encoder f: DINO's ViT.
-    our choice: its one final LayerNorm is applied to every tapped level, as released; the paper
-    doesn't say.
-    """
+    """The encoder f: DINO's ViT."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -310,16 +289,12 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
 
     def forward(self, images, levels, first=None):
-        """
-        Normalised images (B, 3, H, W) -> list of features (B, L, D) at `levels`, counted from 1.
-        With `first`, the last level has only so many tokens, and the work for the others is saved.
-        """
+        """Normalised images (B, 3, H, W) -> features (B, L, D) per level, the last (B, first, D)."""
         H, W = images.shape[-2:]
         h, w = H // self.patch, W // self.patch
         if (h * self.patch, w * self.patch) != (H, W):
-            raise ValueError(
-                f"image size {H}x{W} is no multiple of the patch size {self.patch}: crop or resize "
-                f"the images to {h * self.patch}x{w * self.patch}")
+            raise ValueError(f"image size {H}x{W} is no multiple of the patch size {self.patch}: "
+                             f"crop or resize the images to {h * self.patch}x{w * self.patch}")
         x = self.patch_embed(images).flatten(2).mT              # (B, h*w, D)
         x = x + interpolate_positions(self.pos_embed[:, 1:], self.grid, (h, w))
         cls = self.cls_token + self.pos_embed[:, :1]            # (1, 1, D)
@@ -329,6 +304,7 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks[:last], 1):
             x = block(x, first if i == last else None)
             if i in levels:
+                # our choice: the final LayerNorm for every level, as released; the paper doesn't say
                 taps.append(self.norm(x))
         return taps
 
@@ -355,12 +331,9 @@ class DINOHead(nn.Module):
 
 class DINOLoss(nn.Module):
     """
-    Cross-entropy of the teacher's assignments of 4 global crops (2 boxes, 2 frames) and the
-    student's of all.
-
-    Crops come in order [frame 1: box 1, box 2; frame 2: box 1, box 2; local crops of frame 1; of
-    frame 2]. A pair (teacher q, student v) counts unless both show the same box, in either frame: 8
-    global pairs, and each local with each q.
+    Cross-entropy of the teacher's assignments of 4 global crops and the student's of all. Order: [frame
+    1: box 1, box 2; frame 2: box 1, box 2; locals of frame 1; of frame 2]. A pair (teacher q, student v)
+    counts unless both show the same box, in either frame: 8 global pairs, and each local with each q.
     our choice: pairs within one frame count, as released (paper: "crops across frames").
     """
 
@@ -388,16 +361,14 @@ class DINOLoss(nn.Module):
             p = ((teacher - self.center) / self.TEACHER_TEMP).softmax(-1)
             p = p.unflatten(0, (4, -1))                                         # (4, B, P)
             s = student / self.STUDENT_TEMP
-            # p . log softmax(s) = p . s - logsumexp(s), since p sums to 1:
-            # no (pairs, B, P) tensor, not even log-probabilities
+            # p . log softmax(s) = p . s - logsumexp(s), since p sums to 1: no (pairs, B, P) tensor
             dots = p.transpose(0, 1) @ s.permute(1, 2, 0)                       # (B, 4, crops)
             dots = dots - s.logsumexp(-1).T[:, None]
             loss = -(dots * self.mask).sum((1, 2)).mean() / self.mask.sum()
             if self.training:
                 self.seen.add_(teacher.mean(0, keepdim=True).detach())
                 self.count.add_(1)
-            # in nats: of each crop's assignment, log P if it is uniform; and of the mean over the
-            # batch, 0 if all crops share one prototype
+            # log P if each crop's is uniform; 0 if all crops share one prototype
             logs = dict(teacher_entropy=entropy(p).mean(), batch_entropy=entropy(p.mean((0, 1))))
         return loss, logs
 
@@ -495,7 +466,7 @@ class Midway(nn.Module):
         self.motion_pos = nn.Parameter(torch.zeros(1, 2 * L, d))        # halves: source, target
         self.student_embed = nn.Linear(D, d)
         self.motion_proj = nn.Linear(d, D)
-        self.motion_blocks = nn.ModuleDict()                            # one entry per predicted level
+        self.motion_blocks = nn.ModuleDict()                            # one per predicted level
         self.student_backward = nn.ModuleDict()
         self.forward_blocks = nn.ModuleDict()
         for i in map(str, self.predicted):
@@ -504,17 +475,12 @@ class Midway(nn.Module):
             if cfg.backward:
                 self.student_backward[i] = CrossBlock(D, cfg.forward_heads)
             self.forward_blocks[i] = nn.ModuleList()
-            for b in range(cfg.forward_depth):
-                makes_gate = cfg.gating and b < cfg.forward_depth - 1
+            for b in range(1, 1 + cfg.forward_depth):
+                makes_gate = cfg.gating and b < cfg.forward_depth
                 self.forward_blocks[i].append(GatedBlock(D, cfg.forward_heads, makes_gate))
 
     def init_weights(self):
-        """
-        Linear weights, CLS, encoder positions, prototypes    truncated normal, std 0.02
-        Linear biases, motion positions                       0
-        motion tokens                                         normal, std 0.02
-        patch embedding, LayerNorm; weight_g                  torch's default; 1
-        """
+        """As in DINO; patch embedding and LayerNorm as torch makes them, motion positions zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -523,8 +489,7 @@ class Midway(nn.Module):
         nn.init.trunc_normal_(self.student.cls_token, std=0.02)
         nn.init.trunc_normal_(self.student.pos_embed, std=0.02)
         if self.cfg.dino_weight:
-            # our choice: prototypes start as Linear weights do; the paper doesn't say, and since they
-            # are normalised, only their directions count
+            # our choice: as Linear weights; the paper doesn't say; only their directions count
             nn.init.trunc_normal_(self.student_head.weight_v, std=0.02)
         if self.cfg.latent_dynamics:
             # our choice: the released code starts the motion tokens at zero, and then nothing ever
@@ -543,14 +508,10 @@ class Midway(nn.Module):
 
     # -- the dynamics, top-down --
     def midway_path(self, i, m, source, target, first=None):
-        """
-        Transformer of level i over motion tokens m (B, K, d), None at the top, and the features of
-        source and target (B, L, D): all tokens (B, K + 2L, d), or the `first` ones.
-        """
-        L = source.shape[1]
-        if m is None:
+        """Tokens of level i (B, K + 2L, d), or the `first`, given m (B, K, d), two frames (B, L, D)."""
+        if m is None:                   # at the top
             m = self.motion_tokens.expand(len(source), -1, -1)
-        source_pos, target_pos = self.positions(L)
+        source_pos, target_pos = self.positions(source.shape[1])
         source = self.student_embed(source) + source_pos
         with torch.no_grad():
             target = self.teacher_embed(target)
@@ -570,9 +531,8 @@ class Midway(nn.Module):
         """The halves of motion_pos for source and target, each (1, L, d)."""
         source, target = self.motion_pos.chunk(2, 1)
         if source.shape[1] != L:
-            raise ValueError(
-                f"the dynamics were built for {source.shape[1] - 1} patches and got {L - 1}: "
-                f"resize the frames to {self.cfg.size}x{self.cfg.size} pixels")
+            raise ValueError(f"the dynamics were built for {source.shape[1] - 1} patches, not {L - 1}: "
+                             f"resize the frames to {self.cfg.size}x{self.cfg.size} pixels")
         return source, target
 
     def predict_forward(self, i, m, v):
@@ -597,7 +557,7 @@ class Midway(nn.Module):
                 source = z[-1]
             elif self.cfg.refinement:
                 source = pred
-            else:       # our choice: z_l, what the prediction is fed "instead of"; released: no such switch
+            else:       # our choice: z_l; the paper's prediction goes in "instead of the features z_l"
                 source = z[i]
             # our choice: the target enters through the EMA backward layers, as released; paper: z~
             m = self.infer(i, m, source, vt)
@@ -640,15 +600,15 @@ class Midway(nn.Module):
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def check_batch(self, batch):
-        """Names the shapes again, in words: most wrong ones would fail far from here."""
-        for name, dims, words in (
-                ("motion", 5, "(B, 2 frames, 3, size, size)"),
-                ("globals", 6, "(B, 2 frames, 2 boxes, 3, size, size)"),
-                ("locals", 6, "(B, 2 frames, local_crops boxes, 3, local_size, local_size)")):
-            if name in batch:
-                shape = tuple(batch[name].shape)
-                fits = len(shape) == dims and shape[1] == 2 and shape[-3] == 3
-                assert fits, f"{name} {shape} must be {words}, as data.py's MultiCrop makes it"
+        """Most wrong shapes would fail far from here, without a word of what is wanted."""
+        shapes = dict(
+            motion="(B, 2 frames, 3 colours, size, size)",
+            globals="(B, 2 frames, 2 boxes, 3 colours, size, size)",
+            locals="(B, 2 frames, local_crops boxes, 3 colours, local_size, local_size)")
+        for name in shapes.keys() & batch.keys():
+            shape = tuple(batch[name].shape)
+            fits = len(shape) == shapes[name].count(",") + 1 and shape[1] == 2 and shape[-3] == 3
+            assert fits, f"{name} {shape} must be {shapes[name]}, as data.py's MultiCrop makes it"
 
     def both_directions(self, motion):
         """Motion crops (B, 2, 3, H, W), in both directions -> Levels and z of 2B rows."""
@@ -677,9 +637,8 @@ class Midway(nn.Module):
 
     def before_step(self, progress):
         """Before each optimiser step, with progress in [0, 1): the DINO head's last layer waits."""
-        # our choice: for the first 5 of 300 epochs, as released; the paper doesn't say. DINO's reason:
-        # the features shall settle before prototypes run after them.
-        # No gradient rather than a zero one: AdamW then skips the tensors, decay and moments included.
+        # our choice: for the first 5 of 300 epochs, as released (DINO: the first is steadier so); the
+        # paper doesn't say. Without a gradient AdamW skips the tensors, decay and moments included.
         if self.cfg.dino_weight and progress < 1 / 60:
             self.student_head.weight_g.grad = None
             self.student_head.weight_v.grad = None
@@ -702,19 +661,16 @@ class Midway(nn.Module):
     # -- inference: after model.eval(), which switches off the drop path --
     def features(self, images, teacher=False):
         """Images (B, 3, H, W), uint8 or float in [0, 1] -> tapped levels (B, L, D), lowest first."""
-        # our choice: the student's unless asked, also for readouts (DINO reads out its teacher): the
-        # dynamics that some readouts use were trained on them; the paper doesn't say
+        # our choice: also readouts see the student, whose features the dynamics were trained on; the
+        # paper doesn't say, DINO reads out its teacher
         encoder = self.teacher if teacher else self.student
         return encoder(normalize(images), self.levels)
 
     def predict(self, source, target):
         """
-        What the dynamics say of source -> target, frames (B, 3, H, W), uint8 or float in [0, 1]: a
-        list of Level, lowest first. Source goes through the student, target through the teacher.
-        Raises ValueError if the model has no dynamics.
+        What the dynamics say of source -> target, frames (B, 3, H, W): a list of Level, lowest first.
+        Source goes through the student, target through the teacher.
         """
-        if not self.cfg.latent_dynamics:
-            raise ValueError("this model has no latent dynamics (latent_dynamics=False): it can't predict")
         with torch.no_grad():
             zt = self.features(target, teacher=True)
         return self.dynamics(self.features(source), zt)
@@ -722,11 +678,10 @@ class Midway(nn.Module):
     @torch.no_grad()
     def report(self, batch):
         """
-        What predictions owe to their latents: {row: {column: scalar}} with the mean 2 - 2 cos of each
-        level's prediction with its right latents, with those of another pair of the batch (same
-        direction; none if there is but one pair), with zeros, and of copying the teacher's source
-        features. Only the latents of the level itself are exchanged: v is the source's own, and the
-        levels above stay as they are.
+        What predictions owe to their latents: {row: {column: scalar}}, the mean 2 - 2 cos of each
+        level's prediction with its right latents, with those of another pair of the batch in the same
+        direction, with zeros, and of copying the teacher's source features. v is the source's own, and
+        the levels above stay as they are.
         """
         if not self.cfg.latent_dynamics:
             return {}
@@ -734,19 +689,17 @@ class Midway(nn.Module):
         B = len(batch["motion"])
         levels, _ = self.both_directions(batch["motion"])
         for i, level in zip(self.predicted, levels):
-            latents = dict(right=level.m)
-            if B > 1:
-                other = level.m.unflatten(0, (2, B)).roll(1, 1)         # (2, B, K, d)
-                latents["shuffled"] = other.flatten(0, 1)               # (2B, K, d)
-            latents["zero"] = torch.zeros_like(level.m)
+            other = level.m.unflatten(0, (2, B)).roll(1, 1).flatten(0, 1)       # (2B, K, d)
+            latents = dict(right=level.m, shuffled=other, zero=torch.zeros_like(level.m))
+            if B == 1:
+                del latents["shuffled"]             # there is no other pair
             row = {}
             for name, m in latents.items():
                 pred, _ = self.predict_forward(i, m, level.v)
                 row[name] = prediction_loss(pred, level.target)
             row["copy"] = prediction_loss(level.target.roll(B, 0), level.target)    # x <-> y
             rows[f"2-2cos, level {self.levels[i]}"] = row
-        rows["2-2cos, mean"] = {
-            name: sum(r[name] for r in rows.values()) / len(rows) for name in row}
+        rows["2-2cos, mean"] = {name: sum(r[name] for r in rows.values()) / len(rows) for name in row}
         return rows
 
 
@@ -775,15 +728,15 @@ def convert(ckpt):
                 key = re.sub(theirs, ours, key)
             if section != "motion_loss":
                 key = section + key
-            if ".qkv." in key:              # one matrix of theirs is two of ours, and the reverse
-                D = len(value) // 3
-                state[key.replace("qkv", "q")] = value[:D]
-                state[key.replace("qkv", "kv")] = value[D:]
-            else:
-                state[key] = value
-    for key in [key for key in state if ".projk." in key]:
-        k, v = state.pop(key), state.pop(key.replace("projk", "projv"))
-        state[key.replace("projk", "kv")] = torch.cat([k, v])
+            state[key] = value
+    for key in list(state):                 # our q and kv: of one matrix of theirs, or k and v of two
+        if ".qkv." in key:
+            qkv = state.pop(key)
+            state[key.replace("qkv", "q")], state[key.replace("qkv", "kv")] = qkv.tensor_split([len(qkv) // 3])
+        if ".projk." in key:
+            k = state.pop(key)
+            v = state.pop(key.replace("projk", "projv"))
+            state[key.replace("projk", "kv")] = torch.cat([k, v])
     return {key: value for key, value in state.items() if not key.startswith("teacher_backward.0.")}
 
 
@@ -795,35 +748,27 @@ def official_config(state):
     dim, _, _, patch = state["student.patch_embed.weight"].shape
     _, motion_tokens, motion_dim = state["motion_tokens"].shape
     depth = count("student.blocks.")
-    n = count("motion_blocks.")
+    n = 1 + count("motion_blocks.")
     head = dict(dino_weight=0.0)
     if "student_head.weight_v" in state:
         prototypes, bottleneck = state["student_head.weight_v"].shape
         hidden = len(state["student_head.mlp.0.bias"])
         head = dict(prototypes=prototypes, head_bottleneck=bottleneck, head_hidden=hidden)
     return Config(
-        size=math.isqrt(state["student.pos_embed"].shape[1] - 1) * patch,
-        patch=patch,
-        dim=dim,
-        depth=depth,
+        size=math.isqrt(state["student.pos_embed"].shape[1] - 1) * patch, patch=patch,
+        dim=dim, depth=depth, levels=tuple(depth * (i + 1) // n for i in range(n)),
         heads=max(dim // 64, 3),    # not in the tensors: DINO's are 64 wide; the dynamics have 3 and 6
-        levels=tuple(depth * (i + 1) // (n + 1) for i in range(n + 1)),
-        motion_tokens=motion_tokens,
-        motion_dim=motion_dim,
-        motion_depth=count("motion_blocks.0."),
-        forward_depth=count("forward_blocks.0."),
-        backward="student_backward.0.norm1.weight" in state,
-        gating="forward_blocks.0.0.next_gate.norm.weight" in state,
-        **head)
+        motion_tokens=motion_tokens, motion_dim=motion_dim,
+        motion_depth=count("motion_blocks.0."), forward_depth=count("forward_blocks.0."), **head)
 
 
 def load_official(path):
     """
-    Midway from a checkpoint (.pth) of the authors, in eval mode. A missing DINO head, center or
-    optimiser state is said and does no harm. Raises OSError if the file can't be read, ValueError if
-    it isn't such a checkpoint. Nothing in the file is executed: it may hold tensors, plain containers
-    and an argparse.Namespace. A file whose `args` are of another library is refused; if you trust it,
-    open it once where that library is and save the file again without `args`.
+    Midway from a checkpoint (.pth) of the authors, in eval mode. A missing DINO head or center is said
+    and does no harm. Raises OSError if the file can't be read, ValueError if it isn't such a checkpoint.
+    Nothing in a file is executed: it may hold tensors, plain containers and an argparse.Namespace. One
+    whose `args` are of another library is refused; if you trust it, open it once where that library
+    is installed and save it again without `args`.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -831,33 +776,28 @@ def load_official(path):
     except OSError:                         # no such file, a folder, no permission
         raise
     except Exception as error:              # torch raises anything at all on a foreign file
-        raise ValueError(
-            f"{path}: a damaged file, no checkpoint, or one with more in it than tensors, "
-            f"containers and a Namespace ({type(error).__name__})") from None
+        raise ValueError(f"{path}: a damaged file, no checkpoint, or one with more in it than tensors, "
+                         f"containers and a Namespace ({type(error).__name__})") from None
+    missing = []
     try:
         state = convert(ckpt)
-        missing = []
         if not ("student_head.weight_v" in state and "teacher_head.weight_v" in state):
             missing.append("DINO head")
             state = {key: value for key, value in state.items() if "_head." not in key}
-        cfg = official_config(state)
-        model = Midway(cfg)
-        center = (ckpt.get("dino_loss") or {}).get("center")
-        if center is None:
+        model = Midway(official_config(state))
+        if "center" not in ckpt.get("dino_loss", {}):
             missing.append("center")
-            center = torch.zeros(1, cfg.prototypes)
-        if cfg.dino_weight:
-            state["dino_loss.center"] = center
+        elif model.cfg.dino_weight:
+            model.dino_loss.load_state_dict(ckpt["dino_loss"])
+        if model.cfg.dino_weight:
+            state["dino_loss.center"] = model.dino_loss.center
         model.load_state_dict(state)
     except Exception as error:              # a key, a shape or a type that isn't the authors'
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path}: not a checkpoint of the authors' Midway Network "
-            f"({type(error).__name__}: {reason})") from None
-    if not ckpt.get("optimizer"):
-        missing.append("optimizer")
+        raise ValueError(f"{path}: not a checkpoint of the authors' Midway Network "
+                         f"({type(error).__name__}: {reason})") from None
     if missing:
-        print(f"{path}: no {', no '.join(missing)} in this file; features and dynamics are complete")
+        print(f"{path}: no {', no '.join(missing)} in this file; features and dynamics are whole")
     return model.eval()
 
 
@@ -870,11 +810,8 @@ if __name__ == "__main__":
         locals=torch.rand(4, 2, 2, 3, 24, 24))
     loss, logs = model(batch)
     loss.backward()
-    model.after_step(0.5)
     print(f"loss {loss:.3f}:", {name: round(value.item(), 3) for name, value in logs.items()})
-
     model.eval()
     x, y = batch["motion"].unbind(1)
-    print("features:", [tuple(z.shape) for z in model.features(x)])
-    level = model.predict(x, y)[-1]
-    print(f"top level: m {tuple(level.m.shape)}, pred {tuple(level.pred.shape)}, loss {level.loss:.3f}")
+    for level in model.predict(x, y):
+        print(f"m {tuple(level.m.shape)}, pred {tuple(level.pred.shape)}, loss {level.loss:.3f}")

@@ -248,7 +248,7 @@ def test_official_file_may_lack_head_center_and_optimizer(official_file, tmp_pat
     del ckpt["dino_loss"], ckpt["optimizer"]
     torch.save(ckpt, tmp_path / "bare.pth")
     model = load_official(tmp_path / "bare.pth")
-    assert "no DINO head, no center, no optimizer" in capsys.readouterr().out
+    assert "no DINO head, no center in" in capsys.readouterr().out
     close(model.student.cls_token, ckpt["student"]["module.backbone.cls_token"], 0)
 
 
