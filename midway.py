@@ -368,7 +368,7 @@ class DINOLoss(nn.Module):
             if self.training:
                 self.seen.add_(teacher.mean(0, keepdim=True).detach())
                 self.count.add_(1)
-            # log P if each crop's is uniform; 0 if all crops share one prototype
+            # of each crop's assignment: log P if uniform; of their mean: 0 if all share one prototype
             logs = dict(teacher_entropy=entropy(p).mean(), batch_entropy=entropy(p.mean((0, 1))))
         return loss, logs
 
@@ -392,7 +392,7 @@ def entropy(p):
 
 # ---- the model -----------------------------------------------------------------------------------
 def check(cfg):
-    """Says what to change where a Config can't be built, or would be built but be something else."""
+    """Says what to change if a Config can't be built."""
     for name in ("size", "local_size"):
         pixels = getattr(cfg, name)
         nearest = max(pixels // cfg.patch, 1) * cfg.patch
@@ -480,7 +480,7 @@ class Midway(nn.Module):
                 self.forward_blocks[i].append(GatedBlock(D, cfg.forward_heads, makes_gate))
 
     def init_weights(self):
-        """As in DINO; patch embedding and LayerNorm as torch makes them, motion positions zero."""
+        """As in DINO: std 0.02, biases 0; patch embedding and LayerNorm stay as torch makes them."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -605,10 +605,11 @@ class Midway(nn.Module):
             motion="(B, 2 frames, 3 colours, size, size)",
             globals="(B, 2 frames, 2 boxes, 3 colours, size, size)",
             locals="(B, 2 frames, local_crops boxes, 3 colours, local_size, local_size)")
-        for name in shapes.keys() & batch.keys():
-            shape = tuple(batch[name].shape)
-            fits = len(shape) == shapes[name].count(",") + 1 and shape[1] == 2 and shape[-3] == 3
-            assert fits, f"{name} {shape} must be {shapes[name]}, as data.py's MultiCrop makes it"
+        for name, words in shapes.items():
+            if name in batch:
+                shape = tuple(batch[name].shape)
+                fits = len(shape) == words.count(",") + 1 and shape[1] == 2 and shape[-3] == 3
+                assert fits, f"{name} {shape} must be {words}, as data.py's MultiCrop makes it"
 
     def both_directions(self, motion):
         """Motion crops (B, 2, 3, H, W), in both directions -> Levels and z of 2B rows."""
@@ -637,8 +638,8 @@ class Midway(nn.Module):
 
     def before_step(self, progress):
         """Before each optimiser step, with progress in [0, 1): the DINO head's last layer waits."""
-        # our choice: for the first 5 of 300 epochs, as released (DINO: the first is steadier so); the
-        # paper doesn't say. Without a gradient AdamW skips the tensors, decay and moments included.
+        # our choice: for the first 5 of 300 epochs, as released, which steadies the start; the paper
+        # doesn't say. Without a gradient AdamW skips the tensors, decay and moments included.
         if self.cfg.dino_weight and progress < 1 / 60:
             self.student_head.weight_g.grad = None
             self.student_head.weight_v.grad = None
@@ -671,6 +672,7 @@ class Midway(nn.Module):
         What the dynamics say of source -> target, frames (B, 3, H, W): a list of Level, lowest first.
         Source goes through the student, target through the teacher.
         """
+        assert self.cfg.latent_dynamics, "this model has no latent dynamics: it can't predict"
         with torch.no_grad():
             zt = self.features(target, teacher=True)
         return self.dynamics(self.features(source), zt)
@@ -785,12 +787,12 @@ def load_official(path):
             missing.append("DINO head")
             state = {key: value for key, value in state.items() if "_head." not in key}
         model = Midway(official_config(state))
-        if "center" not in ckpt.get("dino_loss", {}):
+        center = ckpt.get("dino_loss", {}).get("center")
+        if center is None:
             missing.append("center")
-        elif model.cfg.dino_weight:
-            model.dino_loss.load_state_dict(ckpt["dino_loss"])
+            center = torch.zeros(1, model.cfg.prototypes)
         if model.cfg.dino_weight:
-            state["dino_loss.center"] = model.dino_loss.center
+            state["dino_loss.center"] = center
         model.load_state_dict(state)
     except Exception as error:              # a key, a shape or a type that isn't the authors'
         reason = " ".join(str(error).split())[:200]
