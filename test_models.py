@@ -433,7 +433,7 @@ def moog_models(moog_files):
 def released_outputs(model):
     video, state = channels_first(moog_ref("released", "video")), moog_ref("released", "state0")
     states = model.unroll(video, state)
-    before = model.anticipate(video, state)[:, :-1]
+    before = model.predict_ahead(video, state)[:, :-1]
     frames, attention = model.decode(before, video.shape[-2:], return_attention=True)
     return dict(
         encoder_output=model.encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2]),
@@ -475,7 +475,7 @@ def test_moog_of_the_paper_equals_the_authors(moog_models):
     close(model.decode(states.predicted, size, index)[:1], ref("eval4_video_predicted").flatten(2, 3), 2e-5)
     for factor in (2, 8):
         index = moog.subsample(size, factor, ref(f"train{factor}_offsets").long())
-        close(moog.pick(video[:1], index), ref(f"train{factor}_targets").flatten(2, 3), 0)
+        close(moog.gather_pixels(video[:1], index), ref(f"train{factor}_targets").flatten(2, 3), 0)
         close(model.decode(states.predicted[:1], size, index),
               ref(f"train{factor}_video_predicted").flatten(2, 3), 2e-5)
 
@@ -541,7 +541,7 @@ def test_moog_readouts_equal_the_authors():
     index = moog.subsample((16, 16), 4, ref("train4_offsets").long())
     close(depth(features, (16, 16), index.flatten(0, 1)).view_as(ref("train4_values")),
           ref("train4_values"), 2e-5)
-    target = moog.pick(channels_first(ref("depth")), index).view_as(ref("train4_subsampled_targets"))
+    target = moog.gather_pixels(channels_first(ref("depth")), index).view_as(ref("train4_subsampled_targets"))
     close(target, ref("train4_subsampled_targets"), 0)
 
 
@@ -557,7 +557,7 @@ NEAR_MISSES = {
         moog.Block, "forward", lambda self, x, y=None, weights=False, forward=moog.Block.forward: forward(
             self, x, y if y is None else F.layer_norm(y, y.shape[-1:]), weights)),
     "decoding the prediction": lambda m: m.setattr(
-        moog.MooG, "anticipate", lambda self, video, state: self.recurrence(
+        moog.MooG, "predict_ahead", lambda self, video, state: self.recurrence(
             torch.cat([video, video[:, :1]], 1), state)[0]),
 }
 
@@ -669,7 +669,7 @@ def test_moog_predicts_before_it_sees():
     for options in (dict(), dict(released=True), dict(grid=True), dict(grid=True, recurrent=False)):
         model = tiny_moog(**options).eval()
         state = model.initial_state(1, 16)
-        a, b = (model.decode(model.anticipate(v, state), (16, 16)) for v in (video, other))
+        a, b = (model.decode(model.predict_ahead(v, state), (16, 16)) for v in (video, other))
         assert a.shape[1] == 5                      # the frame after the video too
         close(a[:, :3], b[:, :3], 0)
         assert (a[:, 3] - b[:, 3]).abs().max() > 1e-4
@@ -699,8 +699,8 @@ def test_moog_decodes_each_pixel_by_itself(monkeypatch):
     states = model.unroll(torch.rand(2, 3, 3, 16, 16)).predicted
     whole = model.decode(states, (16, 16))
     index = torch.randint(256, (2, 3, 5))
-    close(model.decode(states, (16, 16), index), moog.pick(whole, index), 2e-6)
-    monkeypatch.setattr(moog, "PIECE", 60)          # 10 pixels at once
+    close(model.decode(states, (16, 16), index), moog.gather_pixels(whole, index), 2e-6)
+    monkeypatch.setattr(moog, "DECODE_CHUNK", 60)          # 10 pixels at once
     pieces, attention = model.decode(states, (16, 16), return_attention=True)
     close(pieces, whole, 2e-6)
     assert attention.shape == (2, 3, 2, 256, 6)
@@ -727,7 +727,7 @@ def test_moog_meters_on_hand_made_cases(monkeypatch):
     loss, logs = model(dict(video=video))
     assert logs["copy_psnr"] == 100 and 1 / 6 <= logs["tokens_used"] <= 1
     with torch.no_grad():
-        error = (model.decode(model.anticipate(video)[:, :-1], (16, 16)) - video).square()
+        error = (model.decode(model.predict_ahead(video)[:, :-1], (16, 16)) - video).square()
     close(loss.detach(), error.mean(), 1e-6)
     close(logs["psnr"], -10 * error[:, 1:].mean((2, 3, 4)).log10().mean(), 1e-4)    # not of frame 0
     assert 0 < logs["state_norm"] <= 2 * 16 ** 0.5 + 0.01       # sum of two normalised vectors
@@ -747,7 +747,7 @@ def test_moog_starts_as_it_says():
         if isinstance(module, moog.Attention):
             assert (module.norm_query.weight == 1).all() and (module.norm_key.weight == 1).all()
             assert abs(module.query.weight.std() * 64 ** 0.5 - 1) < 0.3         # variance 1 / fan-in
-    frames = model.decode(model.anticipate(torch.rand(1, 2, 3, 16, 16)), (16, 16))
+    frames = model.decode(model.predict_ahead(torch.rand(1, 2, 3, 16, 16)), (16, 16))
     assert abs(frames.mean() - 0.5) < 0.1 and frames.std() < 0.2                # near grey
     [group] = model.param_groups(1e-4)              # all decay
     assert len(group["params"]) == len(list(model.parameters())) and group["weight_decay"] == 1e-4
@@ -771,7 +771,7 @@ def test_moog_report_is_of_frames_not_yet_seen():
     torch.manual_seed(5)
     table = model.report(dict(video=video))
     torch.manual_seed(5)
-    frames = model.decode(model.anticipate(video), (16, 16))[:, :-1]
+    frames = model.decode(model.predict_ahead(video), (16, 16))[:, :-1]
     at = slice(2, None, 4)                          # every fourth pixel
     error = lambda a, b: (a - b)[..., at, at].square().mean((2, 3, 4))          # (B, T)
     level = lambda e: (-10 * e.log10()).mean()
@@ -815,7 +815,7 @@ def test_moog_wrong_inputs_say_what_to_change():
         with pytest.raises(ValueError, match="a video of shape"):
             model.unroll(bad)
     with pytest.raises(ValueError, match="given state has 6"):
-        model.anticipate(video, state, tokens=3)
+        model.predict_ahead(video, state, tokens=3)
     with pytest.raises(ValueError, match="tokens=0"):
         model.unroll(video, tokens=0)
     with pytest.raises(ValueError, match="16 places"):
