@@ -49,6 +49,7 @@ frames before it. Sizes and details follow the authors' released code. Departure
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def chunked(function, x, size, dim=0):
     return torch.cat([function(part) for part in x.split(size, dim)], dim)
 
 
-# ---- positions -------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------
 def axis_positions(n, device=None):
     """n numbers from -1 to 1, end points included (float32)."""
     # Bit by bit as the released models had them: the highest octave magnifies the last bit 500,000 times.
@@ -162,7 +163,12 @@ def fourier(x, bases):
     return torch.sin(torch.cat([x, x + math.pi / 2], -1))
 
 
-# ---- transformer -----------------------------------------------------------------------------------
+# ---- transformer ---------------------------------------------------------------------------------
+def split_heads(x, heads):
+    """(B, L, nh * hd) -> (B, nh, L, hd)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normalised queries and keys: x (B, L, D) looks at y (B, M, Dkv)."""
 
@@ -176,15 +182,11 @@ class Attention(nn.Module):
         self.norm_key = nn.RMSNorm(width // heads, eps=1e-6)
         self.out = nn.Linear(width, dim)
 
-    def split(self, x):
-        """(B, L, nh * hd) -> (B, nh, L, hd)"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def queries_and_keys(self, x, y):
         """In float32: (B, nh, L, hd), (B, nh, M, hd)."""
-        q = self.norm_query(fp32(self.split(self.query(x))))
-        k = self.norm_key(fp32(self.split(self.key(y))))
-        return q, k
+        q = split_heads(self.query(x), self.heads)
+        k = split_heads(self.key(y), self.heads)
+        return self.norm_query(fp32(q)), self.norm_key(fp32(k))
 
     def weights(self, x, y):
         """Where x looks at y: (B, nh, L, M), each row sums to 1."""
@@ -193,7 +195,7 @@ class Attention(nn.Module):
 
     def forward(self, x, y):
         q, k = self.queries_and_keys(x, y)
-        v = self.split(self.value(y))                                   # (B, nh, M, hd)
+        v = split_heads(self.value(y), self.heads)                       # (B, nh, M, hd)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.out(out.transpose(1, 2).flatten(2))                 # (B, L, D)
 
@@ -252,7 +254,7 @@ def init_weights(module):
             nn.init.zeros_(module.bias)
 
 
-# ---- encoder and decoder ---------------------------------------------------------------------------
+# ---- encoder and decoder -------------------------------------------------------------------------
 def pad_same(x, stride):
     """Zeros around (B, C, H, W) for a 3 x 3 convolution, H / stride rounded up; what is odd at the end."""
     pads = []
@@ -362,7 +364,7 @@ def psnr(prediction, target):
     return (-10 * error.log10()).mean()
 
 
-# ---- the model -------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 DECODE_CHUNK = 2 ** 16      # pixels decoded at once where nothing is to be differentiated
 
 
@@ -450,15 +452,13 @@ class MooG(nn.Module):
             N = e.shape[2] if self.cfg.grid else tokens or self.cfg.tokens
             state = self.initial_state(B, N)
         start = state
-        recompute = self.cfg.checkpoint and self.training and torch.is_grad_enabled()
+        step = self.step
+        if self.cfg.checkpoint:                 # a step draws nothing: no random state to keep
+            step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
         predicted = []
         corrected = []
         for t in range(T):
-            if recompute:       # preserve_rng_state: a step draws nothing
-                p, state = checkpoint(
-                    self.step, state, e[:, t], use_reentrant=False, preserve_rng_state=False)
-            else:
-                p, state = self.step(state, e[:, t])
+            p, state = step(state, e[:, t])
             predicted.append(p)
             corrected.append(state)
         return torch.stack(predicted, 1), torch.stack(corrected, 1), start
@@ -552,30 +552,25 @@ class MooG(nn.Module):
     @torch.compiler.set_stance("force_eager")       # other numbers of tokens: not worth compiling for
     def report(self, batch):
         """
-        {row: {column: scalar}}: PSNR in dB of predicting frame t from those before it, also with half and
-        twice the tokens, and of copying the frame before.
+        {row: {column: scalar}}: PSNR in dB of predicting frame t from those before it, and of copying the
+        frame before.
         """
         video = as_float(batch["video"])
         B, T, _, *size = video.shape
         factor = 1 if self.cfg.decoder_self_attention else math.gcd(4, *size)
         index = subsample(size, factor).to(video.device).expand(B, T, -1)
-        target = gather_pixels(video, index)[:, 1:]             # frames 1 to T - 1
-        N = self.cfg.tokens
-        columns = {"predicted": N}
-        if not self.cfg.grid:
-            columns |= {"N/2": max(N // 2, 1), "2N": 2 * N}
-        guesses = {"copy": gather_pixels(video[:, :-1], index[:, 1:])}
-        for name, tokens in columns.items():
-            states = self.predict_ahead(video[:, :-1], tokens=tokens)
-            guesses[name] = self.decode(states, size, index)[:, 1:]
+        states = self.predict_ahead(video[:, :-1])
+        predicted = self.decode(states, size, index)            # (B, T, P, 3)
+        target = gather_pixels(video, index)
         table = {}
-        for name, t in (("t >= 1", slice(0, T)), ("t = 1", slice(0, 1)), (f"t = {T - 1}", slice(T - 2, T))):
-            scores = {column: psnr(guess[:, t], target[:, t]) for column, guess in guesses.items()}
-            table[f"PSNR in dB, {name}"] = scores
+        for name, first in (("t >= 1", 1), (f"t = {T - 1}", T - 1)):
+            table[f"PSNR in dB, {name}"] = dict(
+                predicted=psnr(predicted[:, first:], target[:, first:]),
+                copy=psnr(gather_pixels(video, index)[:, first - 1:-1], target[:, first:]))
         return table
 
 
-# ---- readouts --------------------------------------------------------------------------------------
+# ---- readouts ------------------------------------------------------------------------------------
 class Readout(NamedTuple):
     values: torch.Tensor            # (B, T, K, C) points x y or boxes y1 x1 y2 x2, in [0, 1] of the frame
     logits: torch.Tensor | None     # (B, T, K, 2) of being visible, certain; not of released boxes
@@ -727,10 +722,6 @@ class AttentionReadout(nn.Module):
         self.values = nn.Linear(width, 4 * frames // copies)
         self.apply(init_weights)
 
-    def split(self, x):
-        """(B, L, nh * hd) -> (B, nh, L, hd)"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def forward(self, features, queries):
         """
         features (B, frames, N, D) of a released model; queries (B, K, coordinates) in frame 0, in [0, 1]
@@ -742,8 +733,8 @@ class AttentionReadout(nn.Module):
         if self.copies is not None:
             q = (q[:, :, None] + self.copies).flatten(1, 2)                     # (B, K * copies, D)
         q = self.query(q)                                                       # (B, K * copies, width)
-        seen = F.scaled_dot_product_attention(
-            self.split(q), self.split(self.key(x)), self.split(self.value(x)))
+        qkv = (split_heads(y, self.heads) for y in (q, self.key(x), self.value(x)))
+        seen = F.scaled_dot_product_attention(*qkv)
         o = q + self.out(seen.transpose(1, 2).flatten(2))
         o = self.values(o + self.mlp(self.norm(o)))                 # (B, K * copies, T / copies * 4)
         o = fp32(o).unflatten(1, (queries.shape[1], -1))            # (B, K, copies, T / copies * 4)
@@ -754,7 +745,7 @@ class AttentionReadout(nn.Module):
         return Readout(torch.sigmoid(o[..., :2]), logits, visible_and_certain(logits), None)
 
 
-# ---- the authors' checkpoints ----------------------------------------------------------------------
+# ---- the authors' checkpoints --------------------------------------------------------------------
 NAMES = (       # (pattern of theirs, ours), applied in this order
     (r"^pretrained_model/", ""), ("/", "."), (r"\.(kernel|scale|embeddings)$", ".weight"),
     # backbone
@@ -878,19 +869,13 @@ def build_head(state):
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = MooG(Config(**PRESETS["tiny"]))
-    video = torch.rand(2, model.cfg.frames, 3, model.cfg.size, model.cfg.size)
+    video = torch.rand(2, 4, 3, 64, 64)
     loss, logs = model(dict(video=video))
     loss.backward()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; one step: loss {loss:.3f}")
-    for name, value in logs.items():
-        print(f"  {name} {value:.3f}")
+    print(f"one step: loss {loss:.3f}, psnr {logs['psnr']:.1f} dB")
     with torch.no_grad():
         states = model.unroll(video)
-        more = model.unroll(video[:, :3], states.last)
-        ahead = model.predict_ahead(video)
-        frames, attention = model.decode(ahead, video.shape[-2:], return_attention=True)
-        readout = PointReadout(model.cfg.dim, width=64, transformer=(1, 4, 64), hidden=128)
+        frames = model.decode(states.predicted, (64, 64))
+        readout = PointReadout(model.cfg.dim)
         points = readout(states.features, queries=torch.rand(2, 5, 2))
-    print("predicted", tuple(states.predicted.shape), "three frames more", tuple(more.predicted.shape))
-    print("frames", tuple(frames.shape), "attention", tuple(attention.shape))
-    print("points", tuple(points.values.shape))
+    print("states", states.predicted.shape, "frames", frames.shape, "points", points.values.shape)
