@@ -4,9 +4,9 @@ MooG, Moving Off-the-Grid: scene-grounded video representations
 
 The idea. A ViT's tokens are tied to the image grid: a token is a place, and what moves wanders from
 token to token. MooG's tokens belong to no place. They start as noise, see each frame by
-cross-attention, and the only task is to predict the next frame from them: a pixel asks the tokens for
-its colour, again by cross-attention. To predict what will be where, it helps when a token holds on to
-a part of the scene and follows it.
+cross-attention, and the only task is to predict the next frame from them: a pixel asks the tokens
+for its colour, again by cross-attention. To predict what will be where, it helps when a token holds
+on to a part of the scene and follows it.
 
     state s_0 = noise; for each frame t:
         p_t     = s_t + predictor(s_t)               self-attention only
@@ -26,21 +26,22 @@ Glossary
     predicted   p_t, what the tokens expect before they see frame t
     corrected   s_t+1, after they have seen it; the state that is carried on
 
-How is this not just a transformer over patches? The patches (e) are only looked at; what persists, and
-what is decoded, are N vectors without a place. `grid=True` puts them back on the grid: the paper's
-baselines.
+How is this not just a transformer over patches? The patches (e) are only looked at; what persists,
+and what is decoded, are N vectors without a place. `grid=True` puts them back on the grid: the
+paper's baselines.
 
-Two variants were published, the same recurrence in another phase. The paper's (Config.released=False)
-decodes the prediction p_t. The released weights (released=True) keep the state un-normalised, normalise
-it at the start of each step, and are decoded from the state before: both predict a frame from the
-frames before it. Sizes and details follow the authors' released code. Departures are marked "our choice".
+Two variants were published, the same recurrence in another phase. The paper's (released=False)
+decodes the prediction p_t. The released weights (released=True) keep the state un-normalised,
+normalise it at the start of each step, and are decoded from the state before: both predict a frame
+from the frames before it. Sizes and details follow the authors' released code; departures are
+marked "our choice".
 
     model = MooG(Config(**PRESETS["paper"]))        # or: load_official("moog_ego4d_backbone.npz")
-    loss, logs = model(dict(video=video))           # video (B, T, 3, H, W), uint8 or float in [0, 1]
+    loss, logs = model(dict(video=video))           # video (B, T, 3, H, W), uint8, or float in 0..1
 
-    states = model.unroll(video)                    # predicted, corrected (B, T, N, D), features, last
+    states = model.unroll(video)                    # predicted, corrected, features, last
     more = model.unroll(next_frames, states.last)   # goes on as if it had been one clip
-    ahead = model.predict_ahead(video)              # to decode as frames 0..T, each before it is seen
+    ahead = model.predict_ahead(video)              # for frames 0..T, each before it is seen
     frames, attention = model.decode(ahead, (H, W), return_attention=True)
     points = PointReadout(model.cfg.dim)(states.features.detach(), queries, query_frames)
 
@@ -62,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 class Config:
     size: int = 128                         # pixels: training clips are size x size
     frames: int = 8                         # T of training clips
-    tokens: int = 1024                      # N, tokens of the state in training; any number at test time
+    tokens: int = 1024                      # N in training; any number at test time
     dim: int = 512                          # D, width of a token
     channels: tuple[int, ...] = (64, 128, 128, 256, 256, 512)   # of the encoder's convolutions
     strides: tuple[int, ...] = (1, 1, 1, 2, 1, 2)               # of the same
@@ -73,12 +74,12 @@ class Config:
     decoder: tuple[int, ...] = (6, 2, 128)      # layers, heads, width of q, k, v
     mlp: int = 2048                         # hidden width of all MLPs
     state_scale: float = 1e-4               # std of the noise that the tokens start from
-    subsample: int = 8                      # training decodes one pixel in subsample x subsample; 1: all
+    subsample: int = 8                      # training decodes 1 pixel in subsample x subsample
     decoder_self_attention: bool = False    # pixels also look at each other: then all are decoded
     released: bool = False                  # the released weights' phase and layout
     grid: bool = False                      # baseline: the tokens stay on the encoder's grid
     recurrent: bool = True                  # with grid: off, a prediction knows the last frame only
-    checkpoint: bool = False                # recompute the steps' activations in backward: less memory
+    checkpoint: bool = False                # recompute steps in backward: less memory
 
     @property
     def inputs(self):
@@ -91,7 +92,7 @@ PRESETS = {
         size=64, frames=4, tokens=64, dim=64, channels=(32, 48, 64), strides=(2, 2, 2),
         encoder_bases=12, decoder_bases=4, predictor=(1, 4, 64), corrector=(2, 1, 64),
         decoder=(2, 2, 64), mlp=256, state_scale=1.0),
-    # the paper's main model; not yet trained here. our choice: checkpoint, to fit more clips on a card
+    # the paper's main model; not yet trained here. our choice: checkpoint, to save memory
     "paper": dict(checkpoint=True),
     # one 24 GB card, by our estimate: not yet run on a GPU. our choice of everything
     "small": dict(
@@ -101,12 +102,12 @@ PRESETS = {
     "released": dict(strides=(2, 1, 1, 2, 1, 1), released=True, checkpoint=True),
 }
 
-PAPER = dict(       # the authors' training configuration for MOVi-E; its steps are in a comment there
+PAPER = dict(       # the authors' configuration for MOVi-E; its steps are in a comment there
     steps=1_000_000, batch_size=128, lr=1e-4, min_lr=1e-7, warmup=1000 / 1_000_000,
     betas=(0.9, 0.95), weight_decay=1e-4, weight_decay_end=1e-4, clip=1.0)
 SCENES = dict(size=128, sprites=5)
 RECIPES = {
-    # our choice: small budgets want large plain things that move fast; textures come with larger presets
+    # our choice: small budgets want large plain things that move fast
     "tiny": PAPER | dict(
         steps=2400, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05,
         scenes=dict(sprites=3, speed=10.0, pan=4.0, zoom=0.0, roll=0.0, radius=(0.15, 0.25),
@@ -131,7 +132,7 @@ def fp32(x):
 
 
 def chunked(function, x, size, dim=0):
-    """function(x), without gradients `size` rows of x at once along dim, so that a lot of x fits."""
+    """function(x), without gradients in chunks of x along dim, to save memory."""
     if torch.is_grad_enabled():             # the graph keeps all activations anyway
         return function(x)
     return torch.cat([function(part) for part in x.split(size, dim)], dim)
@@ -140,7 +141,7 @@ def chunked(function, x, size, dim=0):
 # ---- positions -----------------------------------------------------------------------------------
 def axis_positions(n, device=None):
     """n numbers from -1 to 1, end points included (float32)."""
-    # Bit by bit as the released models had them: the highest octave magnifies the last bit 500,000 times.
+    # Bit by bit as the released models: the highest octave magnifies the last bit 500,000 times.
     s = torch.arange(n, device=device, dtype=torch.float32) * (1 / max(n - 1, 1))
     g = -(1 - s) + s
     if n > 1:
@@ -148,7 +149,7 @@ def axis_positions(n, device=None):
     return g
 
 
-@torch.compiler.disable             # a fused multiply-add would change the last bit, see axis_positions
+@torch.compiler.disable     # a fused multiply-add would change the last bit, see axis_positions
 def grid_positions(height, width, device=None):
     """(y, x) of each place of a grid, row by row, in [-1, 1]: (height * width, 2)."""
     y = axis_positions(height, device)
@@ -158,8 +159,8 @@ def grid_positions(height, width, device=None):
 
 def fourier(x, bases):
     """Coordinates (..., n) -> sin and cos of pi * 2^i * x for i < bases: (..., 2 * bases * n)."""
-    x = x.float() * math.pi                                     # always in float32, see axis_positions
-    x = torch.cat([x * 2 ** i for i in range(bases)], -1)       # y, x, 2y, 2x, 4y, 4x, ...
+    x = x.float() * math.pi                                 # always in float32, see axis_positions
+    x = torch.cat([x * 2 ** i for i in range(bases)], -1)   # y, x, 2y, 2x, 4y, 4x, ...
     return torch.sin(torch.cat([x, x + math.pi / 2], -1))
 
 
@@ -170,7 +171,7 @@ def split_heads(x, heads):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys: x (B, L, D) looks at y (B, M, Dkv)."""
+    """Multi-head, queries and keys RMS-normalised: x (B, L, D) looks at y (B, M, Dkv)."""
 
     def __init__(self, dim, kv_dim, heads, width):
         super().__init__()
@@ -201,7 +202,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm; self- and cross-attention side by side, from the same normed x. y is taken as it is."""
+    """Pre-norm; self- and cross-attention side by side, from the same normed x; y is not normed."""
 
     def __init__(self, dim, heads, width, mlp, kv_dim=None, self_attention=True):
         super().__init__()
@@ -256,7 +257,7 @@ def init_weights(module):
 
 # ---- encoder and decoder -------------------------------------------------------------------------
 def pad_same(x, stride):
-    """Zeros around (B, C, H, W) for a 3 x 3 convolution, H / stride rounded up; what is odd at the end."""
+    """Pads (B, C, H, W) for a 3 x 3 convolution; sizes / stride rounded up; odd one last."""
     pads = []
     for n in (x.shape[3], x.shape[2]):                      # left, right, top, bottom
         total = max((math.ceil(n / stride) - 1) * stride + 3 - n, 0)
@@ -265,7 +266,7 @@ def pad_same(x, stride):
 
 
 class Encoder(nn.Module):
-    """Convolutions, plus Fourier positions: frames (B, 3, H, W) in [0, 1] -> grid tokens (B, h*w, De)."""
+    """Convolutions, plus Fourier positions: frames (B, 3, H, W) -> grid tokens (B, h*w, De)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -305,8 +306,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """
-    A pixel's coordinates look at the tokens and come back as its colour; as in SRT. The arguments of both
-    methods: states (B, N, D); size (H, W); index, numbers y * W + x of the wanted pixels (B, P), None: all.
+    A pixel's coordinates look at the tokens and come back as its colour (SRT). States (B, N, D);
+    size (H, W); index: numbers y * W + x of the wanted pixels (B, P), None for all.
     """
 
     def __init__(self, dim, spec, mlp, bases=16, channels=3, self_attention=False):
@@ -336,13 +337,12 @@ class Decoder(nn.Module):
 
 def subsample(size, factor, offsets=None):
     """
-    Numbers y * W + x of one pixel in each factor x factor: at the middle of each square, or, with offsets
-    (..., 2) of y and x, rolled by these: (..., H/factor * W/factor). ValueError if it doesn't divide.
+    Numbers y * W + x of one pixel in each factor x factor, (..., H/factor * W/factor): the middle
+    of each square, or, with offsets (..., 2) of y and x, rolled by these. factor must divide both.
     """
     H, W = size
     if H % factor or W % factor:
-        raise ValueError(f"frames of {H}x{W} can't be subsampled by {factor}: choose a size that "
-                         f"{factor} divides, or subsample=1")
+        raise ValueError(f"frames of {H}x{W}: {factor} must divide both, or take subsample=1")
     if offsets is None:
         offsets = torch.zeros(2, dtype=torch.long)
     rows = torch.arange(factor // 2, H, factor, device=offsets.device)
@@ -359,7 +359,7 @@ def gather_pixels(video, index):
 
 
 def psnr(prediction, target):
-    """Peak signal-to-noise ratio in dB of each frame (B, T, P, C), colours in [0, 1], averaged; <= 100."""
+    """Peak signal-to-noise ratio in dB of frames (B, T, P, C) in [0, 1], averaged; at most 100."""
     error = (fp32(prediction) - target).square().mean((-2, -1)).clamp(min=1e-10)
     return (-10 * error.log10()).mean()
 
@@ -371,7 +371,7 @@ DECODE_CHUNK = 2 ** 16      # pixels decoded at once where nothing is to be diff
 class States(NamedTuple):
     predicted: torch.Tensor     # (B, T, N, D) before frame t is seen
     corrected: torch.Tensor     # (B, T, N, D) after; un-normalised in the released variant
-    features: torch.Tensor      # (B, T, M, D) for readouts: both, M = 2N; released: corrected, M = N
+    features: torch.Tensor      # (B, T, M, D) for readouts: both, M = 2N; released: corrected
     last: torch.Tensor          # (B, N, D) give it back to unroll() to go on
 
 
@@ -387,7 +387,7 @@ def check(cfg):
     if cfg.grid and cfg.released:
         raise ValueError("grid=True is a baseline of the paper's model: leave out released=True")
     if not cfg.grid and not cfg.recurrent:
-        raise ValueError("recurrent=False needs grid=True: without a grid the state is all there is")
+        raise ValueError("recurrent=False needs grid=True: else the state is all there is")
 
 
 class MooG(nn.Module):
@@ -404,7 +404,7 @@ class MooG(nn.Module):
         self.decoder = Decoder(cfg.dim, cfg.decoder, cfg.mlp, cfg.decoder_bases,
                                self_attention=cfg.decoder_self_attention)
         self.apply(init_weights)
-        # our choice: predictions start near grey; the authors' kernels make noise of variance 1 at first
+        # our choice: predictions start near grey, not as noise of variance 1 (the authors')
         with torch.no_grad():
             self.decoder.recon.weight.mul_(0.1)
             self.decoder.recon.bias.fill_(0.5)
@@ -432,9 +432,9 @@ class MooG(nn.Module):
         """The tokens p (B, N, D) after they have seen a frame's grid tokens e (B, h*w, De)."""
         if not self.cfg.grid:
             c = p + self.corrector(p, e)
-        elif self.cfg.recurrent:        # our choice: the frame's features stay, and look at the tokens
+        elif self.cfg.recurrent:    # our choice: the frame's features stay, and look at the tokens
             c = e + self.corrector(e, p)
-        else:                           # our choice: as large a model, which has nothing else to look at
+        else:                       # our choice: as large a model, with nothing else to look at
             c = e + self.corrector(e, e)
         return c if self.cfg.released else self.state_norm(c)
 
@@ -444,7 +444,7 @@ class MooG(nn.Module):
         return p, self.correct(p, e)
 
     def recurrence(self, video, state=None, tokens=None):
-        """Video (B, T, 3, H, W) -> predicted, corrected (B, T, N, D), and the initial state (B, N, D)."""
+        """Video (B, T, 3, H, W) -> predicted, corrected (B, T, N, D), initial state (B, N, D)."""
         B, T = video.shape[:2]
         frames = as_float(video, self.state_norm.weight.dtype).flatten(0, 1)    # (B*T, 3, H, W)
         e = chunked(self.encoder, frames, 64).unflatten(0, (B, T))              # (B, T, h*w, De)
@@ -465,8 +465,8 @@ class MooG(nn.Module):
 
     def predict_ahead(self, video, state=None, tokens=None):
         """
-        Video (B, T, 3, H, W) -> the states to decode as its frames and as the one after, each knowing
-        the frames before it alone: (B, T + 1, N, D). Arguments as in unroll().
+        Video (B, T, 3, H, W) -> the states to decode as its frames and as the one after, each
+        knowing the frames before it alone: (B, T + 1, N, D). Arguments as in unroll().
         """
         predicted, corrected, start = self.recurrence(video, state, tokens)
         if self.cfg.released:
@@ -475,9 +475,9 @@ class MooG(nn.Module):
 
     def unroll(self, video, state=None, tokens=None):
         """
-        Video (B, T, 3, H, W), uint8 or float in [0, 1], any T, H and W -> States. state: `last` of an
-        earlier chunk, to go on with. Without it the tokens start as noise, `tokens` of them (default: as
-        in training; with grid, one for each place).
+        Video (B, T, 3, H, W), uint8 or float in [0, 1], any T, H, W -> States. state: `last` of an
+        earlier chunk, to go on with. Without it the tokens start as noise, `tokens` of them
+        (default: as in training; with grid, one for each place).
         """
         predicted, corrected, _ = self.recurrence(video, state, tokens)
         features = corrected if self.cfg.released else torch.cat([predicted, corrected], 2)
@@ -485,7 +485,7 @@ class MooG(nn.Module):
 
     # -- decoding --
     def per_pixel(self, function, states, size, index):
-        """function(states, size, index) of the decoder for all frames in one call -> (B, T, P, ...)."""
+        """function(states, size, index) of all frames in one call -> (B, T, P, ...)."""
         B, T = states.shape[:2]
         if index is None:
             index = torch.arange(size[0] * size[1], device=states.device)
@@ -499,9 +499,9 @@ class MooG(nn.Module):
 
     def decode(self, states, size, index=None, return_attention=False):
         """
-        States (B, T, N, D), of predict_ahead() -> frames (B, T, 3, H, W) of size = (H, W), or, with index
-        (B, T, P) or (P,) of pixels y * W + x, their colours (B, T, P, 3). Colours can overshoot [0, 1].
-        return_attention: also attention().
+        States (B, T, N, D), of predict_ahead() -> frames (B, T, 3, H, W) of size (H, W), or, with
+        index (B, T, P) or (P,) of pixels y * W + x, their colours (B, T, P, 3). They can overshoot
+        [0, 1]. return_attention: also attention().
         """
         colours = self.per_pixel(self.decoder, states, size, index)     # (B, T, P, 3)
         if index is None:
@@ -511,21 +511,21 @@ class MooG(nn.Module):
         return colours, self.attention(states, size, index)
 
     def attention(self, states, size, index=None):
-        """Where pixels look in the decoder's last layer: (B, T, nh, P, N). Arguments as in decode()."""
+        """Where pixels look in the decoder's last layer: (B, T, nh, P, N). As decode()."""
         return self.per_pixel(self.decoder.attention, states, size, index).transpose(2, 3)
 
     def tokens_used(self, states, size, index):
-        """Share of the tokens that some decoded pixel of a clip looks at most; at most T * P / N."""
+        """Share of the tokens that some decoded pixel looks at most; at most T * P / N."""
         top = self.attention(states, size, index).mean(2).argmax(-1)    # (B, T, P)
         used = torch.zeros(len(states), states.shape[2], device=top.device)
         return used.scatter(1, top.flatten(1), 1.0).mean()
 
     # -- training --
     def forward(self, batch):
-        """batch: `video` (B, T, 3, H, W), uint8 or float in [0, 1]. Returns the loss, detached scalars."""
+        """batch: `video` (B, T, 3, H, W), uint8 or float in [0, 1] -> loss, detached scalars."""
         video = as_float(batch["video"])
         B, T, _, *size = video.shape
-        states = self.predict_ahead(video[:, :-1])              # (B, T, N, D); the last is never seen
+        states = self.predict_ahead(video[:, :-1])              # (B, T, N, D)
         factor = 1 if self.cfg.decoder_self_attention else self.cfg.subsample
         offsets = torch.randint(factor, (B, T, 2), device=video.device)
         index = subsample(size, factor, offsets)                # (B, T, P)
@@ -549,11 +549,11 @@ class MooG(nn.Module):
         return [dict(params=list(self.parameters()), weight_decay=weight_decay)]
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")       # other numbers of tokens: not worth compiling for
+    @torch.compiler.set_stance("force_eager")       # other numbers of pixels: not worth compiling
     def report(self, batch):
         """
-        {row: {column: scalar}}: PSNR in dB of predicting frame t from those before it, and of copying the
-        frame before.
+        {row: {column: scalar}}: PSNR in dB of predicting frame t from those before it, and of
+        copying the frame before.
         """
         video = as_float(batch["video"])
         B, T, _, *size = video.shape
@@ -561,18 +561,18 @@ class MooG(nn.Module):
         index = subsample(size, factor).to(video.device).expand(B, T, -1)
         states = self.predict_ahead(video[:, :-1])
         predicted = self.decode(states, size, index)            # (B, T, P, 3)
-        target = gather_pixels(video, index)
+        pixels = gather_pixels(video, index)
         table = {}
-        for name, first in (("t >= 1", 1), (f"t = {T - 1}", T - 1)):
+        for name, t in (("t >= 1", 1), (f"t = {T - 1}", T - 1)):
             table[f"PSNR in dB, {name}"] = dict(
-                predicted=psnr(predicted[:, first:], target[:, first:]),
-                copy=psnr(gather_pixels(video, index)[:, first - 1:-1], target[:, first:]))
+                predicted=psnr(predicted[:, t:], pixels[:, t:]),
+                copy=psnr(pixels[:, t - 1:-1], pixels[:, t:]))
         return table
 
 
 # ---- readouts ------------------------------------------------------------------------------------
 class Readout(NamedTuple):
-    values: torch.Tensor            # (B, T, K, C) points x y or boxes y1 x1 y2 x2, in [0, 1] of the frame
+    values: torch.Tensor            # (B, T, K, C) points x y or boxes y1 x1 y2 x2, in [0, 1]
     logits: torch.Tensor | None     # (B, T, K, 2) of being visible, certain; not of released boxes
     visible: torch.Tensor | None    # (B, T, K) bool: visible and certain; not of released boxes
     state: torch.Tensor | None      # (B, K, width) to go on with; not of released heads
@@ -589,13 +589,13 @@ def mlp(inputs, hidden, outputs):
 
 class PointReadout(nn.Module):
     """
-    Recurrent readout: a query becomes a state, which looks at each frame's features.   paper: Sec. 3.2
+    Recurrent readout: a query becomes a state and looks at each frame's features. paper: Sec. 3.2
     Give it features that are detached (frozen) or not (end to end).
     """
     coordinates = 2
 
     def __init__(self, dim=512, width=512, transformer=(3, 8, 512), hidden=2048, bases=16):
-        """dim: width of the features; width: of the states; transformer: layers, heads, width of qkv."""
+        """dim: of the features; width: of the states; transformer: layers, heads, width of qkv."""
         super().__init__()
         self.bases = bases
         self.initializer = mlp(2 * bases * self.coordinates, width, width)
@@ -610,9 +610,9 @@ class PointReadout(nn.Module):
 
     def forward(self, features, queries, query_frames=None, state=None):
         """
-        features (B, T, M, D); queries (B, K, coordinates) in [0, 1] of the frame, at query_frames (B, K),
-        counted from this chunk's first frame (None: all at its start). state: of an earlier chunk, to
-        go on with. Returns a Readout; what it says of frames before the query's is meaningless.
+        features (B, T, M, D); queries (B, K, coordinates) in [0, 1] of the frame, at query_frames
+        (B, K), counted from this chunk's first frame (None: all at its start). state: of an earlier
+        chunk, to go on with. What it says of frames before the query's is meaningless.
         """
         positions = fourier(queries, self.bases).to(self.proj_in.weight.dtype)
         start = self.initializer(positions)                     # (B, K, width)
@@ -633,23 +633,22 @@ class PointReadout(nn.Module):
         return Readout(values, logits, visible_and_certain(logits), state)
 
     def error(self, values, target):
-        """Huber loss of each point (B, T, K), and whether it is near enough to be called certain."""
+        """Huber loss of each point (B, T, K), and whether it is near enough to be certain."""
         distance = 256 * ((values - target).square().sum(-1) + 1e-12).sqrt()
         error = F.huber_loss(distance, torch.zeros_like(distance), delta=4.0, reduction="none")
         return 0.05 * error, distance < 6
 
     def loss(self, out, target, visible, valid=None):
         """
-        target (B, T, K, coordinates), visible (B, T, K) bool, valid (B, T, K) bool: which to count, None
-        for all; leave out the frames before the query. our choice: a loss like TAP-Net's, since MooG's is
-        not published: Huber of the distance with delta 4 pixels of 256, times 0.05, where visible;
-        cross-entropy of visible; and of certain (where visible), which a point less than 6 pixels off
-        should be.
+        target (B, T, K, coordinates); visible, valid (B, T, K) bool; valid: count these, None for
+        all; leave out the frames before the query. our choice: a loss like TAP-Net's, since MooG's
+        is not published: Huber of the distance with delta 4 pixels of 256, times 0.05, where
+        visible; cross-entropy of visible; and, where visible, of certain: less than 6 pixels off.
         """
         visible = visible.bool()
         valid = torch.ones_like(visible) if valid is None else valid.bool()
         seen = valid & visible
-        target = torch.where(seen[..., None], target, out.values.detach())      # hidden ones may be nan
+        target = torch.where(seen[..., None], target, out.values.detach())  # may be nan
         error, near = self.error(out.values, target)
         logits = fp32(out.logits)
         bce = F.binary_cross_entropy_with_logits
@@ -666,8 +665,8 @@ def box_area(boxes):
 
 class BoxReadout(PointReadout):
     """
-    The same for boxes (y1, x1, y2, x2). our choice of head and loss, as none is published: the mean Huber
-    of the four coordinates; certain means an intersection over union above 1/2.
+    The same for boxes (y1, x1, y2, x2). our choice of head and loss, as none is published: the mean
+    Huber of the four coordinates; certain means an intersection over union above 1/2.
     """
     coordinates = 4
 
@@ -681,14 +680,14 @@ class BoxReadout(PointReadout):
 
 
 class DepthReadout(Decoder):
-    """Dense readout: features (B * T, M, D) of frames -> depth (B * T, P, 1), decoded as colours are."""
+    """Features (B * T, M, D) of frames -> depth (B * T, P, 1), decoded as colours are."""
 
     def __init__(self, dim=512, transformer=(3, 8, 512), hidden=2048, bases=16):
         super().__init__(dim, transformer, hidden, bases, channels=1)
         self.apply(init_weights)
 
     def loss(self, values, target, valid):
-        """Mean |value - target| over the valid ones, (..., P, 1) each. our choice: none is published."""
+        """Mean |value - target| over valid ones, (..., P, 1). our choice: none is published."""
         values = fp32(values)
         valid = valid.bool()
         target = torch.where(valid, target, values.detach())    # invalid ones may be inf
@@ -697,13 +696,13 @@ class DepthReadout(Decoder):
 
 class AttentionReadout(nn.Module):
     """
-    The released heads: each query looks once at all tokens of exactly `frames` frames. copies: each query
-    is asked so often, each time for frames / copies frames. Released: points with 8 copies and 8 heads,
-    boxes with 1 copy and 4 heads.
+    The released heads: each query looks once at all tokens of exactly `frames` frames. copies: each
+    query is asked that often, each time for frames / copies frames. As released: points 8 copies,
+    8 heads; boxes 1 copy, 4 heads.
     """
 
-    def __init__(self, coordinates=2, dim=512, width=1024, heads=8, frames=16, copies=8, hidden=4096,
-                 bases=16):
+    def __init__(self, coordinates=2, dim=512, width=1024, heads=8, frames=16, copies=8,
+                 hidden=4096, bases=16):
         super().__init__()
         self.coordinates = coordinates
         self.heads = heads
@@ -724,21 +723,21 @@ class AttentionReadout(nn.Module):
 
     def forward(self, features, queries):
         """
-        features (B, frames, N, D) of a released model; queries (B, K, coordinates) in frame 0, in [0, 1]
-        of the frame. Returns a Readout without state.
+        features (B, frames, N, D) of a released model; queries (B, K, coordinates) in frame 0, in
+        [0, 1] of the frame. Returns a Readout without state.
         """
         T = features.shape[1]
         x = (self.norm_features(features) + self.times).flatten(1, 2)           # (B, T*N, D)
         q = self.initializer(fourier(queries, self.bases).to(x.dtype))          # (B, K, D)
         if self.copies is not None:
             q = (q[:, :, None] + self.copies).flatten(1, 2)                     # (B, K * copies, D)
-        q = self.query(q)                                                       # (B, K * copies, width)
+        q = self.query(q)
         qkv = (split_heads(y, self.heads) for y in (q, self.key(x), self.value(x)))
         seen = F.scaled_dot_product_attention(*qkv)
         o = q + self.out(seen.transpose(1, 2).flatten(2))
-        o = self.values(o + self.mlp(self.norm(o)))                 # (B, K * copies, T / copies * 4)
-        o = fp32(o).unflatten(1, (queries.shape[1], -1))            # (B, K, copies, T / copies * 4)
-        o = o.flatten(2).unflatten(2, (T, 4)).transpose(1, 2)       # (B, T, K, 4)
+        o = self.values(o + self.mlp(self.norm(o)))             # (B, K * copies, T / copies * 4)
+        o = fp32(o).unflatten(1, (queries.shape[1], -1))        # (B, K, copies, T / copies * 4)
+        o = o.flatten(2).unflatten(2, (T, 4)).transpose(1, 2)   # (B, T, K, 4)
         if self.coordinates == 4:
             return Readout(o, None, None, None)
         logits = o[..., 2:]
@@ -763,20 +762,24 @@ NAMES = (       # (pattern of theirs, ours), applied in this order
     (r"MLP_(in|out)", r"mlp_\1"), (r"(self|cross)_att\.", r"\1_attention."),
     (r"\.dense_(\w+)", r".\1"),
     # readouts
-    (r"^backbone\.transformer\.Dense_0", "proj_in"), (r"^backbone\.transformer\.Dense_1", "proj_out"),
+    (r"^backbone\.transformer\.Dense_0", "proj_in"),
+    (r"^backbone\.transformer\.Dense_1", "proj_out"),
     (r"^backbone\.", ""), (r"^output_", ""), (r"^(query_)?initializer\.layers_1\.", "initializer."),
     (r"^(initializer|predictor|values|logits)\.Dense_0", r"\1.0"),
     (r"^(initializer|predictor|values|logits)\.Dense_1", r"\1.2"),
     (r"^temporal_tile_posenc\.weight", "copies"),
     (r"^attention_readout\.temporal_posenc\.weight", "times"),
-    (r"^attention_readout\.MLP_0\.Dense_0", "mlp.0"), (r"^attention_readout\.MLP_0\.Dense_1", "mlp.2"),
-    (r"^attention_readout\.LayerNorm_0", "norm_features"), (r"^attention_readout\.LayerNorm_1", "norm"),
-    (r"^attention_readout\.(key|value)_embedding", r"\1"), (r"^attention_readout\.Dense_0", "query"),
+    (r"^attention_readout\.MLP_0\.Dense_0", "mlp.0"),
+    (r"^attention_readout\.MLP_0\.Dense_1", "mlp.2"),
+    (r"^attention_readout\.LayerNorm_0", "norm_features"),
+    (r"^attention_readout\.LayerNorm_1", "norm"),
+    (r"^attention_readout\.(key|value)_embedding", r"\1"),
+    (r"^attention_readout\.Dense_0", "query"),
     (r"^attention_readout\.Dense_1", "out"), (r"^attention_readout\.Dense_2", "values"))
 
 
 def convert(arrays):
-    """{name: tensor} of the authors (flax) -> state dict of ours: other names, kernels transposed."""
+    """{name: tensor} of the authors -> our state dict: other names, kernels transposed."""
     state = {}
     for name, x in arrays.items():
         key = name
@@ -799,7 +802,7 @@ def load(path, what, build):
     import numpy as np
     with open(path, "rb") as file:                  # no such file, no permission: OSError
         try:
-            with np.load(file, allow_pickle=False) as arrays:       # executes nothing that is in the file
+            with np.load(file, allow_pickle=False) as arrays:   # nothing is executed
                 state = convert({name: torch.from_numpy(x) for name, x in arrays.items()})
             module = build(state)
             module.load_state_dict({name: state[name] for name in module.state_dict()})
@@ -812,15 +815,15 @@ def load(path, what, build):
 
 def load_official(path):
     """
-    MooG from the authors' backbone checkpoint (.npz), or one of their training library's: with or without
-    `pretrained_model/` before each name, the decoder with or without self-attention. In eval mode. Raises
-    OSError if the file can't be read, ValueError that says why it isn't such a checkpoint.
+    MooG from the authors' backbone checkpoint (.npz), or one of their training library's: with or
+    without `pretrained_model/` before each name, the decoder with or without self-attention. Eval
+    mode. OSError if the file can't be read, ValueError that says why it isn't such a checkpoint.
     """
     return load(path, "backbone", build_model)
 
 
 def load_official_head(path):
-    """AttentionReadout from the authors' point or box head (.npz). In eval mode; raises likewise."""
+    """AttentionReadout from the authors' point or box head (.npz); errors likewise."""
     return load(path, "point or box head", build_head)
 
 
@@ -856,7 +859,7 @@ def build_model(state):
 
 
 def build_head(state):
-    """An AttentionReadout of the sizes in a state dict; heads as released, since no shape tells them."""
+    """An AttentionReadout of the sizes in a state dict; heads as released: no shape tells."""
     coordinates = 2 if "copies" in state else 4
     frames, _, dim = state["times"].shape
     outputs, width = state["values.weight"].shape
