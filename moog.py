@@ -537,7 +537,7 @@ class MooG(nn.Module):
             logs = dict(
                 psnr=psnr(prediction[:, 1:], target[:, 1:]),
                 copy_psnr=psnr(copied, target[:, 1:]),
-                tokens_used=self.tokens_used(states[:1], size, index[:1]),
+                tokens_used=self.tokens_used(states[:1].detach(), size, index[:1]),
                 state_norm=fp32(states).norm(dim=-1).mean())    # of the decoded states
         return loss, logs
 
