@@ -1317,7 +1317,7 @@ def eval_video(model, config, args, frames, count):
     return moog.as_float(video)
 
 
-def looks(model, states, size, use, index=None):
+def attention_chunks(model, states, size, use, index=None):
     """
     use(attention (B, T, P, N) of pixels to tokens, mean over the heads of the last layer), whose results
     (B, T, P, ...) are joined: piece by piece, as the attention of all pixels may not fit.
@@ -1335,14 +1335,14 @@ def looks(model, states, size, use, index=None):
 
 def top_tokens(model, states, size, index=None):
     """Number of the token that each pixel looks at most, mean over the heads of the last layer: (B, T, P)."""
-    return looks(model, states, size, lambda seen: seen.argmax(-1), index)
+    return attention_chunks(model, states, size, lambda seen: seen.argmax(-1), index)
 
 
 @torch.no_grad()
 def tokens(model, config, args, report):
     T, size = max(model.cfg.frames, 8), (model.cfg.size, model.cfg.size)
     video = eval_video(model, config, args, T, 2)
-    states = model.anticipate(video[:, :-1])        # (B, T, N, D), each from the frames before its own
+    states = model.predict_ahead(video[:, :-1])        # (B, T, N, D), each from the frames before its own
     prediction = model.decode(states, size)
     top = top_tokens(model, states, size).unflatten(-1, size)               # (B, T, H, W)
     N = states.shape[2]
@@ -1363,7 +1363,7 @@ def tokens(model, config, args, report):
     # four tokens of the first clip, drawn from the twelve that most of its pixels look at
     most = top[0, 1:8].flatten().bincount(minlength=N).argsort(descending=True)[:12]
     four = most[torch.randperm(len(most), generator=torch.Generator().manual_seed(args.seed))[:4]]
-    seen = looks(model, states[:1, :8], size, lambda seen: seen[..., four])[0].unflatten(1, size)
+    seen = attention_chunks(model, states[:1, :8], size, lambda seen: seen[..., four])[0].unflatten(1, size)
     seen = seen / seen[1:].amax((0, 1, 2)).clamp(min=1e-12)                 # t = 0 is decoded from noise
     maps = plt.get_cmap("viridis")(seen.clamp(max=1).cpu().numpy())[..., :3]
     rows = [("frame", as_images(video[0])[:8])] + [
@@ -1382,13 +1382,13 @@ def components(model, config, args, report, times):
     """tokens_pca.png: three leading components of the tokens, as RGB, fitted to PCA_CLIPS clips of 12 frames.
     A pixel shows the mean of the tokens weighted by how much it looks at them."""
     video, size = eval_video(model, config, args, 12, PCA_CLIPS), (model.cfg.size, model.cfg.size)
-    states = torch.cat([model.anticipate(clips[:, :-1]) for clips in video.split(4)])
+    states = torch.cat([model.predict_ahead(clips[:, :-1]) for clips in video.split(4)])
     flat = states.flatten(0, 2)
     centred = flat - flat.mean(0)
     variances, axes = torch.linalg.eigh((centred.mT @ centred).cpu().double())    # (D,) rising, (D, D)
     three = (centred @ axes[:, -3:].flip(-1).to(centred)).unflatten(0, states.shape[:3])
     share = variances[-3:].sum() / variances.sum()
-    paint = lambda b: looks(model, states[b:b + 1, :8], size, lambda seen: seen @ three[b:b + 1, :8])
+    paint = lambda b: attention_chunks(model, states[b:b + 1, :8], size, lambda seen: seen @ three[b:b + 1, :8])
     painted = torch.cat([paint(b) for b in range(3)])                       # (B, T, H*W, 3)
     low, high = painted[:, 1:].flatten(0, 2).quantile(torch.tensor([0.02, 0.98]).to(painted), dim=0)
     painted = ((painted - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(2, size).cpu().numpy()
@@ -1411,7 +1411,7 @@ def follow(model, config, args):
     size, T = (cfg.size, cfg.size), max(cfg.frames, 8)
     scenes = data.Scenes(device=args.device, **scene_options(model, config, args, T))
     clips = scenes.batch(range(1000, 1064), truth=True, points=256)
-    states = torch.cat([model.anticipate(clip[:, :-1]) for clip in clips["video"].split(8)])    # (B, T, N, D)
+    states = torch.cat([model.predict_ahead(clip[:, :-1]) for clip in clips["video"].split(8)])    # (B, T, N, D)
     tracks, ids = clips["tracks"], clips["ids"].flatten(2)                  # (B, T, P, 2), (B, T, H*W)
     x, y = tracks.round().long().clamp(0, cfg.size - 1).unbind(-1)
     index = y * cfg.size + x                                                # (B, T, P)
@@ -1797,7 +1797,7 @@ def depth(model, config, args, report):
         B, T, *size = batch["depth"].shape
         factor = next(f for f in (8, 4, 2, 1) if size[0] % f == 0)
         index = moog.subsample(size, factor, torch.randint(factor, (B, T, 2), device=features.device))
-        target = moog.pick(batch["depth"][:, :, None], index).flatten(0, 1)
+        target = moog.gather_pixels(batch["depth"][:, :, None], index).flatten(0, 1)
         return readout.loss(readout(features.flatten(0, 1), size, index.flatten(0, 1)), target, target > 0)
 
     trained = school.train(build, loss, args, "depth")
@@ -1859,14 +1859,14 @@ def unroll(model, config, args, report):
         video = eval_video(model, config, args, T, 16)
     factor = 1 if cfg.decoder_self_attention else next(f for f in (4, 2, 1) if S % f == 0)
     index = moog.subsample((S, S), factor).to(args.device).expand(len(video), T, -1)
-    target, N = moog.pick(video, index), cfg.tokens
+    target, N = moog.gather_pixels(video, index), cfg.tokens
     ratio = lambda guess: -10 * (guess - target[:, 1:]).square().mean((2, 3)).clamp(min=1e-10).log10()
     curves = {"copy": ratio(target[:, :-1])}                # (clips, T - 1) in dB
     numbers = {f"{times:g}x tokens": max(round(times * N), 1) for times in (0.25, 0.5, 1, 2)}
     for name, tokens in ({"this model": None} if cfg.grid else numbers).items():
         guess = []
         for clips, pixels in zip(video.split(4), index.split(4)):
-            states = model.anticipate(clips[:, :-1], tokens=tokens)
+            states = model.predict_ahead(clips[:, :-1], tokens=tokens)
             guess.append(model.decode(states, (S, S), pixels)[:, 1:])
         curves[name] = ratio(torch.cat(guess))
     curves["copy"] = curves.pop("copy")                     # the last column

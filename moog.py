@@ -2,51 +2,55 @@
 MooG, Moving Off-the-Grid: scene-grounded video representations
 (van Steenkiste et al., 2024, arXiv 2411.05927), in one file that needs nothing but torch.
 
-The idea. A ViT's tokens are nailed to the image grid: a token is a place, and what moves wanders from token
-to token. MooG's tokens belong to no place. They start as noise, see each frame by cross-attention, and the
-only task is to predict the next frame from them: a pixel asks the tokens for its colour, again by
-cross-attention. To say what will be where, it pays a token to hold on to a piece of the scene and follow it.
+The idea. A ViT's tokens are tied to the image grid: a token is a place, and what moves wanders from
+token to token. MooG's tokens belong to no place. They start as noise, see each frame by
+cross-attention, and the only task is to predict the next frame from them: a pixel asks the tokens
+for its colour, again by cross-attention. To predict what will be where, it helps when a token holds
+on to a part of the scene and follows it.
 
-    state s_0 = noise; for each frame t:    p_t = s_t + predictor(s_t)              self-attention only
-                                            frame^_t = decoder(p_t)                 before the frame is seen
-                                            s_t+1 = LN(p_t + corrector(p_t, e_t))   e_t = encoder(frame_t)
-    loss = mean over all frames of |frame^_t - frame_t|^2 (frame 0, from pure noise, can only be a mean image)
+    state s_0 = noise; for each frame t:
+        p_t     = s_t + predictor(s_t)               self-attention only
+        frame^_t = decoder(p_t)                      before the frame is seen
+        s_t+1   = LN(p_t + corrector(p_t, e_t))      e_t = encoder(frame_t)
+    loss = mean over all frames of |frame^_t - frame_t|^2
+    (frame 0, predicted from pure noise, can only be a mean image)
 
 Nothing is learnt per token or per frame: any number of tokens and of frames will do at test time.
 
 Glossary
-    B       clips                   N       tokens of the state (1024)      e    encoder's grid tokens
-    T       frames (8)              D       their width (512)               De   their width
-    H W     pixels                  P       decoded pixels of a frame       K    queries of a readout
-    h w     encoder's grid: H, W over the product of the strides (4), rounded up    nh   attention heads
+    B     clips                  N     tokens of the state (1024)     e    encoder's grid tokens
+    T     frames (8)             D     their width (512)              De   their width
+    H W   pixels                 P     decoded pixels of a frame      K    queries of a readout
+    h w   encoder's grid: H, W over the product of the strides (4), rounded up
+    nh    attention heads        hd    width of one head
     predicted   p_t, what the tokens expect before they see frame t
     corrected   s_t+1, after they have seen it; the state that is carried on
 
-How is this not just a transformer over patches? The patches (e) are only looked at; what persists, and what
-is decoded, are N vectors without a place. `grid=True` puts them back on the grid: the paper's baselines.
+How is this not just a transformer over patches? The patches (e) are only looked at; what persists,
+and what is decoded, are N vectors without a place. `grid=True` puts them back on the grid: the
+paper's baselines.
 
-Two variants were published, the same recurrence in another phase. The paper's (Config.released=False) decodes
-the prediction p_t. The released weights (released=True) keep the state un-normalised, normalise it at the
-start of each step, and are decoded from the state before: both predict a frame from the frames before it.
-Sizes and details follow the authors' released code. Departures are marked "our choice". Usage:
+Two variants were published, the same recurrence in another phase. The paper's (released=False)
+decodes the prediction p_t. The released weights (released=True) keep the state un-normalised,
+normalise it at the start of each step, and are decoded from the state before: both predict a frame
+from the frames before it. Sizes and details follow the authors' released code; departures are
+marked "our choice".
 
-    model = MooG(Config(**PRESETS["paper"]))        # or: model = load_official("moog_ego4d_backbone.npz")
-    loss, logs = model(dict(video=video))           # video (B, T, 3, H, W), uint8 or float in [0, 1]
+    model = MooG(Config(**PRESETS["paper"]))        # or: load_official("moog_ego4d_backbone.npz")
+    loss, logs = model(dict(video=video))           # video (B, T, 3, H, W), uint8, or float in 0..1
 
-    states = model.unroll(video)                    # predicted, corrected (B, T, N, D); features; last
+    states = model.unroll(video)                    # predicted, corrected, features, last
     more = model.unroll(next_frames, states.last)   # goes on as if it had been one clip
-    ahead = model.anticipate(video)                 # what to decode as frames 0..T, each before it is seen
+    ahead = model.predict_ahead(video)              # for frames 0..T, each before it is seen
     frames, attention = model.decode(ahead, (H, W), return_attention=True)
     points = PointReadout(model.cfg.dim)(states.features.detach(), queries, query_frames)
 
 `python moog.py` runs a demo in seconds. MIT licence: copy this file freely.
 """
-import ast
 import math
 import re
-import struct
-import zipfile
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 class Config:
     size: int = 128                         # pixels: training clips are size x size
     frames: int = 8                         # T of training clips
-    tokens: int = 1024                      # N, tokens of the state in training; any number at test time
+    tokens: int = 1024                      # N in training; any number at test time
     dim: int = 512                          # D, width of a token
     channels: tuple[int, ...] = (64, 128, 128, 256, 256, 512)   # of the encoder's convolutions
     strides: tuple[int, ...] = (1, 1, 1, 2, 1, 2)               # of the same
@@ -70,12 +74,12 @@ class Config:
     decoder: tuple[int, ...] = (6, 2, 128)      # layers, heads, width of q, k, v
     mlp: int = 2048                         # hidden width of all MLPs
     state_scale: float = 1e-4               # std of the noise that the tokens start from
-    subsample: int = 8                      # training decodes one pixel in subsample x subsample; 1: all
+    subsample: int = 8                      # training decodes 1 pixel in subsample x subsample
     decoder_self_attention: bool = False    # pixels also look at each other: then all are decoded
     released: bool = False                  # the released weights' phase and layout
     grid: bool = False                      # baseline: the tokens stay on the encoder's grid
     recurrent: bool = True                  # with grid: off, a prediction knows the last frame only
-    checkpoint: bool = False                # recompute the steps' activations in backward: less memory
+    checkpoint: bool = False                # recompute steps in backward: less memory
 
     @property
     def inputs(self):
@@ -85,12 +89,12 @@ class Config:
 PRESETS = {
     # a laptop CPU: minutes; README has the numbers. our choice of everything
     "tiny": dict(
-        size=64, frames=4, tokens=64, dim=64, channels=(32, 48, 64), strides=(2, 2, 2), encoder_bases=12,
-        decoder_bases=4, predictor=(1, 4, 64), corrector=(2, 1, 64), decoder=(2, 2, 64), mlp=256,
-        state_scale=1.0),
-    # the paper's main model; not yet trained here
+        size=64, frames=4, tokens=64, dim=64, channels=(32, 48, 64), strides=(2, 2, 2),
+        encoder_bases=12, decoder_bases=4, predictor=(1, 4, 64), corrector=(2, 1, 64),
+        decoder=(2, 2, 64), mlp=256, state_scale=1.0),
+    # the paper's main model; not yet trained here. our choice: checkpoint, to save memory
     "paper": dict(checkpoint=True),
-    # one 24 GB card, by our estimate: not yet run on a GPU
+    # one 24 GB card, by our estimate: not yet run on a GPU. our choice of everything
     "small": dict(
         size=64, tokens=256, dim=256, channels=(32, 64, 64, 128, 128, 256), predictor=(3, 4, 256),
         corrector=(2, 4, 256), decoder=(4, 2, 128), mlp=1024),
@@ -98,16 +102,21 @@ PRESETS = {
     "released": dict(strides=(2, 1, 1, 2, 1, 1), released=True, checkpoint=True),
 }
 
-PAPER = dict(       # as in the authors' training configuration for MOVi-E; its steps are in a comment there
-    steps=1_000_000, batch_size=128, lr=1e-4, min_lr=1e-7, warmup=1000 / 1_000_000, betas=(0.9, 0.95),
-    weight_decay=1e-4, weight_decay_end=1e-4, clip=1.0)
+PAPER = dict(       # the authors' configuration for MOVi-E; its steps are in a comment there
+    steps=1_000_000, batch_size=128, lr=1e-4, min_lr=1e-7, warmup=1000 / 1_000_000,
+    betas=(0.9, 0.95), weight_decay=1e-4, weight_decay_end=1e-4, clip=1.0)
 SCENES = dict(size=128, sprites=5)
 RECIPES = {
-    # our choice: small budgets want large plain things that move fast; textures come with larger presets
-    "tiny": PAPER | dict(steps=2400, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05, scenes=dict(
-        sprites=3, speed=10.0, pan=4.0, zoom=0.0, roll=0.0, radius=(0.15, 0.25), grain=24.0, flat=0.9)),
+    # our choice: small budgets want large plain things that move fast
+    "tiny": PAPER | dict(
+        steps=2400, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05,
+        scenes=dict(sprites=3, speed=10.0, pan=4.0, zoom=0.0, roll=0.0, radius=(0.15, 0.25),
+                    grain=24.0, flat=0.9)),
     "paper": PAPER | dict(scenes=SCENES),
-    "small": PAPER | dict(steps=100_000, batch_size=32, lr=3e-4, warmup=0.01, scenes=SCENES | dict(size=64)),
+    # our choice: a smaller model takes larger and fewer steps
+    "small": PAPER | dict(
+        steps=100_000, batch_size=32, lr=3e-4, warmup=0.01, scenes=SCENES | dict(size=64)),
+    # our choice: how the released weights were trained is not published, so as the paper's
     "released": PAPER | dict(scenes=SCENES),
 }
 
@@ -117,15 +126,22 @@ def as_float(video, dtype=torch.float32):
     return video.to(dtype) / 255 if video.dtype == torch.uint8 else video.to(dtype)
 
 
-def full(x):
+def fp32(x):
     """At least float32, whatever autocast made of it: for losses and meters."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def chunked(function, x, size, dim=0):
+    """function(x), without gradients in chunks of x along dim, to save memory."""
+    if torch.is_grad_enabled():             # the graph keeps all activations anyway
+        return function(x)
+    return torch.cat([function(part) for part in x.split(size, dim)], dim)
 
 
 # ---- positions -----------------------------------------------------------------------------------
 def axis_positions(n, device=None):
     """n numbers from -1 to 1, end points included (float32)."""
-    # Bit by bit as the released models had them: the highest octave magnifies the last bit 500,000 times.
+    # Bit by bit as the released models: the highest octave magnifies the last bit 500,000 times.
     s = torch.arange(n, device=device, dtype=torch.float32) * (1 / max(n - 1, 1))
     g = -(1 - s) + s
     if n > 1:
@@ -133,23 +149,29 @@ def axis_positions(n, device=None):
     return g
 
 
-@torch.compiler.disable             # a fused multiply-add would change the last bit, see axis_positions
+@torch.compiler.disable     # a fused multiply-add would change the last bit, see axis_positions
 def grid_positions(height, width, device=None):
     """(y, x) of each place of a grid, row by row, in [-1, 1]: (height * width, 2)."""
-    y, x = axis_positions(height, device), axis_positions(width, device)
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
+    y = axis_positions(height, device)
+    x = axis_positions(width, device)
+    return torch.cartesian_prod(y, x)
 
 
 def fourier(x, bases):
     """Coordinates (..., n) -> sin and cos of pi * 2^i * x for i < bases: (..., 2 * bases * n)."""
-    x = x.float() * math.pi
-    x = torch.cat([x * 2 ** i for i in range(bases)], -1)       # y, x, 2y, 2x, 4y, 4x, ...
-    return torch.sin(torch.cat([x, x + math.pi / 2], -1))       # always in float32, see axis_positions
+    x = x.float() * math.pi                                 # always in float32, see axis_positions
+    x = torch.cat([x * 2 ** i for i in range(bases)], -1)   # y, x, 2y, 2x, 4y, 4x, ...
+    return torch.sin(torch.cat([x, x + math.pi / 2], -1))
 
 
 # ---- transformer ---------------------------------------------------------------------------------
+def split_heads(x, heads):
+    """(B, L, nh * hd) -> (B, nh, L, hd)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys."""
+    """Multi-head, queries and keys RMS-normalised: x (B, L, D) looks at y (B, M, Dkv)."""
 
     def __init__(self, dim, kv_dim, heads, width):
         super().__init__()
@@ -161,23 +183,26 @@ class Attention(nn.Module):
         self.norm_key = nn.RMSNorm(width // heads, eps=1e-6)
         self.out = nn.Linear(width, dim)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def queries_and_keys(self, x, y):
+        """In float32: (B, nh, L, hd), (B, nh, M, hd)."""
+        q = split_heads(self.query(x), self.heads)
+        k = split_heads(self.key(y), self.heads)
+        return self.norm_query(fp32(q)), self.norm_key(fp32(k))
 
-    def forward(self, x, y, weights=False):
-        """x (B, L, D) looks at y (B, M, Dkv) -> (B, L, D), and with `weights` where (B, nh, L, M)."""
-        v = self.split(self.value(y))                           # (B, nh, M, hd)
-        q = self.norm_query(full(self.split(self.query(x)))).to(v.dtype)        # (B, nh, L, hd)
-        k = self.norm_key(full(self.split(self.key(y)))).to(v.dtype)            # (B, nh, M, hd)
-        out = F.scaled_dot_product_attention(q, k, v)           # (B, nh, L, hd)
-        out = self.out(out.transpose(1, 2).flatten(2))          # (B, L, D)
-        if not weights:
-            return out
-        return out, torch.softmax(full(q) @ full(k).mT * q.shape[-1] ** -0.5, -1)
+    def weights(self, x, y):
+        """Where x looks at y: (B, nh, L, M), each row sums to 1."""
+        q, k = self.queries_and_keys(x, y)
+        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
+
+    def forward(self, x, y):
+        q, k = self.queries_and_keys(x, y)
+        v = split_heads(self.value(y), self.heads)                       # (B, nh, M, hd)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.out(out.transpose(1, 2).flatten(2))                 # (B, L, D)
 
 
 class Block(nn.Module):
-    """Pre-norm block; self- and cross-attention side by side, from the same normed x. y is taken as it is."""
+    """Pre-norm; self- and cross-attention side by side, from the same normed x; y is not normed."""
 
     def __init__(self, dim, heads, width, mlp, kv_dim=None, self_attention=True):
         super().__init__()
@@ -188,19 +213,19 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(dim, mlp)
         self.mlp_out = nn.Linear(mlp, dim)
 
-    def forward(self, x, y=None, weights=False):
-        n, seen = self.norm_attention(x), None
+    def forward(self, x, y=None):
+        normed = self.norm_attention(x)
         if self.self_attention is not None:
-            x = x + self.self_attention(n, n)
+            x = x + self.self_attention(normed, normed)
         if self.cross_attention is not None:
-            out = self.cross_attention(n, y, weights)
-            out, seen = out if weights else (out, None)
-            x = x + out
-        x = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh"))
-        return (x, seen) if weights else x
+            x = x + self.cross_attention(normed, y)
+        hidden = F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh")
+        return x + self.mlp_out(hidden)
 
 
 class Transformer(nn.Module):
+    """x (B, L, D), y (B, M, Dkv) -> (B, L, D). spec: layers, heads, width of q, k, v."""
+
     def __init__(self, dim, spec, mlp, kv_dim=None, self_attention=True):
         super().__init__()
         layers, heads, width = spec
@@ -208,136 +233,165 @@ class Transformer(nn.Module):
             Block(dim, heads, width, mlp, kv_dim, self_attention) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
 
-    def forward(self, x, y=None, weights=False):
-        """x (B, L, D), y (B, M, Dkv) -> (B, L, D), with `weights` also the last layer's cross-attention."""
-        for layer in self.layers[:-1]:
+    def forward(self, x, y=None):
+        for layer in self.layers:
             x = layer(x, y)
-        out = self.layers[-1](x, y, weights)
-        return (self.norm(out[0]), out[1]) if weights else self.norm(out)
+        return self.norm(x)
+
+    def attention(self, x, y):
+        """Where x looks at y in the last layer: (B, nh, L, M)."""
+        *others, last = self.layers
+        for layer in others:
+            x = layer(x, y)
+        return last.cross_attention.weights(last.norm_attention(x), y)
+
+
+def init_weights(module):
+    """Kernels as in the authors' code: truncated normal of variance 1 / fan-in, biases zero."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        std = module.weight[0].numel() ** -0.5 / 0.87962566103423978    # of what the cut leaves
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 # ---- encoder and decoder -------------------------------------------------------------------------
+def pad_same(x, stride):
+    """Pads (B, C, H, W) for a 3 x 3 convolution; sizes / stride rounded up; odd one last."""
+    pads = []
+    for n in (x.shape[3], x.shape[2]):                      # left, right, top, bottom
+        total = max((math.ceil(n / stride) - 1) * stride + 3 - n, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
+
+
 class Encoder(nn.Module):
-    """Convolutions, plus Fourier positions: frames to grid tokens, one frame at a time."""
+    """Convolutions, plus Fourier positions: frames (B, 3, H, W) -> grid tokens (B, h*w, De)."""
 
     def __init__(self, cfg):
         super().__init__()
-        sizes, out, pe = (3, *cfg.channels), cfg.channels[-1], 4 * cfg.encoder_bases
-        self.bases, self.concat = cfg.encoder_bases, cfg.released
+        inputs = (3, *cfg.channels[:-1])
+        last = cfg.channels[-1]
+        positions = 4 * cfg.encoder_bases
+        self.bases = cfg.encoder_bases
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride) for a, b, stride in zip(sizes, sizes[1:], cfg.strides))
-        self.norm_convs = nn.LayerNorm(out, eps=1e-6, bias=False)
-        # positions are added after a projection; in the released weights they stand beside the features
-        self.positions = None if self.concat else nn.Linear(pe, out)
-        self.dim = out + pe if self.concat else cfg.dim         # De
-        self.proj_in = nn.Linear(out + pe if self.concat else out, cfg.dim)
+            nn.Conv2d(a, b, 3, stride) for a, b, stride in zip(inputs, cfg.channels, cfg.strides))
+        self.norm_convs = nn.LayerNorm(last, eps=1e-6, bias=False)
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6, bias=False)
-        self.proj_out = nn.Linear(cfg.dim, self.dim) if self.concat else nn.Identity()
-
-    def convolve(self, x):
-        """(B, 3, H, W) -> (B, C, h, w), sizes rounded up. Padded as `SAME`: what is odd goes to the end."""
-        for i, conv in enumerate(self.convs):
-            pad = []
-            for n, stride in zip(x.shape[:1:-1], conv.stride[::-1]):
-                total = max((math.ceil(n / stride) - 1) * stride + 3 - n, 0)
-                pad += [total // 2, total - total // 2]
-            x = conv(F.pad(x, pad))
-            x = F.gelu(x, approximate="tanh") if i + 1 < len(self.convs) else x
-        return x
+        if cfg.released:                    # positions stand beside the features, to the end
+            self.dim = last + positions                     # De
+            self.positions = None
+            self.proj_in = nn.Linear(self.dim, cfg.dim)
+            self.proj_out = nn.Linear(cfg.dim, self.dim)
+        else:                               # positions are projected and added
+            self.dim = cfg.dim                              # De
+            self.positions = nn.Linear(positions, last)
+            self.proj_in = nn.Linear(last, cfg.dim)
+            self.proj_out = nn.Identity()
 
     def forward(self, frames):
-        """(B, 3, H, W) in [0, 1] -> (B, h*w, De)"""
-        x = self.convolve(frames)                               # (B, C, h, w)
-        pe = fourier(grid_positions(*x.shape[2:], x.device), self.bases).to(x.dtype)    # (h*w, 4 * bases)
-        x = self.norm_convs(x.flatten(2).mT)                    # (B, h*w, C)
-        x = torch.cat([x, pe.expand(len(x), -1, -1)], -1) if self.concat else x + self.positions(pe)
+        x = frames
+        for conv in self.convs[:-1]:
+            x = F.gelu(conv(pad_same(x, conv.stride[0])), approximate="tanh")
+        x = self.convs[-1](pad_same(x, self.convs[-1].stride[0]))       # (B, C, h, w)
+        grid = grid_positions(*x.shape[2:], x.device)                   # (h*w, 2)
+        positions = fourier(grid, self.bases).to(x.dtype)               # (h*w, 4 * bases)
+        x = self.norm_convs(x.flatten(2).mT)                            # (B, h*w, C)
+        if self.positions is None:
+            x = torch.cat([x, positions.expand(len(x), -1, -1)], -1)
+        else:
+            x = x + self.positions(positions)
         return self.proj_out(self.norm(self.proj_in(x)))
 
 
 class Decoder(nn.Module):
-    """A pixel's coordinates look at the tokens and come back as its colour. As in SRT."""
+    """
+    A pixel's coordinates look at the tokens and come back as its colour (SRT). States (B, N, D);
+    size (H, W); index: numbers y * W + x of the wanted pixels (B, P), None for all.
+    """
 
     def __init__(self, dim, spec, mlp, bases=16, channels=3, self_attention=False):
         super().__init__()
-        self.dim, self.bases = dim, bases
-        self.transformer = Transformer(dim + 4 * bases, spec, mlp, kv_dim=dim, self_attention=self_attention)
-        self.recon = nn.Linear(dim + 4 * bases, channels)
+        width = dim + 4 * bases
+        self.dim = dim
+        self.bases = bases
+        self.transformer = Transformer(width, spec, mlp, dim, self_attention)
+        self.recon = nn.Linear(width, channels)
 
-    def forward(self, states, size, index=None, weights=False):
-        """
-        States (B, N, D) -> (B, P, channels), and with `weights` the last layer's attention (B, nh, P, N).
-        index: numbers of the wanted pixels, y * W + x, (B, P) or, for all frames alike, (P,); None: all.
-        """
-        pe = fourier(grid_positions(*size, states.device), self.bases).to(states.dtype)
-        pe = pe if index is None else pe[index]                 # ([B,] P, 4 * bases)
-        pe = pe.expand(len(states), -1, -1)
-        query = F.pad(pe, (self.dim, 0))                        # (B, P, D + 4 * bases), zeros first
-        out = self.transformer(query, states, weights)
-        return (self.recon(out[0]), out[1]) if weights else self.recon(out)
+    def queries(self, states, size, index):
+        """Zeros, then the pixel's Fourier positions: (B, P, D + 4 * bases)."""
+        positions = fourier(grid_positions(*size, states.device), self.bases).to(states.dtype)
+        if index is not None:
+            positions = positions[index]
+        return F.pad(positions.expand(len(states), -1, -1), (self.dim, 0))
+
+    def forward(self, states, size, index=None):
+        """Colours (B, P, channels)."""
+        return self.recon(self.transformer(self.queries(states, size, index), states))
+
+    def attention(self, states, size, index=None):
+        """Where each pixel looks in the last layer: (B, P, nh, N)."""
+        seen = self.transformer.attention(self.queries(states, size, index), states)
+        return seen.transpose(1, 2)
 
 
 def subsample(size, factor, offsets=None):
     """
-    Numbers y * W + x of one pixel in each factor x factor: at the middle of each square, or, with offsets
-    (..., 2) of y and x, rolled by these: (..., H/factor * W/factor). Raises ValueError if it doesn't divide.
+    Numbers y * W + x of one pixel in each factor x factor, (..., H/factor * W/factor): the middle
+    of each square, or, with offsets (..., 2) of y and x, rolled by these. factor must divide both.
     """
     H, W = size
     if H % factor or W % factor:
-        raise ValueError(f"frames of {H}x{W} pixels can't be subsampled by {factor}: choose a size that "
-                         f"{factor} divides, or subsample=1")
-    offsets = torch.zeros(2, dtype=torch.long) if offsets is None else offsets
-    steps = [torch.arange(n // factor, device=offsets.device) * factor + factor // 2 for n in size]
-    y, x = ((s - offsets[..., i, None]) % n for i, (s, n) in enumerate(zip(steps, size)))
+        raise ValueError(f"frames of {H}x{W}: {factor} must divide both, or take subsample=1")
+    if offsets is None:
+        offsets = torch.zeros(2, dtype=torch.long)
+    rows = torch.arange(factor // 2, H, factor, device=offsets.device)
+    columns = torch.arange(factor // 2, W, factor, device=offsets.device)
+    y = (rows - offsets[..., :1]) % H                       # (..., H/factor)
+    x = (columns - offsets[..., 1:]) % W                    # (..., W/factor)
     return (y[..., :, None] * W + x[..., None, :]).flatten(-2)
 
 
-def pick(video, index):
+def gather_pixels(video, index):
     """Pixels of a video (B, T, C, H, W) at index (B, T, P) -> (B, T, P, C)."""
-    B, T, C = video.shape[:3]
-    return video.flatten(3).gather(3, index[:, :, None].expand(B, T, C, -1)).mT
+    index = index[:, :, None].expand(-1, -1, video.shape[2], -1)        # (B, T, C, P)
+    return video.flatten(3).gather(3, index).mT
 
 
 def psnr(prediction, target):
-    """Peak signal-to-noise ratio in dB of each frame (B, T, P, C), colours in [0, 1], averaged; up to 100."""
-    error = (full(prediction) - target).square().mean((-2, -1)).clamp(min=1e-10)
+    """Peak signal-to-noise ratio in dB of frames (B, T, P, C) in [0, 1], averaged; at most 100."""
+    error = (fp32(prediction) - target).square().mean((-2, -1)).clamp(min=1e-10)
     return (-10 * error.log10()).mean()
 
 
 # ---- the model -----------------------------------------------------------------------------------
-PIECE = 2 ** 16     # pixels decoded at once where nothing is to be differentiated
+DECODE_CHUNK = 2 ** 16      # pixels decoded at once where nothing is to be differentiated
 
 
 class States(NamedTuple):
     predicted: torch.Tensor     # (B, T, N, D) before frame t is seen
     corrected: torch.Tensor     # (B, T, N, D) after; un-normalised in the released variant
-    features: torch.Tensor      # (B, T, M, D) what readouts look at: both, M = 2N; released: corrected, M = N
+    features: torch.Tensor      # (B, T, M, D) for readouts: both, M = 2N; released: corrected
     last: torch.Tensor          # (B, N, D) give it back to unroll() to go on
 
 
 def check(cfg):
     """Raises a ValueError that says what to change if a Config can't be built."""
-    for name in ("predictor", "corrector", "decoder"):
-        spec = tuple(getattr(cfg, name))
-        if len(spec) != 3 or min(spec) < 1 or spec[2] % spec[1]:
-            raise ValueError(f"{name}={spec}: want layers, heads, and a multiple of the heads as width")
-    if not cfg.channels or len(cfg.channels) != len(cfg.strides):
-        raise ValueError(f"{len(cfg.channels)} channels but {len(cfg.strides)} strides: want one per layer")
-    least = dict(size=1, frames=2, tokens=1, dim=1, encoder_bases=1, decoder_bases=1, mlp=1, subsample=1)
-    for name, number in least.items():
-        if getattr(cfg, name) < number:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be at least {number}")
-    if min(*cfg.channels, *cfg.strides) < 1 or cfg.state_scale <= 0:
-        raise ValueError("channels, strides and state_scale must be positive")
+    if len(cfg.channels) != len(cfg.strides):
+        raise ValueError("channels and strides: want one of each per convolution")
+    for layers, heads, width in (cfg.predictor, cfg.corrector, cfg.decoder):
+        if width % heads:
+            raise ValueError(f"attention of width {width}: must be a multiple of its {heads} heads")
     if cfg.size % cfg.subsample:
         raise ValueError(f"size={cfg.size} must be a multiple of subsample={cfg.subsample}")
     if cfg.grid and cfg.released:
         raise ValueError("grid=True is a baseline of the paper's model: leave out released=True")
-    if not (cfg.grid or cfg.recurrent):
-        raise ValueError("recurrent=False needs grid=True: without a grid the state is all there is")
+    if not cfg.grid and not cfg.recurrent:
+        raise ValueError("recurrent=False needs grid=True: else the state is all there is")
 
 
 class MooG(nn.Module):
-    """Encoder, predictor, corrector, decoder. Raises ValueError if the Config can't be built."""
+    """Encoder, predictor, corrector, decoder."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -350,66 +404,69 @@ class MooG(nn.Module):
         self.decoder = Decoder(cfg.dim, cfg.decoder, cfg.mlp, cfg.decoder_bases,
                                self_attention=cfg.decoder_self_attention)
         self.apply(init_weights)
-        # our choice: predictions start near grey; the authors' kernels make noise of variance 1 at first
+        # our choice: predictions start near grey, not as noise of variance 1 (the authors')
         with torch.no_grad():
             self.decoder.recon.weight.mul_(0.1)
             self.decoder.recon.bias.fill_(0.5)
 
     def compile(self, *args, **kwargs):
-        """torch.compile of the parts that a step calls, not of the unrolled loop: much less to compile."""
+        """torch.compile of what a step calls, not of the unrolled loop: much less to compile."""
         for module in (self.encoder, self.predictor, self.corrector, self.decoder.transformer):
             module.compile(*args, **kwargs)
 
     # -- the recurrence --
     def initial_state(self, B, tokens):
         """Noise (B, tokens, D)."""
-        weight = self.state_norm.weight
-        state = self.cfg.state_scale * torch.randn(B, tokens, self.cfg.dim, device=weight.device,
-                                                   dtype=weight.dtype)
+        like = self.state_norm.weight
+        noise = torch.randn(B, tokens, self.cfg.dim, device=like.device, dtype=like.dtype)
+        state = self.cfg.state_scale * noise
         return state if self.cfg.released else self.state_norm(state)
 
     def predict(self, state):
         """What the tokens (B, N, D) expect of the next frame, before they see it."""
-        state = self.state_norm(state) if self.cfg.released else state
+        if self.cfg.released:
+            state = self.state_norm(state)
         return state + self.predictor(state)
+
+    def correct(self, p, e):
+        """The tokens p (B, N, D) after they have seen a frame's grid tokens e (B, h*w, De)."""
+        if not self.cfg.grid:
+            c = p + self.corrector(p, e)
+        elif self.cfg.recurrent:    # our choice: the frame's features stay, and look at the tokens
+            c = e + self.corrector(e, p)
+        else:                       # our choice: as large a model, with nothing else to look at
+            c = e + self.corrector(e, e)
+        return c if self.cfg.released else self.state_norm(c)
 
     def step(self, state, e):
         """One frame. state (B, N, D), e (B, h*w, De) -> predicted, corrected (B, N, D)."""
         p = self.predict(state)
-        x, y = (p, e)                       # tokens look at the frame
-        if self.cfg.grid:                   # our choice: the frame's features stay, and look at the tokens
-            x, y = (e, p if self.cfg.recurrent else e)
-        c = x + self.corrector(x, y)
-        return p, c if self.cfg.released else self.state_norm(c)
+        return p, self.correct(p, e)
 
     def recurrence(self, video, state=None, tokens=None):
-        """Video (B, T, 3, H, W) -> predicted, corrected (B, T, N, D), and the initial state (B, N, D)."""
-        if video.ndim != 5 or video.shape[2] != 3 or not video.shape[1]:
-            raise ValueError(f"a video of shape {tuple(video.shape)}: want (B, T, 3, H, W), T at least 1")
+        """Video (B, T, 3, H, W) -> predicted, corrected (B, T, N, D), initial state (B, N, D)."""
         B, T = video.shape[:2]
         frames = as_float(video, self.state_norm.weight.dtype).flatten(0, 1)    # (B*T, 3, H, W)
-        # all frames at once; without gradients in pieces, so that a long video fits
-        pieces = [frames] if torch.is_grad_enabled() else frames.split(64)
-        e = torch.cat([self.encoder(piece) for piece in pieces]).unflatten(0, (B, T))   # (B, T, h*w, De)
-        places = e.shape[2] if self.cfg.grid else None
-        N = next(n for n in (tokens, places, self.cfg.tokens) if n is not None)
-        state = self.initial_state(B, N) if state is None else state
-        if not 0 < N == (state.shape[1] if tokens else N) or places and not N == places == state.shape[1]:
-            raise ValueError(f"tokens={tokens}, but the given state has {state.shape[1]}" if not places else
-                             f"the grid has {places} places: no other number of tokens will do")
-        recompute = self.cfg.checkpoint and self.training and torch.is_grad_enabled()
-        start, predicted, corrected = state, [], []
+        e = chunked(self.encoder, frames, 64).unflatten(0, (B, T))              # (B, T, h*w, De)
+        if state is None:
+            N = e.shape[2] if self.cfg.grid else tokens or self.cfg.tokens
+            state = self.initial_state(B, N)
+        start = state
+        step = self.step
+        if self.cfg.checkpoint:                 # a step draws nothing: no random state to keep
+            step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
+        predicted = []
+        corrected = []
         for t in range(T):
-            p, state = (checkpoint(self.step, state, e[:, t], use_reentrant=False, preserve_rng_state=False)
-                        if recompute else self.step(state, e[:, t]))
+            p, state = step(state, e[:, t])
             predicted.append(p)
             corrected.append(state)
         return torch.stack(predicted, 1), torch.stack(corrected, 1), start
 
-    def anticipate(self, video, state=None, tokens=None):
+    def predict_ahead(self, video, state=None, tokens=None):
         """
-        Video (B, T, 3, H, W) -> the states to decode as its frames and as the one after, each knowing the
-        frames before it alone: (B, T + 1, N, D). Arguments as in unroll().
+        Video (B, T, 3, H, W) -> the states to decode as its frames and as the one after, each
+        knowing the frames before it alone: (B, T + 1, N, D). Arguments as in unroll().
         """
         predicted, corrected, start = self.recurrence(video, state, tokens)
         if self.cfg.released:
@@ -418,61 +475,71 @@ class MooG(nn.Module):
 
     def unroll(self, video, state=None, tokens=None):
         """
-        Video (B, T, 3, H, W), uint8 or float in [0, 1], any T, H and W -> States. state: `last` of an earlier
-        chunk, to go on with; else the tokens start as noise, `tokens` of them (default: as in training).
+        Video (B, T, 3, H, W), uint8 or float in [0, 1], any T, H, W -> States. state: `last` of an
+        earlier chunk, to go on with. Without it the tokens start as noise, `tokens` of them
+        (default: as in training; with grid, one for each place).
         """
         predicted, corrected, _ = self.recurrence(video, state, tokens)
         features = corrected if self.cfg.released else torch.cat([predicted, corrected], 2)
         return States(predicted, corrected, features, corrected[:, -1])
 
+    # -- decoding --
+    def per_pixel(self, function, states, size, index):
+        """function(states, size, index) of all frames in one call -> (B, T, P, ...)."""
+        B, T = states.shape[:2]
+        if index is None:
+            index = torch.arange(size[0] * size[1], device=states.device)
+        index = index.expand(B, T, -1).flatten(0, 1)                    # (B*T, P)
+        states = states.flatten(0, 1)                                   # (B*T, N, D)
+        chunk = max(DECODE_CHUNK // (B * T), 1)
+        if self.cfg.decoder_self_attention:                             # pixels look at each other
+            chunk = index.shape[1]
+        out = chunked(lambda part: function(states, size, part), index, chunk, dim=1)
+        return out.unflatten(0, (B, T))
+
     def decode(self, states, size, index=None, return_attention=False):
         """
-        States (B, T, N, D), of anticipate() -> frames (B, T, 3, H, W) of size = (H, W), or, with index
-        (B, T, P) or (P,) of pixels y * W + x, their colours (B, T, P, 3). Colours can overshoot [0, 1].
-        return_attention: also the last layer's cross-attention (B, T, nh, P, N). All frames are decoded in
-        one call; without gradients, and if pixels don't look at each other, in pieces, to save memory.
+        States (B, T, N, D), of predict_ahead() -> frames (B, T, 3, H, W) of size (H, W), or, with
+        index (B, T, P) or (P,) of pixels y * W + x, their colours (B, T, P, 3). They can overshoot
+        [0, 1]. return_attention: also attention().
         """
-        if states.ndim != 4 or index is not None and index.shape[:-1] not in ((), states.shape[:2]):
-            raise ValueError(f"states of shape {tuple(states.shape)}: want (B, T, N, D); index, if given, "
-                             "(B, T, P) or (P,)")
-        B, T = states.shape[:2]
-        P, whole = size[0] * size[1], index is None
-        index = torch.arange(P, device=states.device) if whole else index
-        index = index.flatten(0, 1) if index.ndim == 3 else index
-        bounded = not (torch.is_grad_enabled() or self.cfg.decoder_self_attention)
-        pieces = index.split(max(PIECE // (B * T), 1), -1) if bounded else [index]
-        outs = [self.decoder(states.flatten(0, 1), size, piece, return_attention) for piece in pieces]
-        colours = torch.cat([out[0] if return_attention else out for out in outs], 1)   # (B*T, P, 3)
-        colours = colours.unflatten(0, (B, T))
-        colours = colours.mT.unflatten(-1, size) if whole else colours
+        colours = self.per_pixel(self.decoder, states, size, index)     # (B, T, P, 3)
+        if index is None:
+            colours = colours.mT.unflatten(-1, size)                    # (B, T, 3, H, W)
         if not return_attention:
             return colours
-        return colours, torch.cat([out[1] for out in outs], 2).unflatten(0, (B, T))
+        return colours, self.attention(states, size, index)
+
+    def attention(self, states, size, index=None):
+        """Where pixels look in the decoder's last layer: (B, T, nh, P, N). As decode()."""
+        return self.per_pixel(self.decoder.attention, states, size, index).transpose(2, 3)
+
+    def tokens_used(self, states, size, index):
+        """Share of the tokens that some decoded pixel looks at most; at most T * P / N."""
+        top = self.attention(states, size, index).mean(2).argmax(-1)    # (B, T, P)
+        used = torch.zeros(len(states), states.shape[2], device=top.device)
+        return used.scatter(1, top.flatten(1), 1.0).mean()
 
     # -- training --
     def forward(self, batch):
-        """batch: `video` (B, T, 3, H, W), uint8 or float in [0, 1]. Returns the loss and detached scalars."""
+        """batch: `video` (B, T, 3, H, W), uint8 or float in [0, 1] -> loss, detached scalars."""
         video = as_float(batch["video"])
         B, T, _, *size = video.shape
-        states = self.anticipate(video[:, :-1])                 # (B, T, N, D); the last frame is never seen
+        states = self.predict_ahead(video[:, :-1])              # (B, T, N, D)
         factor = 1 if self.cfg.decoder_self_attention else self.cfg.subsample
-        index = subsample(size, factor, torch.randint(factor, (B, T, 2), device=video.device))  # (B, T, P)
-        prediction, target = full(self.decode(states, size, index)), pick(video, index)
+        offsets = torch.randint(factor, (B, T, 2), device=video.device)
+        index = subsample(size, factor, offsets)                # (B, T, P)
+        prediction = fp32(self.decode(states, size, index))     # (B, T, P, 3)
+        target = gather_pixels(video, index)
         loss = F.mse_loss(prediction, target)
         with torch.no_grad():
+            copied = gather_pixels(video[:, :-1], index[:, 1:])
             logs = dict(
                 psnr=psnr(prediction[:, 1:], target[:, 1:]),
-                copy_psnr=psnr(pick(video[:, :-1], index[:, 1:]), target[:, 1:]),
+                copy_psnr=psnr(copied, target[:, 1:]),
                 tokens_used=self.tokens_used(states[:1].detach(), size, index[:1]),
-                state_norm=full(states).norm(dim=-1).mean())    # of the decoded states
-        return loss, {name: value.detach() for name, value in logs.items()}
-
-    def tokens_used(self, states, size, index):
-        """Share of the tokens that some decoded pixel of a clip looks at most; at most T * P / N."""
-        _, attention = self.decode(states, size, index, return_attention=True)
-        top = attention.mean(2).argmax(-1)                      # (B, T, P)
-        used = torch.zeros(len(states), states.shape[2], device=top.device)
-        return used.scatter_(1, top.flatten(1), 1.0).mean()
+                state_norm=fp32(states).norm(dim=-1).mean())    # of the decoded states
+        return loss, logs
 
     def after_step(self, progress):
         """After each optimiser step: nothing to do."""
@@ -482,64 +549,53 @@ class MooG(nn.Module):
         return [dict(params=list(self.parameters()), weight_decay=weight_decay)]
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")       # other numbers of tokens: not worth compiling for
+    @torch.compiler.set_stance("force_eager")       # other numbers of pixels: not worth compiling
     def report(self, batch):
         """
-        {row: {column: scalar}}: PSNR in dB of predicting frame t from those before it, also with half and
-        twice the tokens, and of copying the frame before.
+        {row: {column: scalar}}: PSNR in dB of predicting frame t from those before it, and of
+        copying the frame before.
         """
         video = as_float(batch["video"])
         B, T, _, *size = video.shape
-        factor = 1 if self.cfg.decoder_self_attention else next(
-            f for f in (4, 2, 1) if size[0] % f == size[1] % f == 0)
+        factor = 1 if self.cfg.decoder_self_attention else math.gcd(4, *size)
         index = subsample(size, factor).to(video.device).expand(B, T, -1)
-        target, N = pick(video, index), self.cfg.tokens
-        guesses = {"copy": pick(video[:, :-1], index[:, 1:])}
-        numbers = {"predicted": N} | ({} if self.cfg.grid else {"N/2": max(N // 2, 1), "2N": 2 * N})
-        for name, tokens in numbers.items():
-            states = self.anticipate(video[:, :-1], tokens=tokens)
-            guesses[name] = self.decode(states, size, index)[:, 1:]
-        rows = {"t >= 1": slice(1, T), "t = 1": slice(1, 2), f"t = {T - 1}": slice(T - 1, T)}
-        return {f"PSNR in dB, {row}": {
-            name: psnr(guess[:, t.start - 1:t.stop - 1], target[:, t]) for name, guess in guesses.items()}
-            for row, t in rows.items()}
-
-
-def init_weights(module):
-    """Kernels as in the authors' code: truncated normal of variance 1 / fan-in, biases zero."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        std = module.weight[0].numel() ** -0.5 / 0.87962566103423978    # of what the cut leaves
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        states = self.predict_ahead(video[:, :-1])
+        predicted = self.decode(states, size, index)            # (B, T, P, 3)
+        pixels = gather_pixels(video, index)
+        table = {}
+        for name, t in (("t >= 1", 1), (f"t = {T - 1}", T - 1)):
+            table[f"PSNR in dB, {name}"] = dict(
+                predicted=psnr(predicted[:, t:], pixels[:, t:]),
+                copy=psnr(pixels[:, t - 1:-1], pixels[:, t:]))
+        return table
 
 
 # ---- readouts ------------------------------------------------------------------------------------
 class Readout(NamedTuple):
-    values: torch.Tensor            # (B, T, K, C) points x y or boxes y1 x1 y2 x2, shares of the frame's size
-    logits: torch.Tensor | None     # (B, T, K, 2) of being visible, of being certain; not of released boxes
+    values: torch.Tensor            # (B, T, K, C) points x y or boxes y1 x1 y2 x2, in [0, 1]
+    logits: torch.Tensor | None     # (B, T, K, 2) of being visible, certain; not of released boxes
     visible: torch.Tensor | None    # (B, T, K) bool: visible and certain; not of released boxes
     state: torch.Tensor | None      # (B, K, width) to go on with; not of released heads
 
 
 def visible_and_certain(logits):
-    return torch.sigmoid(full(logits)).prod(-1) > 0.5
+    return torch.sigmoid(fp32(logits)).prod(-1) > 0.5
 
 
-def mlp(*sizes):
-    a, b, c = sizes
-    return nn.Sequential(nn.Linear(a, b), nn.GELU(approximate="tanh"), nn.Linear(b, c))
+def mlp(inputs, hidden, outputs):
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
 
 
 class PointReadout(nn.Module):
     """
-    Recurrent readout: a query becomes a state, which looks at each frame's features.       paper: Sec. 3.2
+    Recurrent readout: a query becomes a state and looks at each frame's features. paper: Sec. 3.2
     Give it features that are detached (frozen) or not (end to end).
     """
     coordinates = 2
 
     def __init__(self, dim=512, width=512, transformer=(3, 8, 512), hidden=2048, bases=16):
-        """dim: width of the features; width: of the states; transformer: layers, heads, width of q, k, v."""
+        """dim: of the features; width: of the states; transformer: layers, heads, width of qkv."""
         super().__init__()
         self.bases = bases
         self.initializer = mlp(2 * bases * self.coordinates, width, width)
@@ -554,93 +610,111 @@ class PointReadout(nn.Module):
 
     def forward(self, features, queries, query_frames=None, state=None):
         """
-        features (B, T, M, D); queries (B, K, coordinates) as shares of the frame's size, at query_frames
-        (B, K), counted from this chunk's first frame (None: all at its start). state: of an earlier chunk, to
-        go on with. Returns a Readout; what it says of frames before the query's is meaningless.
+        features (B, T, M, D); queries (B, K, coordinates) in [0, 1] of the frame, at query_frames
+        (B, K), counted from this chunk's first frame (None: all at its start). state: of an earlier
+        chunk, to go on with. What it says of frames before the query's is meaningless.
         """
-        if queries.shape[-1] != self.coordinates:
-            raise ValueError(f"queries have {queries.shape[-1]} coordinates, not {self.coordinates}")
-        start = fourier(queries, self.bases).to(self.proj_in.weight.dtype)
-        start = self.initializer(start)                         # (B, K, width)
-        state, corrected = start if state is None else state, []
+        positions = fourier(queries, self.bases).to(self.proj_in.weight.dtype)
+        start = self.initializer(positions)                     # (B, K, width)
+        if state is None:
+            state = start
+        corrected = []
         for t in range(features.shape[1]):
             if query_frames is not None:
-                state = torch.where((query_frames == t)[..., None], start.to(state.dtype), state)
-            c = state + self.proj_out(self.transformer(self.proj_in(state), features[:, t]))
+                begins = (query_frames == t)[..., None]         # (B, K, 1)
+                state = torch.where(begins, start.to(state.dtype), state)
+            seen = self.transformer(self.proj_in(state), features[:, t])
+            c = state + self.proj_out(seen)
             state = self.state_norm(c + self.predictor(c))
             corrected.append(c)
         c = torch.stack(corrected, 1)                           # (B, T, K, width)
+        values = torch.sigmoid(fp32(self.values(c)))
         logits = self.logits(c)
-        return Readout(torch.sigmoid(full(self.values(c))), logits, visible_and_certain(logits), state)
+        return Readout(values, logits, visible_and_certain(logits), state)
 
     def error(self, values, target):
-        """Huber loss of each point (B, T, K), and whether it is near enough to be called certain."""
+        """Huber loss of each point (B, T, K), and whether it is near enough to be certain."""
         distance = 256 * ((values - target).square().sum(-1) + 1e-12).sqrt()
         error = F.huber_loss(distance, torch.zeros_like(distance), delta=4.0, reduction="none")
         return 0.05 * error, distance < 6
 
     def loss(self, out, target, visible, valid=None):
         """
-        target (B, T, K, coordinates), visible (B, T, K) bool, valid (B, T, K) bool: which to count, None for
-        all; leave out the frames before the query. our choice: a loss like TAP-Net's, since MooG's is not
-        published: Huber of the distance with delta 4 pixels of 256, times 0.05, where visible; cross-entropy
-        of visible; and of certain (where visible), which a point less than 6 pixels off should be.
+        target (B, T, K, coordinates); visible, valid (B, T, K) bool; valid: count these, None for
+        all; leave out the frames before the query. our choice: a loss like TAP-Net's, since MooG's
+        is not published: Huber of the distance with delta 4 pixels of 256, times 0.05, where
+        visible; cross-entropy of visible; and, where visible, of certain: less than 6 pixels off.
         """
         visible = visible.bool()
         valid = torch.ones_like(visible) if valid is None else valid.bool()
-        hidden = ~(valid & visible)[..., None]                  # what stands there may be nan
-        error, near = self.error(out.values, torch.where(hidden, out.values.detach(), target))
-        bce = lambda logit, yes: F.binary_cross_entropy_with_logits(
-            full(logit), yes.to(full(logit).dtype), reduction="none")
-        seen = (valid & visible).to(error.dtype)
-        each = bce(out.logits[..., 0], visible) * valid + (error + bce(out.logits[..., 1], near)) * seen
+        seen = valid & visible
+        target = torch.where(seen[..., None], target, out.values.detach())  # may be nan
+        error, near = self.error(out.values, target)
+        logits = fp32(out.logits)
+        bce = F.binary_cross_entropy_with_logits
+        visible_loss = bce(logits[..., 0], visible.to(logits.dtype), reduction="none")
+        certain_loss = bce(logits[..., 1], near.to(logits.dtype), reduction="none")
+        each = valid * visible_loss + seen * (error + certain_loss)
         return each.sum() / valid.sum().clamp(min=1)
+
+
+def box_area(boxes):
+    """Area of boxes (..., 4) y1 x1 y2 x2; 0 if they are inside out."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 class BoxReadout(PointReadout):
     """
-    The same for boxes (y1, x1, y2, x2). our choice of head and loss, as none is published: the mean Huber of
-    the four coordinates; certain means an intersection over union above 1/2.
+    The same for boxes (y1, x1, y2, x2). our choice of head and loss, as none is published: the mean
+    Huber of the four coordinates; certain means an intersection over union above 1/2.
     """
     coordinates = 4
 
     def error(self, values, target):
         error = F.huber_loss(256 * values, 256 * target, delta=4.0, reduction="none").mean(-1)
-        area = lambda box: (box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1)
-        both = torch.cat([torch.maximum(values, target)[..., :2], torch.minimum(values, target)[..., 2:]], -1)
-        return 0.05 * error, area(both) > (area(values) + area(target)) / 3     # both / (sum - both) > 1/2
+        start = torch.maximum(values, target)[..., :2]
+        end = torch.minimum(values, target)[..., 2:]
+        both = box_area(torch.cat([start, end], -1))
+        either = box_area(values) + box_area(target) - both
+        return 0.05 * error, both > either / 2
 
 
 class DepthReadout(Decoder):
-    """Dense readout: features (B * T, M, D) of frames -> depth (B * T, P, 1), decoded as colours are."""
+    """Features (B * T, M, D) of frames -> depth (B * T, P, 1), decoded as colours are."""
 
     def __init__(self, dim=512, transformer=(3, 8, 512), hidden=2048, bases=16):
         super().__init__(dim, transformer, hidden, bases, channels=1)
         self.apply(init_weights)
 
     def loss(self, values, target, valid):
-        """Mean |value - target| over the valid ones, (..., P, 1) each. our choice: none is published."""
-        values, valid = full(values), valid.bool()
-        error = (values - torch.where(valid, target, values.detach())).abs()    # invalid targets may be inf
-        return error.sum() / valid.sum().clamp(min=1)
+        """Mean |value - target| over valid ones, (..., P, 1). our choice: none is published."""
+        values = fp32(values)
+        valid = valid.bool()
+        target = torch.where(valid, target, values.detach())    # invalid ones may be inf
+        return (values - target).abs().sum() / valid.sum().clamp(min=1)
 
 
 class AttentionReadout(nn.Module):
-    """The released heads: each query looks once at all tokens of exactly `frames` frames. Points or boxes."""
+    """
+    The released heads: each query looks once at all tokens of exactly `frames` frames. copies: each
+    query is asked that often, each time for frames / copies frames. As released: points 8 copies,
+    8 heads; boxes 1 copy, 4 heads.
+    """
 
-    def __init__(self, coordinates=2, dim=512, width=1024, heads=8, frames=16, copies=8, hidden=4096,
-                 bases=16):
-        """
-        copies: each query is asked so often, each time for frames / copies frames. Released: points with 8
-        copies and heads, boxes with 1 copy and 4 heads.
-        """
+    def __init__(self, coordinates=2, dim=512, width=1024, heads=8, frames=16, copies=8,
+                 hidden=4096, bases=16):
         super().__init__()
-        self.coordinates, self.heads, self.frames, self.bases = coordinates, heads, frames, bases
+        self.coordinates = coordinates
+        self.heads = heads
+        self.bases = bases
         self.initializer = mlp(2 * bases * coordinates, dim, dim)
+        # our choice: embeddings start at zero; how the authors' began is not published
         self.copies = nn.Parameter(torch.zeros(copies, dim)) if copies > 1 else None
         self.times = nn.Parameter(torch.zeros(frames, 1, dim))
         self.norm_features = nn.LayerNorm(dim, eps=1e-6)
-        self.query, self.key, self.value = (nn.Linear(dim, width) for _ in range(3))
+        self.query = nn.Linear(dim, width)
+        self.key = nn.Linear(dim, width)
+        self.value = nn.Linear(dim, width)
         self.out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = mlp(width, hidden, width)
@@ -649,29 +723,29 @@ class AttentionReadout(nn.Module):
 
     def forward(self, features, queries):
         """
-        features (B, frames, N, D) of a released model; queries (B, K, coordinates) in frame 0, as shares of
-        the frame's size. Returns a Readout without state.
+        features (B, frames, N, D) of a released model; queries (B, K, coordinates) in frame 0, in
+        [0, 1] of the frame. Returns a Readout without state.
         """
-        B, T, N, _ = features.shape
-        if T != self.frames:
-            raise ValueError(f"this head takes exactly {self.frames} frames, not {T}")
+        T = features.shape[1]
         x = (self.norm_features(features) + self.times).flatten(1, 2)           # (B, T*N, D)
         q = self.initializer(fourier(queries, self.bases).to(x.dtype))          # (B, K, D)
         if self.copies is not None:
             q = (q[:, :, None] + self.copies).flatten(1, 2)                     # (B, K * copies, D)
         q = self.query(q)
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        seen = F.scaled_dot_product_attention(split(q), split(self.key(x)), split(self.value(x)))
+        qkv = (split_heads(y, self.heads) for y in (q, self.key(x), self.value(x)))
+        seen = F.scaled_dot_product_attention(*qkv)
         o = q + self.out(seen.transpose(1, 2).flatten(2))
-        o = self.values(o + self.mlp(self.norm(o)))             # (B, K * copies, 4 * T / copies)
-        o = full(o).view(B, queries.shape[1], T, 4).transpose(1, 2)             # (B, T, K, 4)
+        o = self.values(o + self.mlp(self.norm(o)))             # (B, K * copies, T / copies * 4)
+        o = fp32(o).unflatten(1, (queries.shape[1], -1))        # (B, K, copies, T / copies * 4)
+        o = o.flatten(2).unflatten(2, (T, 4)).transpose(1, 2)   # (B, T, K, 4)
         if self.coordinates == 4:
             return Readout(o, None, None, None)
-        return Readout(torch.sigmoid(o[..., :2]), o[..., 2:], visible_and_certain(o[..., 2:]), None)
+        logits = o[..., 2:]
+        return Readout(torch.sigmoid(o[..., :2]), logits, visible_and_certain(logits), None)
 
 
 # ---- the authors' checkpoints --------------------------------------------------------------------
-NAMES = tuple((re.compile(theirs), ours) for theirs, ours in (  # applied in this order
+NAMES = (       # (pattern of theirs, ours), applied in this order
     (r"^pretrained_model/", ""), ("/", "."), (r"\.(kernel|scale|embeddings)$", ".weight"),
     # backbone
     (r"^predictor_sa\.", "predictor."), (r"^predictor_ca\.", "corrector."),
@@ -683,155 +757,128 @@ NAMES = tuple((re.compile(theirs), ours) for theirs, ours in (  # applied in thi
     (r"^encoder\.transformer\.Dense_1", "encoder.proj_out"),
     (r"^encoder\.transformer", "encoder"),
     # blocks
-    (r"layer_(\d)", r"layers.\1"), (r"\.norm_encoder\.", ".norm."), (r"\.norm_q\.", ".norm_attention."),
-    (r"\.norm_attn\.", ".norm_mlp."), (r"MLP_(in|out)", r"mlp_\1"),
-    (r"(self|cross)_att\.", r"\1_attention."), (r"\.dense_(\w+)", r".\1"),
+    (r"layer_(\d)", r"layers.\1"), (r"\.norm_encoder\.", ".norm."),
+    (r"\.norm_q\.", ".norm_attention."), (r"\.norm_attn\.", ".norm_mlp."),
+    (r"MLP_(in|out)", r"mlp_\1"), (r"(self|cross)_att\.", r"\1_attention."),
+    (r"\.dense_(\w+)", r".\1"),
     # readouts
-    (r"^backbone\.transformer\.Dense_0", "proj_in"), (r"^backbone\.transformer\.Dense_1", "proj_out"),
+    (r"^backbone\.transformer\.Dense_0", "proj_in"),
+    (r"^backbone\.transformer\.Dense_1", "proj_out"),
     (r"^backbone\.", ""), (r"^output_", ""), (r"^(query_)?initializer\.layers_1\.", "initializer."),
     (r"^(initializer|predictor|values|logits)\.Dense_0", r"\1.0"),
     (r"^(initializer|predictor|values|logits)\.Dense_1", r"\1.2"),
-    (r"^temporal_tile_posenc\.weight", "copies"), (r"^attention_readout\.temporal_posenc\.weight", "times"),
-    (r"^attention_readout\.MLP_0\.Dense_0", "mlp.0"), (r"^attention_readout\.MLP_0\.Dense_1", "mlp.2"),
-    (r"^attention_readout\.LayerNorm_0", "norm_features"), (r"^attention_readout\.LayerNorm_1", "norm"),
-    (r"^attention_readout\.(key|value)_embedding", r"\1"), (r"^attention_readout\.Dense_0", "query"),
-    (r"^attention_readout\.Dense_1", "out"), (r"^attention_readout\.Dense_2", "values")))
+    (r"^temporal_tile_posenc\.weight", "copies"),
+    (r"^attention_readout\.temporal_posenc\.weight", "times"),
+    (r"^attention_readout\.MLP_0\.Dense_0", "mlp.0"),
+    (r"^attention_readout\.MLP_0\.Dense_1", "mlp.2"),
+    (r"^attention_readout\.LayerNorm_0", "norm_features"),
+    (r"^attention_readout\.LayerNorm_1", "norm"),
+    (r"^attention_readout\.(key|value)_embedding", r"\1"),
+    (r"^attention_readout\.Dense_0", "query"),
+    (r"^attention_readout\.Dense_1", "out"), (r"^attention_readout\.Dense_2", "values"))
 
 
 def convert(arrays):
-    """{name: tensor} of the authors (flax) -> state dict of ours: other names, kernels turned around."""
+    """{name: tensor} of the authors -> our state dict: other names, kernels transposed."""
     state = {}
     for name, x in arrays.items():
         key = name
-        for theirs, ours in NAMES:
-            key = theirs.sub(ours, key)
-        if name.endswith("/kernel"):
-            if x.ndim == 4:                                     # convolution (kh, kw, in, out)
-                x = x.permute(3, 2, 0, 1)
-            else:                                               # (in, out), (in, nh, hd) or (nh, hd, out)
-                x = (x.flatten(0, -2) if "dense_out" in name else x.flatten(1)).T
-        elif name.endswith("/bias"):
-            x = x.flatten()                                     # (nh, hd) of the heads' keys and values
-        state[key] = x.contiguous()
+        for pattern, ours in NAMES:
+            key = re.sub(pattern, ours, key)
+        if name.endswith("/bias"):
+            x = x.flatten()                         # (nh, hd) of the heads' keys and values
+        elif name.endswith("/kernel") and x.ndim == 4:
+            x = x.permute(3, 2, 0, 1)               # convolution (kh, kw, in, out)
+        elif name.endswith("dense_out/kernel"):
+            x = x.flatten(0, -2).T                  # (nh, hd, out)
+        elif name.endswith("/kernel"):
+            x = x.flatten(1).T                      # (in, out) or (in, nh, hd)
+        state[key] = x
     return state
-
-
-def read_npz(path):
-    """{name: float32 tensor} of the little-endian float arrays in a .npz; anything else in it is left out."""
-    kinds = {"<f2": (torch.float16, 2), "<f4": (torch.float32, 4), "<f8": (torch.float64, 8)}
-    arrays = {}
-    with open(path, "rb") as raw:           # no such file, a folder, no permission: OSError
-        try:
-            for item in zipfile.ZipFile(raw).infolist():
-                if not item.filename.endswith(".npy"):
-                    continue
-                with zipfile.ZipFile(raw).open(item) as file:
-                    magic = file.read(8)
-                    width, form = (2, "<H") if magic[6:7] == b"\x01" else (4, "<I")
-                    head = file.read(struct.unpack(form, file.read(width))[0])
-                    head = ast.literal_eval(head.decode("latin1"))      # literals only: executes nothing
-                    if magic[:6] != b"\x93NUMPY" or str(head["descr"]) not in kinds:
-                        continue
-                    dtype, size = kinds[head["descr"]]
-                    shape, count = head["shape"], math.prod(head["shape"])
-                    x = torch.zeros(0)
-                    if count:
-                        x = torch.frombuffer(bytearray(file.read(count * size)), dtype=dtype, count=count)
-                x = x.view(shape[::-1] if head["fortran_order"] else shape)
-                x = x.permute(*range(x.ndim)[::-1]) if head["fortran_order"] else x
-                arrays[item.filename.removesuffix(".npy")] = x.float()
-        except Exception as error:          # a foreign or damaged file: anything can happen
-            raise ValueError(f"{path}: not a .npz of arrays, or a damaged one "
-                             f"({type(error).__name__}: {str(error)[:80]})") from None
-    return arrays
 
 
 def load(path, what, build):
     """build(state dict) -> module, with the weights of the file; ValueError that says why not."""
-    arrays = read_npz(path)
-    try:
-        state = convert(arrays)
-        module = build(state)
-        own = module.state_dict()
-        lacks = [key for key in own if key not in state]
-        if lacks:
-            raise ValueError(f"{len(lacks)} tensors are missing, such as {lacks[0]}")
-        module.load_state_dict({key: state[key] for key in own})    # what else is in the file is ignored
-    except (KeyError, IndexError, TypeError, RuntimeError, ValueError, ZeroDivisionError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a checkpoint of the authors' MooG {what}: {reason}") from None
+    import numpy as np
+    with open(path, "rb") as file:                  # no such file, no permission: OSError
+        try:
+            with np.load(file, allow_pickle=False) as arrays:   # nothing is executed
+                state = convert({name: torch.from_numpy(x) for name, x in arrays.items()})
+            module = build(state)
+            module.load_state_dict({name: state[name] for name in module.state_dict()})
+        except Exception as error:                  # a foreign or damaged file: anything can happen
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(
+                f"{path}: not a checkpoint of the authors' MooG {what} ({reason})") from None
     return module.eval()
 
 
 def load_official(path):
     """
-    MooG from the authors' backbone checkpoint (.npz), or one of their training library's: with or without
-    `pretrained_model/` before each name, the decoder with or without self-attention. In eval mode. Raises
-    OSError if the file can't be read, ValueError that says why it isn't such a checkpoint.
+    MooG from the authors' backbone checkpoint (.npz), or one of their training library's: with or
+    without `pretrained_model/` before each name, the decoder with or without self-attention. Eval
+    mode. OSError if the file can't be read, ValueError that says why it isn't such a checkpoint.
     """
-    def build(state):
-        if "values.weight" in state:
-            raise ValueError("this is a head; use load_official_head")
-        shape = lambda key: state[key].shape
-        layers = lambda part: len({key.split(".layers.")[1].split(".")[0] for key in state
-                                   if key.startswith(part + ".layers.")})
-
-        def spec(part, attention):
-            width = shape(f"{part}.layers.0.{attention}.query.weight")[0]
-            return layers(part), width // shape(f"{part}.layers.0.{attention}.norm_query.weight")[0], width
-
-        released = "encoder.proj_out.weight" in state
-        pixels_meet = "decoder.transformer.layers.0.self_attention.query.weight" in state
-        channels = tuple(shape(f"encoder.convs.{i}.weight")[0] for i in range(6))
-        dim = shape("state_norm.weight")[0]
-        positions = (shape("encoder.proj_in.weight")[1] - channels[-1] if released
-                     else shape("encoder.positions.weight")[1])
-        return MooG(Config(
-            dim=dim, channels=channels, released=released,
-            strides=PRESETS["released"]["strides"] if released else Config.strides,
-            encoder_bases=positions // 4, decoder_bases=(shape("decoder.recon.weight")[1] - dim) // 4,
-            predictor=spec("predictor", "self_attention"), corrector=spec("corrector", "cross_attention"),
-            decoder=spec("decoder.transformer", "cross_attention"),
-            mlp=shape("predictor.layers.0.mlp_in.weight")[0],
-            decoder_self_attention=pixels_meet))
-    return load(path, "backbone", build)
+    return load(path, "backbone", build_model)
 
 
 def load_official_head(path):
-    """AttentionReadout from the authors' point or box head (.npz). In eval mode. Raises as load_official."""
-    def build(state):
-        if "decoder.recon.weight" in state or "predictor.norm.weight" in state:
-            raise ValueError("this is a backbone; use load_official")
-        shape = lambda key: state[key].shape
-        inputs, (frames, _, dim) = shape("initializer.0.weight")[1], shape("times")
-        outputs, width = shape("values.weight")
-        copies, coordinates = 4 * frames // outputs, 2 if "copies" in state else 4
-        # head counts aren't in the tensors, once converted: points were released with 8, boxes with 4
-        return AttentionReadout(coordinates, dim, width, 8 if coordinates == 2 else 4, frames, copies,
-                                shape("mlp.0.weight")[0], inputs // (2 * coordinates))
-    return load(path, "point or box head", build)
+    """AttentionReadout from the authors' point or box head (.npz); errors likewise."""
+    return load(path, "point or box head", build_head)
+
+
+def transformer_spec(state, part, attention):
+    """Layers, heads, width of q, k, v of a transformer, from the shapes in a state dict."""
+    layers = 0
+    while f"{part}.layers.{layers}.mlp_in.weight" in state:
+        layers += 1
+    width = len(state[f"{part}.layers.0.{attention}.query.weight"])
+    head = len(state[f"{part}.layers.0.{attention}.norm_query.weight"])
+    return layers, width // head, width
+
+
+def build_model(state):
+    """A MooG of the sizes in a state dict."""
+    dim = len(state["state_norm.weight"])
+    channels = tuple(len(state[f"encoder.convs.{i}.weight"]) for i in range(6))
+    released = "encoder.proj_out.weight" in state
+    if released:
+        positions = state["encoder.proj_in.weight"].shape[1] - channels[-1]
+    else:
+        positions = state["encoder.positions.weight"].shape[1]
+    return MooG(Config(
+        dim=dim, channels=channels, released=released,
+        strides=PRESETS["released"]["strides"] if released else Config.strides,
+        encoder_bases=positions // 4,
+        decoder_bases=(state["decoder.recon.weight"].shape[1] - dim) // 4,
+        predictor=transformer_spec(state, "predictor", "self_attention"),
+        corrector=transformer_spec(state, "corrector", "cross_attention"),
+        decoder=transformer_spec(state, "decoder.transformer", "cross_attention"),
+        mlp=len(state["predictor.layers.0.mlp_in.weight"]),
+        decoder_self_attention="decoder.transformer.layers.0.self_attention.query.weight" in state))
+
+
+def build_head(state):
+    """An AttentionReadout of the sizes in a state dict; heads as released: no shape tells."""
+    coordinates = 2 if "copies" in state else 4
+    frames, _, dim = state["times"].shape
+    outputs, width = state["values.weight"].shape
+    return AttentionReadout(
+        coordinates, dim, width, heads=8 if coordinates == 2 else 4, frames=frames,
+        copies=4 * frames // outputs, hidden=len(state["mlp.0.weight"]),
+        bases=state["initializer.0.weight"].shape[1] // (2 * coordinates))
 
 
 if __name__ == "__main__":
-    import time
-
     torch.manual_seed(0)
-    model, B = MooG(Config(**PRESETS["tiny"])), 2
-    video = torch.rand(B, model.cfg.frames, 3, model.cfg.size, model.cfg.size)
-    start = time.perf_counter()
+    model = MooG(Config(**PRESETS["tiny"]))
+    video = torch.rand(2, 4, 3, 64, 64)
     loss, logs = model(dict(video=video))
     loss.backward()
-    print(f"one step of {B} clips: loss {loss:.3f}, {time.perf_counter() - start:.2f} s")
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}",
-          {name: f"{sum(p.numel() for p in part.parameters()):,}" for name, part in model.named_children()})
-    model.eval()
+    print(f"one step: loss {loss:.3f}, psnr {logs['psnr']:.1f} dB")
     with torch.no_grad():
         states = model.unroll(video)
-        frames, attention = model.decode(states.predicted, video.shape[-2:], return_attention=True)
-        more = model.unroll(video[:, :3], states.last)
-        points = PointReadout(model.cfg.dim, width=64, transformer=(1, 4, 64), hidden=128)(
-            states.features, torch.rand(B, 5, 2), torch.zeros(B, 5, dtype=torch.long))
-    print("predicted", tuple(states.predicted.shape), "features", tuple(states.features.shape),
-          "frames", tuple(frames.shape), "attention", tuple(attention.shape))
-    print("three frames more", tuple(more.predicted.shape), "points", tuple(points.values.shape))
-    print({name: round(value.item(), 3) for name, value in logs.items()})
+        frames = model.decode(states.predicted, (64, 64))
+        readout = PointReadout(model.cfg.dim)
+        points = readout(states.features, queries=torch.rand(2, 5, 2))
+    print("states", states.predicted.shape, "frames", frames.shape, "points", points.values.shape)
