@@ -61,7 +61,7 @@ CELLS = 128                             # a silhouette is a table of CELLS x CEL
 
 @functools.cache
 def silhouettes():
-    """The 8 shapes as tables (8, 128, 128) uint8, and hull points of each about its centre (8, n), complex."""
+    """The 8 shapes as tables (8, 128, 128) uint8, and hull points of each about its centre (8, 64), complex."""
     y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1             # in (-1, 1); the rim must stay empty
     r = np.hypot(x, y)
     longer = np.maximum(abs(x), abs(y))
@@ -82,12 +82,11 @@ def silhouettes():
         row, column = table.nonzero()
         cells = column + 1j * row - (1 + 1j) * CELLS / 2
         corners = np.unique([cells, cells + 1, cells + 1j, cells + 1 + 1j])
-        corners = corners[abs(corners) > 0.3 * CELLS / 2]   # no shape's hull comes nearer: fewer to look at
-        furthest = (corners[:, None] * rays.conj()).real.argmax(0)      # along each ray: a point of the hull
-        hulls.append(np.unique(corners[furthest]))
-    longest = max(map(len, hulls))
-    hulls = [np.resize(hull, longest) for hull in hulls]    # to one length, by repeating points
-    return tables.astype(np.uint8), np.stack(hulls)
+        corners = corners[abs(corners) > 0.3 * CELLS / 2]       # the rest lies within every hull
+        furthest = (corners[:, None] * rays.conj()).real.argmax(0)
+        hull = np.unique(corners[furthest])
+        hulls.append(np.resize(hull, 64))                       # to one length, by repeating points
+    return torch.from_numpy(tables).byte(), torch.from_numpy(np.stack(hulls))
 
 
 def dead_leaves(rng, canvas, grain):
@@ -154,23 +153,9 @@ def make_textures(rng, n, size, grain):
     return np.pad(out, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="wrap").astype(np.float32)
 
 
-def real_maps(a, b):
-    """Complex a, b (B, T, L) -> (4, B*T, L) float32: Re a, Im a, Re b, Im b, for `similarity`."""
-    maps = np.stack([a.real, a.imag, b.real, b.imag]).astype(np.float32)
-    return torch.from_numpy(maps).flatten(1, 2)
-
-
-def similarity(maps, x, y):
-    """p -> a p + b in complex numbers; maps = (Re a, Im a, Re b, Im b), each broadcast to the points x, y."""
-    re_a, im_a, re_b, im_b = maps
-    u = (re_a * x).addcmul_(im_a, y, value=-1).add_(re_b)
-    v = (re_a * y).addcmul_(im_a, x).add_(im_b)
-    return u, v
-
-
 def of_owner(maps, owner):
-    """Of the maps (4, N, L) those of each point's layer, owner (N, P): (4, N, P)."""
-    return maps.gather(2, owner.expand(4, -1, -1))
+    """Maps (B, T, L) of all layers -> (N, P) complex64, those of the layers owner (N, P); N = B*T."""
+    return maps.flatten(0, 1).to(torch.complex64).gather(1, owner)
 
 
 @dataclass
@@ -236,11 +221,9 @@ class Scenes:
         self.size = self.options.size
         self.frames = frames
         self.seed = split_seed(seed, split)
-        tables, self.hulls = silhouettes()
-        self.tables = torch.from_numpy(tables).flatten()
-        line = torch.arange(self.size, dtype=torch.float32)
-        self.x = line.repeat(self.size)                         # (H*W,) pixel centres
-        self.y = line.repeat_interleave(self.size)
+        self.tables, self.hulls = silhouettes()
+        line = torch.arange(self.size)
+        self.pixels = (line + 1j * line[:, None]).flatten().to(torch.complex64)     # (H*W,) x + i y
 
     @functools.cached_property
     def bank(self):
@@ -285,122 +268,116 @@ class Scenes:
 
         tint = np.stack([draw["red"], draw["green"], draw["blue"]], -1)         # (B, L, 3)
         lift = 0.3 + 0.4 * draw["grey"][..., None] + 0.3 * (tint - 0.5)
-        return dict(
+        world = dict(
             a=a,
             b=b,
-            depth=depth,
-            queries=queries,                                                    # (B, P, 2) pixels
+            queries=queries[..., 0] + 1j * queries[..., 1],                     # (B, P) x + i y
+            depth=depth.astype(np.float32),
             kind=(draw["kind"] * len(SHAPES)).astype(int),
             texture=(draw["texture"] * o.textures).astype(int),
             shift=draw["shift_x"] + 1j * draw["shift_y"],
             periods=2 * radius / CELLS / self.size * 2 ** (draw["stretch"] - 0.5),  # of texture per cell
-            gain=(1 - o.flat) * (0.12 + 0.16 * draw["gain"]),
-            lift=lift + o.flat * (lift - 0.5),
+            gain=((1 - o.flat) * (0.12 + 0.16 * draw["gain"])).astype(np.float32),
+            lift=(lift + o.flat * (lift - 0.5)).astype(np.float32),
         )
+        return {name: torch.from_numpy(value) for name, value in world.items()}
 
-    def _owner(self, world, t, x, y):
-        """Nearest layer (N, P) at points x, y (N, P) or (P,) of the frames t, a slice; N = B * len(t)."""
+    def _owner(self, world, t, points):
+        """Nearest layer (N, P) at points (N, P) or (P,) of the frames t, a slice; N = B * len(t)."""
         a = world["a"][:, t]
-        b = world["b"][:, t]
-        to_cells = real_maps(1 / a, (1 + 1j) * CELLS / 2 - b / a)
-        table = torch.from_numpy(np.repeat(world["kind"] * CELLS**2, a.shape[1], 0)).int()      # (N, L)
-        owner = torch.zeros(len(table), x.shape[-1], dtype=torch.uint8)
+        scale = 1 / a                                           # from pixels to cells
+        shift = (1 + 1j) * CELLS / 2 - world["b"][:, t] / a
+        scale = scale.flatten(0, 1).to(torch.complex64)         # (N, L)
+        shift = shift.flatten(0, 1).to(torch.complex64)
+        kind = world["kind"].repeat_interleave(a.shape[1], 0).int()
+        owner = torch.zeros(len(kind), points.shape[-1], dtype=torch.uint8)
         for k in range(1, self.options.sprites + 1):            # far to near: the larger number wins
-            u, v = similarity(to_cells[..., k:k + 1], x, y)
-            u = u.clamp_(0, CELLS - 1).int()
-            v = v.clamp_(0, CELLS - 1).int()
-            cell = v.mul_(CELLS).add_(u).add_(table[:, k:k + 1])
-            inside = self.tables.index_select(0, cell.flatten()).view_as(owner)
-            owner = torch.maximum(owner, inside * k)
+            q = torch.addcmul(shift[:, k, None], scale[:, k, None], points)
+            column, row = torch.view_as_real(q).clamp_(0, CELLS - 1).int().unbind(-1)
+            cell = column + CELLS * (row + CELLS * kind[:, k, None])
+            inside = self.tables.view(-1).index_select(0, cell.view(-1))
+            owner = torch.maximum(owner, inside.view_as(owner) * k)
         return owner.long()
 
-    def _colour(self, world, t, owner, x, y):
-        """What the layers owner (N, P) show at the points x, y of the frames t: colours (B, 3, len(t)*P)."""
+    def _colour(self, world, t, owner, points):
+        """What the layers owner (N, P) show at the points of the frames t: colours (B, 3, len(t)*P)."""
         B, L = world["depth"].shape
         S = self.size
-        gain = torch.from_numpy(world["gain"]).float().view(B, L, 1, 1, 1)
-        lift = torch.from_numpy(world["lift"]).float().view(B, L, 3, 1, 1)
-        atlas = self.bank[torch.from_numpy(world["texture"])]                   # (B, L, 3, S+1, S+1)
-        atlas = atlas.mul_(gain).add_(lift).clamp_(0, 1)
-        atlas = atlas.transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
-        a = world["periods"][:, None] / world["a"][:, t]
-        b = world["shift"][:, None] - a * world["b"][:, t]
-        u, v = similarity(of_owner(real_maps(a, b), owner), x, y)               # (N, P) in periods
-        row = (v - v.floor()).mul_(S).add_(owner, alpha=S + 1)                  # of the atlas
-        grid = torch.empty(*u.shape, 2)                                         # in [-1, 1]
-        grid[..., 0] = (u - u.floor()).mul_(2).sub_(1)
-        grid[..., 1] = row.mul_(2 / (L * (S + 1) - 1)).sub_(1)
+        atlas = self.bank[world["texture"]]                                     # (B, L, 3, S+1, S+1)
+        atlas = atlas.mul_(world["gain"].view(B, L, 1, 1, 1)).add_(world["lift"][..., None, None])
+        atlas = atlas.clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
+        scale = world["periods"][:, None] / world["a"][:, t]
+        shift = world["shift"][:, None] - scale * world["b"][:, t]
+        place = points * of_owner(scale, owner) + of_owner(shift, owner)        # (N, P) in periods
+        place = torch.view_as_real(place)
+        grid = (place - place.floor()).mul_(S)                                  # pixels of the texture
+        grid[..., 1].add_(owner, alpha=S + 1)                                   # ... and of the atlas
+        grid.mul_(torch.tensor([2 / S, 2 / (L * (S + 1) - 1)])).sub_(1)         # in [-1, 1]
         return F.grid_sample(atlas, grid.view(B, 1, -1, 2), align_corners=True)[:, :, 0]
 
-    def _stays(self, world, t, owner, x, y):
-        """Whether the layers owner (N, P) are to be seen at the points x, y (N, P) of the frames t."""
-        within = (torch.minimum(x, y) >= -0.5) & (torch.maximum(x, y) <= self.size - 0.5)
-        return within & (self._owner(world, t, x, y) == owner)
+    def _stays(self, world, t, owner, points):
+        """Whether the layers owner (N, P) are to be seen at the points (N, P) of the frames t."""
+        middle = (self.size - 1) / 2
+        off = (torch.view_as_real(points) - middle).abs()
+        within = torch.maximum(off[..., 0], off[..., 1]) <= self.size / 2
+        return within & (self._owner(world, t, points) == owner)
 
     def at(self, indices, points, t):
         """Looks at any points (B, P, 2) of frame t, between pixels too: colours (B, P, 3), owners (B, P)."""
         world = self._world(indices)
         frame = slice(t, t + 1)
-        x, y = points.unbind(-1)
-        owner = self._owner(world, frame, x, y)
-        return self._colour(world, frame, owner, x, y).mT, owner
+        points = torch.view_as_complex(points.contiguous())
+        owner = self._owner(world, frame, points)
+        return self._colour(world, frame, owner, points).mT, owner
 
     def batch(self, indices, truth=False, points=32):
         """The clips of these numbers: the dictionary in the class docstring, with `points` tracks each."""
         world = self._world(indices, points if truth else 0)
-        shape = len(world["a"]), self.frames, self.size, self.size
-        owner = self._owner(world, slice(None), self.x, self.y)                 # (B*T, H*W)
-        video = self._colour(world, slice(None), owner, self.x, self.y)         # (B, 3, T*H*W)
-        video = video.view(len(video), 3, *shape[1:]).transpose(1, 2).contiguous()
+        B, T, S = len(world["a"]), self.frames, self.size
+        owner = self._owner(world, slice(None), self.pixels)                    # (B*T, H*W)
+        video = self._colour(world, slice(None), owner, self.pixels)            # (B, 3, T*H*W)
+        video = video.view(B, 3, T, S, S).transpose(1, 2).contiguous()
         if not truth:
             return dict(video=video)
-        ids = owner.view(shape)
-        return dict(
-            video=video, ids=ids, boxes=self._boxes(world),
-            **self._labels(world, ids), **self._motion(world, ids), **self._tracks(world))
+        ids = owner.view(B, T, S, S)
+        return dict(video=video, **self._labels(world, ids), **self._motion(world, ids), **self._tracks(world))
 
     def __getitem__(self, index):
         return {name: value[0] for name, value in self.batch([index], truth=True).items()}
 
-    def _boxes(self, world):
-        a = world["a"][..., 1:, None]
-        b = world["b"][..., 1:, None]
-        hull = a * self.hulls[world["kind"][:, None, 1:]] + b                   # (B, T, K, n)
-        x, y = hull.real, hull.imag
-        boxes = np.stack([x.min(-1), y.min(-1), x.max(-1), y.max(-1)], -1)
-        return torch.from_numpy(boxes).float()
-
     def _labels(self, world, ids):
-        kind = world["kind"] + 1
-        kind[:, 0] = 0                                                          # the background has no shape
-        depth = torch.from_numpy(world["depth"]).float()
-        classes = torch.from_numpy(kind).gather(1, ids.flatten(1)).view_as(ids)
-        depth = depth.gather(1, ids.flatten(1)).view_as(ids)
-        return dict(classes=classes, depth=depth)
+        classes = world["kind"] + 1
+        classes[:, 0] = 0                                                       # the background
+        classes = classes.gather(1, ids.flatten(1)).view_as(ids)
+        depth = world["depth"].gather(1, ids.flatten(1)).view_as(ids)
+        hull = self.hulls[world["kind"][:, None, 1:]]                           # (B, 1, K, n)
+        hull = world["a"][..., 1:, None] * hull + world["b"][..., 1:, None]     # (B, T, K, n)
+        hull = torch.view_as_real(hull)
+        boxes = torch.cat([hull.amin(-2), hull.amax(-2)], -1).float()
+        return dict(classes=classes, ids=ids, depth=depth, boxes=boxes)
 
     def _motion(self, world, ids):
-        a = world["a"]
-        b = world["b"]
-        owner = ids[:, :-1].flatten(0, 1).flatten(1)                            # (B*(T-1), H*W)
-        ratio = a[:, 1:] / a[:, :-1]
-        maps = real_maps(ratio - 1, b[:, 1:] - ratio * b[:, :-1])
-        dx, dy = similarity(of_owner(maps, owner), self.x, self.y)
-        stays = self._stays(world, slice(1, None), owner, self.x + dx, self.y + dy)
-        flow = torch.stack([dx, dy], 1).view(len(a), -1, 2, *ids.shape[2:])
-        return dict(flow=flow, occluded=~stays.view_as(ids[:, 1:]))
+        B, T, S, _ = ids.shape
+        a, b = world["a"], world["b"]
+        owner = ids[:, :-1].reshape(B * (T - 1), S * S)
+        ratio = a[:, 1:] / a[:, :-1]                                            # from frame t to t + 1
+        shift = b[:, 1:] - ratio * b[:, :-1]
+        flow = self.pixels * of_owner(ratio - 1, owner) + of_owner(shift, owner)
+        occluded = ~self._stays(world, slice(1, None), owner, self.pixels + flow)
+        flow = torch.view_as_real(flow).view(B, T - 1, S, S, 2).movedim(-1, 2).contiguous()
+        return dict(flow=flow, occluded=occluded.view(B, T - 1, S, S))
 
     def _tracks(self, world):
-        a = world["a"]
-        b = world["b"]
-        x, y = torch.from_numpy(world["queries"]).float().unbind(-1)            # (B, P)
-        owner = self._owner(world, slice(1), x, y)
-        x, y, owner = (v.repeat_interleave(self.frames, 0) for v in (x, y, owner))  # (B*T, P)
-        ratio = a / a[:, :1]
+        T = self.frames
+        a, b = world["a"], world["b"]
+        points = world["queries"].to(torch.complex64)                           # (B, P)
+        owner = self._owner(world, slice(1), points).repeat_interleave(T, 0)    # (B*T, P)
+        ratio = a / a[:, :1]                                                    # from frame 0 to t
         ratio[:, 0] = 1                 # x / x is not always 1 for complex x; queries stay on their pixels
-        maps = real_maps(ratio, b - ratio * b[:, :1])                           # frame 0 to frame t
-        x, y = similarity(of_owner(maps, owner), x, y)
-        visible = self._stays(world, slice(None), owner, x, y)
-        tracks = torch.stack([x, y], -1).view(len(a), self.frames, -1, 2)
+        shift = b - ratio * b[:, :1]
+        points = points.repeat_interleave(T, 0) * of_owner(ratio, owner) + of_owner(shift, owner)
+        visible = self._stays(world, slice(None), owner, points)
+        tracks = torch.view_as_real(points).unflatten(0, (-1, T))               # (B, T, P, 2)
         return dict(tracks=tracks, visible=visible.view(tracks.shape[:-1]))
 
 
