@@ -1,16 +1,16 @@
 """
-Videos in, batches out: synthetic scenes with exact truth, your own videos, and the crops that models expect.
+Videos in, batches out: synthetic scenes with exact truth, your own videos, and crops for models.
 
     Scenes          procedural video: flow, occlusion, classes, depth, boxes, tracks in closed form
     MovingSquares   squares whose colours tell their velocities, with masks and displacements
-    Videos          your files: mp4, mkv, mov, avi, webm, folders of them at any depth, or of jpg / png frames
-    MultiCrop       a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
+    Videos          your files: mp4, mkv, mov, avi, webm, folders of them or of jpg / png frames
+    MultiCrop       a pair of frames -> dense crops, DINO's global and local crops, colours
     make_loader     ties them together: index lists in, batches on the device out
     FlowPairs, Segmentation, PointTracks, BoxTracks     what others have labelled, as they unpack it
     read_flo, write_flo, read_kitti_flow, write_kitti_flow, read_pfm    files of optical flow
 
 Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i) and
-(seed, i, 1), for videos also (seed, pass) and (seed, opening), never from a worker's or a device's generator.
+(seed, i, 1), for videos also (seed, pass) and (seed, opening), never from a worker's or a device's.
 So the data are the same with any number of workers or processes and after any resume.
 
     loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
@@ -50,7 +50,7 @@ def split_seed(seed, split):
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r} must be 'train' or 'eval'")
     if not 0 <= seed < EVAL:
-        raise ValueError(f"seed={seed} must lie in 0 .. 10**9 - 1 (split='eval' uses the numbers above)")
+        raise ValueError(f"{seed=} must lie in 0 .. 10**9 - 1 (split='eval' uses those above)")
     return seed + EVAL * (split == "eval")
 
 
@@ -61,8 +61,8 @@ CELLS = 128                             # a silhouette is a table of CELLS x CEL
 
 @functools.cache
 def silhouettes():
-    """The 8 shapes as tables (8, 128, 128) uint8, and hull points of each about its centre (8, 64), complex."""
-    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1             # in (-1, 1); the rim must stay empty
+    """The 8 shapes: tables (8, 128, 128) uint8, and hull points (8, 64), complex, in cells."""
+    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1    # in (-1, 1); the rim must stay empty
     r = np.hypot(x, y)
     longer = np.maximum(abs(x), abs(y))
     shorter = np.minimum(abs(x), abs(y))
@@ -90,7 +90,7 @@ def silhouettes():
 
 
 def dead_leaves(rng, canvas, grain):
-    """Covers canvases (n, S, S, 3) with opaque shaded discs and boxes: radii about `grain`, density r^-2."""
+    """Covers canvases (n, S, S, 3) with opaque discs and boxes: radii about `grain`, density r^-2."""
     n, S = canvas.shape[:2]
     count = int(5 * (S / grain) ** 2)
     for r in grain / rng.uniform(1 / 1.2, 1 / 0.3, count):
@@ -118,13 +118,15 @@ def standardise(x):
 
 
 def make_textures(rng, n, size, grain):
-    """Periodic colour textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row.
-    Half are dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another."""
+    """
+    Periodic textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row. Half are
+    dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another.
+    """
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))      # cycles per pixel
     f[0, 0] = np.inf
-    damp = 1 - np.exp(-(4 * grain * f) ** 2)            # our choice: little at wavelengths above 4 grains
+    damp = 1 - np.exp(-(4 * grain * f) ** 2)      # our choice: little above 4 grains
 
-    def noise(count):                                   # (count, S, S, 3), one spectrum slope per texture
+    def noise(count):                             # (count, S, S, 3), each with its own slope
         slope = rng.uniform(1.2, 2.4, (count, 1, 1, 1))
         spectrum = np.fft.rfft2(rng.normal(size=(count, 3, size, size)))
         waves = np.fft.irfft2(spectrum * (damp * f ** -slope), (size, size))
@@ -137,7 +139,7 @@ def make_textures(rng, n, size, grain):
     leaves = dead_leaves(rng, noise(2 * part), grain)
     leaves = leaves + 0.15 * noise(2 * part)
 
-    turns = np.rint(rng.normal(size=(part, 2, 2)) * 0.3 * size / grain)     # whole, so that they are periodic
+    turns = np.rint(rng.normal(size=(part, 2, 2)) * 0.3 * size / grain)     # whole: periodic
     phase = turns @ np.mgrid[:size, :size].reshape(2, -1)
     phase = 2 * np.pi / size * phase.reshape(part, 2, size, size).transpose(0, 2, 3, 1)
     bending = rng.uniform(0, 1.5, (part, 1, 1, 1))
@@ -154,7 +156,7 @@ def make_textures(rng, n, size, grain):
 
 
 def of_owner(maps, owner):
-    """Maps (B, T, L) of all layers -> (N, P) complex64, those of the layers owner (N, P); N = B*T."""
+    """Maps (B, T, L) of all layers -> (B*T, P) complex64, those of the layers owner (B*T, P)."""
     return maps.flatten(0, 1).to(torch.complex64).gather(1, owner)
 
 
@@ -162,11 +164,11 @@ def of_owner(maps, owner):
 class SceneOptions:
     size: int = 64              # pixels: frames are size x size
     sprites: int = 4            # K, how many
-    speed: float = 5.0          # pixels per frame in mid-clip, at most; each sprite 0..1 of it, any direction
+    speed: float = 5.0          # pixels per frame in mid-clip, at most, any direction
     pan: float = 1.0            # the same for the camera
     zoom: float = 0.01          # log scale per frame, at most, either sign
     roll: float = 0.01          # radians per frame, at most, either sign
-    radius: tuple[float, ...] = (0.12, 0.24)    # least and most radius of the sprites, as a share of size
+    radius: tuple[float, ...] = (0.12, 0.24)    # least and most of a sprite, as a share of size
     grain: float = 8.0          # pixels: how large the things in a texture are
     textures: int = 128         # how many there are, per split
     flat: float = 0.0           # 0: textured, 1: sprites and background in one plain colour each
@@ -189,15 +191,16 @@ DRAWS = (
 
 
 class Scenes:
-    """Synthetic video: textured sprites fly before an endless textured background, seen by a moving camera.
+    """
+    Synthetic video: textured sprites fly before an endless background, seen by a moving camera.
 
-    Layer l (0 the background, 1..K the sprites, far to near) moves by a similarity in complex numbers,
-    p = a_l(t) q + b_l(t), and its silhouette and colours depend on q only. So all truth is closed form:
-    owner of a pixel = the nearest layer whose silhouette holds q; flow = a_l(t+1) q + b_l(t+1) - p;
-    occluded = another layer owns the landing point, or it lies outside the frame.
+    Layer l (0 the background, 1..K the sprites, far to near) moves by a similarity, in complex
+    numbers x + i y: p = a_l(t) q + b_l(t). Its silhouette and colours depend on q only. So all truth
+    is closed form: owner of a pixel = the nearest layer whose silhouette holds q; flow =
+    a_l(t+1) q + b_l(t+1) - p; occluded = another layer owns the landing point, or none.
 
     Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in.
-    Pixel centres lie at integers, x right, y down: the frame spans [-0.5, size - 0.5]. `batch` returns
+    x right, y down: the frame spans [-0.5, size - 0.5]. `batch` returns
 
     video     (B, T, 3, H, W)    float32 in [0, 1]; without `truth` the only entry
     flow      (B, T-1, 2, H, W)  (x, y) in pixels, from frame t to t + 1
@@ -205,8 +208,7 @@ class Scenes:
     classes   (B, T, H, W)       long: 0 background, 1..8 = SHAPES
     ids       (B, T, H, W)       long: 0 background, 1..K sprites, the larger the nearer
     depth     (B, T, H, W)       1 background, 0.4 to 0.9 sprites (no unit; parallax is 1 / depth)
-    boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette: also where it is hidden
-                                 or outside the frame
+    boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette, seen or hidden
     tracks    (B, T, P, 2)       (x, y) in pixels of P points, at random pixels of frame 0
     visible   (B, T, P)          bool
 
@@ -228,11 +230,12 @@ class Scenes:
     @functools.cached_property
     def bank(self):
         """The textures (n, 3, S+1, S+1), made at first use."""
-        rng = np.random.default_rng((self.seed, 0, 0, 1))       # four words of seed: no clip draws these numbers
-        return torch.from_numpy(make_textures(rng, self.options.textures, self.size, self.options.grain))
+        o = self.options
+        rng = np.random.default_rng((self.seed, 0, 0, 1))       # no clip's: those have two words of seed
+        return torch.from_numpy(make_textures(rng, o.textures, o.size, o.grain))
 
     def _world(self, indices, points=0):
-        """Draws clips: each layer's map p = a q + b, complex (B, T, L), q in cells, and its looks (B, L)."""
+        """Draws clips: each layer's map p = a q + b, complex (B, T, L), q in cells; looks (B, L)."""
         o = self.options
         L = o.sprites + 1
         rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
@@ -246,9 +249,9 @@ class Scenes:
         radius = self.size * (least + (most - least) * draw["radius"])
         radius = np.where(front, radius, CELLS / 2)
 
-        # Paths are quadratic: from mid-clip to either end the velocity changes by up to half the largest
-        # speed. Two frames: straight lines.
-        tau = (np.arange(self.frames) - (self.frames - 1) / 2)[:, None]         # (T, 1) since mid-clip
+        # Paths are quadratic: from mid-clip to either end the velocity changes by up to half of
+        # the largest speed. Two frames: straight lines.
+        tau = (np.arange(self.frames) - (self.frames - 1) / 2)[:, None]      # (T, 1) since mid-clip
         fastest = np.where(front, o.speed, o.pan)
         velocity = fastest * draw["speed"] * np.exp(2j * np.pi * draw["heading"])
         change = fastest * draw["bend"] * np.exp(2j * np.pi * draw["bend_heading"])
@@ -261,8 +264,8 @@ class Scenes:
         camera = warp[..., :1]
         parallax = path[..., :1] / depth[:, None]
         centre = (1 + 1j) * (self.size - 1) / 2
-        home = self.size * (draw["x"] - 0.5 + 1j * (draw["y"] - 0.5))           # of sprites in mid-clip
-        pose = 2 * radius / CELLS * np.exp(2j * np.pi * draw["turn"])           # pixels per cell, turned
+        home = self.size * (draw["x"] - 0.5 + 1j * (draw["y"] - 0.5))       # of sprites in mid-clip
+        pose = 2 * radius / CELLS * np.exp(2j * np.pi * draw["turn"])      # pixels per cell, turned
         a = camera * np.where(front, warp, 1) * pose[:, None]
         b = centre + camera * np.where(front, home[:, None] + path, 0) + parallax
 
@@ -291,7 +294,7 @@ class Scenes:
         shift = shift.flatten(0, 1).to(torch.complex64)
         kind = world["kind"].repeat_interleave(a.shape[1], 0).int()
         owner = torch.zeros(len(kind), points.shape[-1], dtype=torch.uint8)
-        for k in range(1, self.options.sprites + 1):            # far to near: the larger number wins
+        for k in range(1, self.options.sprites + 1):           # far to near: the larger number wins
             q = torch.addcmul(shift[:, k, None], scale[:, k, None], points)
             column, row = torch.view_as_real(q).clamp_(0, CELLS - 1).int().unbind(-1)
             cell = column + CELLS * (row + CELLS * kind[:, k, None])
@@ -300,18 +303,18 @@ class Scenes:
         return owner.long()
 
     def _colour(self, world, t, owner, points):
-        """What the layers owner (N, P) show at the points of the frames t: colours (B, 3, len(t)*P)."""
+        """What the layers owner (N, P) show at the points of the frames t: (B, 3, len(t)*P)."""
         B, L = world["depth"].shape
         S = self.size
-        atlas = self.bank[world["texture"]]                                     # (B, L, 3, S+1, S+1)
+        atlas = self.bank[world["texture"]]                                    # (B, L, 3, S+1, S+1)
         atlas = atlas.mul_(world["gain"].view(B, L, 1, 1, 1)).add_(world["lift"][..., None, None])
         atlas = atlas.clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
         scale = world["periods"][:, None] / world["a"][:, t]
         shift = world["shift"][:, None] - scale * world["b"][:, t]
         place = points * of_owner(scale, owner) + of_owner(shift, owner)        # (N, P) in periods
         place = torch.view_as_real(place)
-        grid = (place - place.floor()).mul_(S)                                  # pixels of the texture
-        grid[..., 1].add_(owner, alpha=S + 1)                                   # ... and of the atlas
+        grid = (place - place.floor()).mul_(S)                               # pixels of the texture
+        grid[..., 1].add_(owner, alpha=S + 1)                                 # ... and of the atlas
         grid.mul_(torch.tensor([2 / S, 2 / (L * (S + 1) - 1)])).sub_(1)         # in [-1, 1]
         return F.grid_sample(atlas, grid.view(B, 1, -1, 2), align_corners=True)[:, :, 0]
 
@@ -323,7 +326,7 @@ class Scenes:
         return within & (self._owner(world, t, points) == owner)
 
     def at(self, indices, points, t):
-        """Looks at any points (B, P, 2) of frame t, between pixels too: colours (B, P, 3), owners (B, P)."""
+        """Looks at any points (B, P, 2) of frame t: colours (B, P, 3), owners (B, P)."""
         world = self._world(indices)
         frame = slice(t, t + 1)
         points = torch.view_as_complex(points.contiguous())
@@ -331,7 +334,7 @@ class Scenes:
         return self._colour(world, frame, owner, points).mT, owner
 
     def batch(self, indices, truth=False, points=32):
-        """The clips of these numbers: the dictionary in the class docstring, with `points` tracks each."""
+        """The clips of these numbers: the dictionary in the class docstring, with `points` tracks."""
         world = self._world(indices, points if truth else 0)
         B, T, S = len(world["a"]), self.frames, self.size
         owner = self._owner(world, slice(None), self.pixels)                    # (B*T, H*W)
@@ -340,7 +343,8 @@ class Scenes:
         if not truth:
             return dict(video=video)
         ids = owner.view(B, T, S, S)
-        return dict(video=video, **self._labels(world, ids), **self._motion(world, ids), **self._tracks(world))
+        labels = self._labels(world, ids) | self._motion(world, ids) | self._tracks(world)
+        return dict(video=video) | labels
 
     def __getitem__(self, index):
         return {name: value[0] for name, value in self.batch([index], truth=True).items()}
@@ -360,7 +364,7 @@ class Scenes:
         B, T, S, _ = ids.shape
         a, b = world["a"], world["b"]
         owner = ids[:, :-1].reshape(B * (T - 1), S * S)
-        ratio = a[:, 1:] / a[:, :-1]                                            # from frame t to t + 1
+        ratio = a[:, 1:] / a[:, :-1]                                         # from frame t to t + 1
         shift = b[:, 1:] - ratio * b[:, :-1]
         flow = self.pixels * of_owner(ratio - 1, owner) + of_owner(shift, owner)
         occluded = ~self._stays(world, slice(1, None), owner, self.pixels + flow)
@@ -373,7 +377,7 @@ class Scenes:
         points = world["queries"].to(torch.complex64)                           # (B, P)
         owner = self._owner(world, slice(1), points).repeat_interleave(T, 0)    # (B*T, P)
         ratio = a / a[:, :1]                                                    # from frame 0 to t
-        ratio[:, 0] = 1                 # x / x is not always 1 for complex x; queries stay on their pixels
+        ratio[:, 0] = 1          # x / x is not always 1 for complex x; queries stay on their pixels
         shift = b - ratio * b[:, :1]
         points = points.repeat_interleave(T, 0) * of_owner(ratio, owner) + of_owner(shift, owner)
         visible = self._stays(world, slice(None), owner, points)
@@ -387,20 +391,21 @@ MODES = ("differentiated", "all-move", "random-mover", "colour-mover")
 
 
 class MovingSquares:
-    """The data of the MeloMotion report: coloured squares on black, whose colours tell their velocities.
+    """
+    The data of the MeloMotion report: coloured squares on black, whose colours tell their velocities.
 
-    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to 1, only
-    keeps it visible. Who moves: `differentiated` object 0 alone, whatever the colours of the others;
-    `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0 alone, and the
-    others are known by red = green = 1/2. Movers start so that they stay inside for 16 frames, then they may
-    leave. Drawn at whole pixels, the larger number on top. Scenes without room are drawn anew, with colours.
+    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to 1,
+    only keeps it visible. Who moves: `differentiated` object 0 alone, whatever the colours of the
+    others; `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0
+    alone, and the others are known by red = green = 1/2. Movers start so that they stay inside for 16
+    frames, then they may leave. Drawn at whole pixels, the larger number on top.
     Clip i depends on (seed, split, i) and the options alone. `batch` returns
 
     first_frame    (B, 3, H, W)     uint8
     masks          (B, N, H, W)     bool, each object's pixels in frame 0
     displacements  (B, N, T-1, 2)   (x, y) since frame 0 in frame widths: exactly t v, not rounded
     video          (B, T, 3, H, W)  uint8, if `video`
-    Our choice: 128 of 255 counts as 1/2, so that 8 bits hold the colours, and with them the law, exactly.
+    our choice: 128 of 255 counts as 1/2, so that 8 bits hold the colours, and the law, exactly.
     """
 
     def __init__(
@@ -409,7 +414,7 @@ class MovingSquares:
         frames=16,              # T
         objects=3,              # N
         side=24,                # pixels: objects fill a box of side x side
-        gap=8,                  # least pixels between two objects in frame 0; 8: they share no latent cell
+        gap=8,           # least pixels between two objects in frame 0; 8: no latent cell holds two
         speed=0.1,              # twice the largest v along an axis
         mode="differentiated",  # who moves: differentiated, all-move, random-mover, colour-mover
         shape="square",         # square, disc, triangle, cross; any: each object one of them
@@ -429,11 +434,11 @@ class MovingSquares:
         self.mode = mode
         self.video = video
         self.seed = split_seed(seed, split)
-        self.reach = size * min(frames - 1, 15)     # pixels that one frame width per frame makes in 16 frames
+        self.reach = size * min(frames - 1, 15)     # pixels in 16 frames per unit of velocity
         if side > size or speed / 2 * self.reach > size - side:
-            raise ValueError(f"squares: {size=} {side=} {frames=} {speed=}: objects must stay inside for 16 "
-                             "frames; take smaller or slower ones")
-        y, x = abs(np.mgrid[:side, :side] + 0.5 - side / 2) * 2 / side      # from the middle, in (0, 1)
+            raise ValueError(f"squares: {size=} {side=} {frames=} {speed=}: objects must stay inside for "
+                             "16 frames; take smaller or slower ones")
+        y, x = abs(np.mgrid[:side, :side] + 0.5 - side / 2) * 2 / side  # from the middle, in (0, 1)
         down = (np.arange(side)[:, None] + 0.5) / side
         tables = x <= 1, x**2 + y**2 <= 1, x <= down, np.minimum(x, y) <= 0.36
         stamps = dict(zip(STAMPS, tables))
@@ -460,8 +465,8 @@ class MovingSquares:
             if apart.all():
                 kinds = (u[:, 6] * len(self.stamps)).astype(int)
                 return colours, v, corners, [self.stamps[kind] for kind in kinds]
-        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} apart, in "
-                         f"frames of {self.size}: take fewer or smaller ones")
+        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} apart: "
+                         "take fewer or smaller ones")
 
     def __getitem__(self, index):
         rng = np.random.default_rng((self.seed, int(index)))
@@ -877,9 +882,9 @@ class Videos(torch.utils.data.Dataset):
 # ---- crops and photometric augmentation ----------------------------------------------------------
 def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
     """
-    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale` times the
-    whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that fits, else the largest
-    centred box of allowed aspect.
+    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale` times
+    the whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that fits, else
+    the largest centred box of allowed aspect.
     """
     area = height * width * rng.uniform(*scale, (n, 10))
     aspect = np.exp(rng.uniform(*np.log(ratio), (n, 10)))
@@ -901,10 +906,10 @@ def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
 
 
 def crop_uint8(frame, box, size, flip=False):
-    """Frame (H, W, 3) -> its box (3, size, size), both uint8. Antialiased bicubic, PIL's within one level."""
+    """Frame (H, W, 3) -> its box (3, size, size), both uint8. Antialiased bicubic, as PIL's."""
     top, left, h, w = box
     crop = torch.from_numpy(frame[top:top + h, left:left + w])
-    crop = crop.permute(2, 0, 1)[None]                  # (1, 3, h, w), channels last: torch's fast path
+    crop = crop.permute(2, 0, 1)[None]              # (1, 3, h, w), channels last: torch's fast path
     crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
     return crop.flip(-1) if flip else crop
 
@@ -938,7 +943,7 @@ def rotate_hue(x, turn):
     chroma = high - torch.minimum(torch.minimum(r, g), b)
     numerator = torch.where(r == high, g - b, torch.where(g == high, b - r, r - g))
     sixths = torch.where(r == high, 0.0, torch.where(g == high, 2.0, 4.0))
-    hue = numerator / (chroma + 1e-12) + sixths + 6 * turn              # in sixths of a turn; 0: red
+    hue = numerator / (chroma + 1e-12) + sixths + 6 * turn             # in sixths of a turn; 0: red
     k = hue + torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)    # (N, 3, H, W)
     k = k - 6 * (k / 6).floor()                                         # in [0, 6)
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -965,8 +970,8 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)          # factors that change nothing
 
 
 def apply_to(x, chosen, operation, amounts):
-    """In place: x[chosen] = operation(x[chosen], amounts[chosen]). chosen and amounts lie on the CPU: the device
-    is never asked which crops these are."""
+    """In place: x[chosen] = operation(x[chosen], amounts[chosen]). Both lie on the CPU, so that the
+    device is never waited for."""
     index = chosen.nonzero()[:, 0]
     if len(index):
         amounts = amounts[index].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
@@ -976,8 +981,9 @@ def apply_to(x, chosen, operation, amounts):
 
 def photometric(x, params):
     """
-    Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's meaning, of
-    only those crops that need it. x (N, 3, H, W) float in [0, 1] on any device; params on the CPU:
+    Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's
+    meaning, of only those crops that need it. x (N, 3, H, W) float in [0, 1] on any device; params on
+    the CPU:
 
     order     (N, 4)  the first to the last operation of jitter, numbers of JITTER
     factors   (N, 4)  of brightness, contrast, saturation; turns of hue. NEUTRAL: not at all
@@ -1000,26 +1006,25 @@ def photometric(x, params):
 
 class MultiCrop:
     """
-    The crops of a frame pair (paper: Sec. 4.1, B.1; what the paper leaves out: the released configuration).
+    The crops of a frame pair (paper: Sec. 4.1, B.1; what the paper leaves out: as released).
 
-    motion   (2, 3, S, S)       one box (area 0.2-0.4 of the frame) in both frames, never flipped; frame 1
-                                gets colours T1, frame 2 T2
-    globals  (2, 2, 3, S, S)    [frame, box]: two boxes (area 0.4-1) inside one initial crop (area 0.05-0.2
-                                of the frame), each the same in both frames and flipped with probability 0.5;
-                                box 1 gets T1, box 2 T2
-    locals   (2, n, 3, s, s)    [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
-                                initial crop), flipped, T3
+    motion   (2, 3, S, S)     one box (area 0.2-0.4 of the frame) in both frames, never flipped;
+                              frame 1 gets colours T1, frame 2 T2
+    globals  (2, 2, 3, S, S)  [frame, box]: two boxes (area 0.4-1) inside one initial crop (area
+                              0.05-0.2 of the frame), each the same in both frames and flipped with
+                              probability 0.5; box 1 gets T1, box 2 T2
+    locals   (2, n, 3, s, s)  [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
+                              initial crop), flipped, T3
 
-    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability 0.8,
-    grayscale 0.2, then T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.
-    Blur: sigma from 0.1 to `blur` pixels of the crop.
-
-    motion_colours  of the two motion crops. independent: two draws; shared: frame 2 gets frame 1's; none.
-                    our choice: independent, as released, while the paper is silent
-    colours         False: no crop is changed (held-out tables)
+    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability
+    0.8, grayscale 0.2, then T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.
+    Blur: sigma from 0.1 to `blur` pixels of the crop. colours=False: none at all (held-out tables).
+    motion_colours: of motion's two crops "independent" draws; "shared", frame 2 gets frame 1's; "none".
+    our choice: independent, as released, while the paper is silent.
     """
 
-    def __init__(self, size, local_size, local_crops, blur=2.0, colours=True, motion_colours="independent"):
+    def __init__(self, size, local_size, local_crops, blur=2.0, colours=True,
+                 motion_colours="independent"):
         if motion_colours not in ("independent", "shared", "none"):
             raise ValueError(f"{motion_colours=} must be independent, shared or none")
         n = local_crops
@@ -1066,7 +1071,7 @@ class MultiCrop:
         return boxes, flips, {name: torch.from_numpy(value) for name, value in params.items()}
 
     def __call__(self, frames, rng):
-        """Two frames (H, W, 3) uint8 of one size -> uint8 crops, `params`; finish() colours on the device."""
+        """Two frames (H, W, 3) uint8 of one size -> uint8 crops, and `params` for finish()."""
         boxes, flips, params = self.draw(rng, *frames[0].shape[:2])
         crops = [crop_uint8(frames[frame], box, size, flip)
                  for frame, box, size, flip in zip(self.frames, boxes, self.sizes, flips)]
