@@ -9,8 +9,8 @@ Videos in, batches out: synthetic scenes with exact truth, your own videos, and 
     FlowPairs, Segmentation, PointTracks, BoxTracks     what others have labelled, as they unpack it
     read_flo, write_flo, read_kitti_flow, write_kitti_flow, read_pfm    files of optical flow
 
-Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i) and
-(seed, i, 1), for videos also (seed, pass) and (seed, opening), never from a worker's or a device's.
+Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i)
+and (seed, i, 1), for videos also (seed, pass) and (seed, opening), never a worker's or a device's.
 So the data are the same with any number of workers or processes and after any resume.
 
     loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
@@ -90,7 +90,7 @@ def silhouettes():
 
 
 def dead_leaves(rng, canvas, grain):
-    """Covers canvases (n, S, S, 3) with opaque discs and boxes: radii about `grain`, density r^-2."""
+    """Covers canvases (n, S, S, 3) with discs and boxes: radii about `grain`, density r^-2."""
     n, S = canvas.shape[:2]
     count = int(5 * (S / grain) ** 2)
     for r in grain / rng.uniform(1 / 1.2, 1 / 0.3, count):
@@ -119,8 +119,8 @@ def standardise(x):
 
 def make_textures(rng, n, size, grain):
     """
-    Periodic textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row. Half are
-    dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another.
+    Periodic textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row. Half
+    are dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another.
     """
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))      # cycles per pixel
     f[0, 0] = np.inf
@@ -195,8 +195,8 @@ class Scenes:
     Synthetic video: textured sprites fly before an endless background, seen by a moving camera.
 
     Layer l (0 the background, 1..K the sprites, far to near) moves by a similarity, in complex
-    numbers x + i y: p = a_l(t) q + b_l(t). Its silhouette and colours depend on q only. So all truth
-    is closed form: owner of a pixel = the nearest layer whose silhouette holds q; flow =
+    numbers x + i y: p = a_l(t) q + b_l(t). Its silhouette and colours depend on q only. So all
+    truth is closed form: owner of a pixel = the nearest layer whose silhouette holds q; flow =
     a_l(t+1) q + b_l(t+1) - p; occluded = another layer owns the landing point, or none.
 
     Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in.
@@ -231,16 +231,16 @@ class Scenes:
     def bank(self):
         """The textures (n, 3, S+1, S+1), made at first use."""
         o = self.options
-        rng = np.random.default_rng((self.seed, 0, 0, 1))       # no clip's: those have two words of seed
+        rng = np.random.default_rng((self.seed, 0, 0, 1))   # no clip's: they have two words of seed
         return torch.from_numpy(make_textures(rng, o.textures, o.size, o.grain))
 
     def _world(self, indices, points=0):
-        """Draws clips: each layer's map p = a q + b, complex (B, T, L), q in cells; looks (B, L)."""
+        """Draws clips: the layers' maps p = a q + b, (B, T, L), q in cells; looks (B, 1, L)."""
         o = self.options
         L = o.sprites + 1
         rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
-        uniform = np.stack([rng.random((len(DRAWS), L)) for rng in rngs], 1)
-        draw = dict(zip(DRAWS, uniform))                        # each (B, L)
+        uniform = np.stack([rng.random((len(DRAWS), 1, L)) for rng in rngs], 1)
+        draw = dict(zip(DRAWS, uniform))                        # each (B, 1, L)
         queries = np.stack([rng.integers(self.size, size=(points, 2)) for rng in rngs])
         front = np.arange(L) > 0                                # all layers but the background
         depth = -np.sort(-np.where(front, draw["depth"], 2))    # far to near
@@ -256,20 +256,20 @@ class Scenes:
         velocity = fastest * draw["speed"] * np.exp(2j * np.pi * draw["heading"])
         change = fastest * draw["bend"] * np.exp(2j * np.pi * draw["bend_heading"])
         acceleration = change / max(2 * tau[-1, 0], 0.5)
-        path = velocity[:, None] * tau + acceleration[:, None] * tau**2 / 2     # (B, T, L) pixels
+        path = velocity * tau + acceleration * tau**2 / 2                   # (B, T, L) pixels
         zoom = (2 * draw["zoom"] - 1) * np.where(front, 0.05 * o.speed / radius, o.zoom)
         roll = (2 * draw["roll"] - 1) * np.where(front, 0.25 * o.speed / radius, o.roll)
-        warp = np.exp((zoom + 1j * roll)[:, None] * tau)                        # (B, T, L)
+        warp = np.exp((zoom + 1j * roll) * tau)                             # (B, T, L)
 
         camera = warp[..., :1]
-        parallax = path[..., :1] / depth[:, None]
+        parallax = path[..., :1] / depth
         centre = (1 + 1j) * (self.size - 1) / 2
         home = self.size * (draw["x"] - 0.5 + 1j * (draw["y"] - 0.5))       # of sprites in mid-clip
         pose = 2 * radius / CELLS * np.exp(2j * np.pi * draw["turn"])      # pixels per cell, turned
-        a = camera * np.where(front, warp, 1) * pose[:, None]
-        b = centre + camera * np.where(front, home[:, None] + path, 0) + parallax
+        a = camera * np.where(front, warp, 1) * pose
+        b = centre + camera * np.where(front, home + path, 0) + parallax
 
-        tint = np.stack([draw["red"], draw["green"], draw["blue"]], -1)         # (B, L, 3)
+        tint = np.stack([draw["red"], draw["green"], draw["blue"]], -1)     # (B, 1, L, 3)
         lift = 0.3 + 0.4 * draw["grey"][..., None] + 0.3 * (tint - 0.5)
         world = dict(
             a=a,
@@ -279,20 +279,20 @@ class Scenes:
             kind=(draw["kind"] * len(SHAPES)).astype(int),
             texture=(draw["texture"] * o.textures).astype(int),
             shift=draw["shift_x"] + 1j * draw["shift_y"],
-            periods=2 * radius / CELLS / self.size * 2 ** (draw["stretch"] - 0.5),  # of texture per cell
+            periods=2 * radius / CELLS / self.size * 2 ** (draw["stretch"] - 0.5),      # per cell
             gain=((1 - o.flat) * (0.12 + 0.16 * draw["gain"])).astype(np.float32),
             lift=(lift + o.flat * (lift - 0.5)).astype(np.float32),
         )
         return {name: torch.from_numpy(value) for name, value in world.items()}
 
     def _owner(self, world, t, points):
-        """Nearest layer (N, P) at points (N, P) or (P,) of the frames t, a slice; N = B * len(t)."""
+        """Nearest layer (N, P) at points (N, P) or (P,) of frames t, a slice; N = B * len(t)."""
         a = world["a"][:, t]
         scale = 1 / a                                           # from pixels to cells
         shift = (1 + 1j) * CELLS / 2 - world["b"][:, t] / a
         scale = scale.flatten(0, 1).to(torch.complex64)         # (N, L)
         shift = shift.flatten(0, 1).to(torch.complex64)
-        kind = world["kind"].repeat_interleave(a.shape[1], 0).int()
+        kind = world["kind"].expand(a.shape).flatten(0, 1).int()
         owner = torch.zeros(len(kind), points.shape[-1], dtype=torch.uint8)
         for k in range(1, self.options.sprites + 1):           # far to near: the larger number wins
             q = torch.addcmul(shift[:, k, None], scale[:, k, None], points)
@@ -304,13 +304,13 @@ class Scenes:
 
     def _colour(self, world, t, owner, points):
         """What the layers owner (N, P) show at the points of the frames t: (B, 3, len(t)*P)."""
-        B, L = world["depth"].shape
+        B, _, L = world["depth"].shape
         S = self.size
-        atlas = self.bank[world["texture"]]                                    # (B, L, 3, S+1, S+1)
-        atlas = atlas.mul_(world["gain"].view(B, L, 1, 1, 1)).add_(world["lift"][..., None, None])
+        atlas = self.bank[world["texture"][:, 0]]                                    # (B, L, 3, S+1, S+1)
+        atlas.mul_(world["gain"].view(B, L, 1, 1, 1)).add_(world["lift"].view(B, L, 3, 1, 1))
         atlas = atlas.clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
-        scale = world["periods"][:, None] / world["a"][:, t]
-        shift = world["shift"][:, None] - scale * world["b"][:, t]
+        scale = world["periods"] / world["a"][:, t]
+        shift = world["shift"] - scale * world["b"][:, t]
         place = points * of_owner(scale, owner) + of_owner(shift, owner)        # (N, P) in periods
         place = torch.view_as_real(place)
         grid = (place - place.floor()).mul_(S)                               # pixels of the texture
@@ -334,7 +334,7 @@ class Scenes:
         return self._colour(world, frame, owner, points).mT, owner
 
     def batch(self, indices, truth=False, points=32):
-        """The clips of these numbers: the dictionary in the class docstring, with `points` tracks."""
+        """The clips of these numbers: the dictionary of the class docstring, `points` tracks."""
         world = self._world(indices, points if truth else 0)
         B, T, S = len(world["a"]), self.frames, self.size
         owner = self._owner(world, slice(None), self.pixels)                    # (B*T, H*W)
@@ -350,12 +350,12 @@ class Scenes:
         return {name: value[0] for name, value in self.batch([index], truth=True).items()}
 
     def _labels(self, world, ids):
-        classes = world["kind"] + 1
+        classes = world["kind"][:, 0] + 1
         classes[:, 0] = 0                                                       # the background
         classes = classes.gather(1, ids.flatten(1)).view_as(ids)
-        depth = world["depth"].gather(1, ids.flatten(1)).view_as(ids)
-        hull = self.hulls[world["kind"][:, None, 1:]]                           # (B, 1, K, n)
-        hull = world["a"][..., 1:, None] * hull + world["b"][..., 1:, None]     # (B, T, K, n)
+        depth = world["depth"][:, 0].gather(1, ids.flatten(1)).view_as(ids)
+        hull = self.hulls[world["kind"][..., 1:]]                               # (B, 1, K, 64)
+        hull = world["a"][..., 1:, None] * hull + world["b"][..., 1:, None]     # (B, T, K, 64)
         hull = torch.view_as_real(hull)
         boxes = torch.cat([hull.amin(-2), hull.amax(-2)], -1).float()
         return dict(classes=classes, ids=ids, depth=depth, boxes=boxes)
@@ -392,13 +392,13 @@ MODES = ("differentiated", "all-move", "random-mover", "colour-mover")
 
 class MovingSquares:
     """
-    The data of the MeloMotion report: coloured squares on black, whose colours tell their velocities.
+    The data of the MeloMotion report: coloured squares on black; colours tell the velocities.
 
-    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to 1,
-    only keeps it visible. Who moves: `differentiated` object 0 alone, whatever the colours of the
-    others; `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0
-    alone, and the others are known by red = green = 1/2. Movers start so that they stay inside for 16
-    frames, then they may leave. Drawn at whole pixels, the larger number on top.
+    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to
+    1, only keeps it visible. Who moves: `differentiated` object 0 alone, whatever colours the others
+    have; `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0
+    alone, and the others are known by red = green = 1/2. Movers start so that they stay inside for
+    16 frames, then they may leave. Drawn at whole pixels, the larger number on top.
     Clip i depends on (seed, split, i) and the options alone. `batch` returns
 
     first_frame    (B, 3, H, W)     uint8
@@ -436,8 +436,8 @@ class MovingSquares:
         self.seed = split_seed(seed, split)
         self.reach = size * min(frames - 1, 15)     # pixels in 16 frames per unit of velocity
         if side > size or speed / 2 * self.reach > size - side:
-            raise ValueError(f"squares: {size=} {side=} {frames=} {speed=}: objects must stay inside for "
-                             "16 frames; take smaller or slower ones")
+            raise ValueError(f"squares: {size=} {side=} {frames=} {speed=}: objects must stay "
+                             "inside for 16 frames; take smaller or slower ones")
         y, x = abs(np.mgrid[:side, :side] + 0.5 - side / 2) * 2 / side  # from the middle, in (0, 1)
         down = (np.arange(side)[:, None] + 0.5) / side
         tables = x <= 1, x**2 + y**2 <= 1, x <= down, np.minimum(x, y) <= 0.36
@@ -465,8 +465,8 @@ class MovingSquares:
             if apart.all():
                 kinds = (u[:, 6] * len(self.stamps)).astype(int)
                 return colours, v, corners, [self.stamps[kind] for kind in kinds]
-        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} apart: "
-                         "take fewer or smaller ones")
+        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} "
+                         "apart: take fewer or smaller ones")
 
     def __getitem__(self, index):
         rng = np.random.default_rng((self.seed, int(index)))
@@ -476,7 +476,7 @@ class MovingSquares:
         for n, (x, y) in enumerate(corners):
             masks[n, y:y + side, x:x + side] = stamps[n]
         times = self.frames if self.video else 1
-        video = np.zeros((times, 3, S + 2 * side, S + 2 * side), np.uint8)  # with a rim for what leaves
+        video = np.zeros((times, 3, S + 2 * side, S + 2 * side), np.uint8)  # a rim for what leaves
         for t in range(times):
             place = corners + np.rint(v * S * t).astype(int)
             place = np.clip(place, -side, S) + side
@@ -882,9 +882,9 @@ class Videos(torch.utils.data.Dataset):
 # ---- crops and photometric augmentation ----------------------------------------------------------
 def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
     """
-    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale` times
-    the whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that fits, else
-    the largest centred box of allowed aspect.
+    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale`
+    times the whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that
+    fits, else the largest centred box of allowed aspect.
     """
     area = height * width * rng.uniform(*scale, (n, 10))
     aspect = np.exp(rng.uniform(*np.log(ratio), (n, 10)))
@@ -982,8 +982,8 @@ def apply_to(x, chosen, operation, amounts):
 def photometric(x, params):
     """
     Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's
-    meaning, of only those crops that need it. x (N, 3, H, W) float in [0, 1] on any device; params on
-    the CPU:
+    meaning, of only those crops that need it. x (N, 3, H, W) float in [0, 1] on any device; params
+    on the CPU:
 
     order     (N, 4)  the first to the last operation of jitter, numbers of JITTER
     factors   (N, 4)  of brightness, contrast, saturation; turns of hue. NEUTRAL: not at all
@@ -1019,7 +1019,7 @@ class MultiCrop:
     Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability
     0.8, grayscale 0.2, then T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.
     Blur: sigma from 0.1 to `blur` pixels of the crop. colours=False: none at all (held-out tables).
-    motion_colours: of motion's two crops "independent" draws; "shared", frame 2 gets frame 1's; "none".
+    motion_colours: for the motion crops "independent" draws; "shared": frame 1's for both; "none".
     our choice: independent, as released, while the paper is silent.
     """
 
