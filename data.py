@@ -915,11 +915,12 @@ def crop_uint8(frame, box, size, flip=False):
 
 
 def gray(x):
-    r, g, b = x.split(1, dim=1)                                         # (N, 1, H, W) each
+    """(N, 3, H, W) -> (N, 1, H, W)."""
+    r, g, b = x.split(1, dim=1)
     return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
-def grayscale(x, on):
+def grayscale(x, _):
     return gray(x).expand_as(x)
 
 
@@ -944,7 +945,8 @@ def rotate_hue(x, turn):
     numerator = torch.where(r == high, g - b, torch.where(g == high, b - r, r - g))
     sixths = torch.where(r == high, 0.0, torch.where(g == high, 2.0, 4.0))
     hue = numerator / (chroma + 1e-12) + sixths + 6 * turn             # in sixths of a turn; 0: red
-    k = hue + torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)    # (N, 3, H, W)
+    starts = 5 - 2 * torch.arange(3, device=x.device)                   # of red, green, blue
+    k = hue + starts.view(3, 1, 1)                                      # (N, 3, H, W)
     k = k - 6 * (k / 6).floor()                                         # in [0, 6)
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -961,7 +963,7 @@ def blur(x, sigma):
     return blur_weights(x.shape[-2], sigma) @ x @ blur_weights(x.shape[-1], sigma).mT
 
 
-def solarize(x, on):
+def solarize(x, _):
     return torch.where(x >= 0.5, 1 - x, x)
 
 
