@@ -1,16 +1,16 @@
 """
-Videos in, batches out: synthetic scenes with exact truth, your own videos, and the crops that models eat.
+Videos in, batches out: synthetic scenes with exact truth, your own videos, and crops for models.
 
-    Scenes      procedural video on any device: flow, occlusion, classes, depth, boxes, tracks in closed form
-    MovingSquares    squares whose colours tell their velocities, with masks and displacements
-    Videos      your files: mp4, mkv, mov, avi, webm, folders of them at any depth, or of jpg / png frames
-    MultiCrop   a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
-    make_loader ties them together: index lists in, batches on the device out
+    Scenes          procedural video: flow, occlusion, classes, depth, boxes, tracks in closed form
+    MovingSquares   squares whose colours tell their velocities, with masks and displacements
+    Videos          your files: mp4, mkv, mov, avi, webm, folders of them or of jpg / png frames
+    MultiCrop       a pair of frames -> dense crops, DINO's global and local crops, colours
+    make_loader     ties them together: index lists in, batches on the device out
     FlowPairs, Segmentation, PointTracks, BoxTracks     what others have labelled, as they unpack it
     read_flo, write_flo, read_kitti_flow, write_kitti_flow, read_pfm    files of optical flow
 
-Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i) and
-(seed, i, 1), for videos also (seed, pass) and (seed, opening), never from a worker's or a device's generator.
+Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i)
+and (seed, i, 1), for videos also (seed, pass) and (seed, opening), never a worker's or a device's.
 So the data are the same with any number of workers or processes and after any resume.
 
     loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
@@ -33,6 +33,7 @@ import pickle
 import re
 import signal
 import sys
+from dataclasses import dataclass
 from fractions import Fraction
 
 import imageio.v3 as iio
@@ -44,6 +45,15 @@ import torch.nn.functional as F
 EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
 
 
+def split_seed(seed, split):
+    """The seed of a split: no clip is in both."""
+    if split not in ("train", "eval"):
+        raise ValueError(f"split={split!r} must be 'train' or 'eval'")
+    if not 0 <= seed < EVAL:
+        raise ValueError(f"{seed=} must lie in 0 .. 10**9 - 1 (split='eval' uses those above)")
+    return seed + EVAL * (split == "eval")
+
+
 # ---- synthetic scenes ----------------------------------------------------------------------------
 SHAPES = ("disc", "square", "triangle", "flower", "cross", "ring", "moon", "bar")   # classes 1..8
 CELLS = 128                             # a silhouette is a table of CELLS x CELLS yes/no cells
@@ -51,90 +61,146 @@ CELLS = 128                             # a silhouette is a table of CELLS x CEL
 
 @functools.cache
 def silhouettes():
-    """The 8 shapes as tables (8, 128, 128) uint8, and the hull points of each about its centre, complex."""
-    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1             # in (-1, 1); the rim must stay empty
-    longer, shorter = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-    r, angle = np.hypot(x, y), np.arctan2(y, x)
+    """The 8 shapes: tables (8, 128, 128) uint8, and hull points (8, 64), complex, in cells."""
+    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1    # in (-1, 1); the rim must stay empty
+    r = np.hypot(x, y)
+    longer = np.maximum(abs(x), abs(y))
+    shorter = np.minimum(abs(x), abs(y))
     tables = np.stack([
-        r < 0.9, longer < 0.78, (y < 0.6) & (y > 1.8 * abs(x) - 0.95), r < 0.66 + 0.29 * np.cos(5 * angle),
-        (shorter < 0.28) & (longer < 0.92), (r < 0.95) & (r > 0.5),
-        (r < 0.95) & (np.hypot(x - 0.5, y) > 0.62), (abs(x) < 0.95) & (abs(y) < 0.34)])
+        r < 0.9,
+        longer < 0.78,
+        (y < 0.6) & (y > 1.8 * abs(x) - 0.95),
+        r < 0.66 + 0.29 * np.cos(5 * np.arctan2(y, x)),
+        (shorter < 0.28) & (longer < 0.92),
+        (r < 0.95) & (r > 0.5),
+        (r < 0.95) & (np.hypot(x - 0.5, y) > 0.62),
+        (abs(x) < 0.95) & (abs(y) < 0.34),
+    ])
     rays = np.exp(2j * np.pi * np.arange(4096) / 4096)
     hulls = []
-    for table in tables:                # a hull point is the cell corner furthest along a ray
-        rows = np.flatnonzero(table.any(1))
-        left, right = table[rows].argmax(1), CELLS - table[rows, ::-1].argmax(1)
-        corners = np.unique([u + 1j * v for u in (left, right) for v in (rows, rows + 1)])
-        corners = corners - (1 + 1j) * CELLS / 2
-        hulls.append(corners[np.unique((corners[:, None] * rays.conj()).real.argmax(0))])
-    most = max(map(len, hulls))             # to one length, by repeating points
-    return tables.astype(np.uint8), np.stack([np.resize(hull, most) for hull in hulls])
+    for table in tables:
+        row, column = table.nonzero()
+        cells = column + 1j * row - (1 + 1j) * CELLS / 2
+        corners = np.unique([cells, cells + 1, cells + 1j, cells + 1 + 1j])
+        corners = corners[abs(corners) > 0.3 * CELLS / 2]       # the rest lies within every hull
+        furthest = (corners[:, None] * rays.conj()).real.argmax(0)
+        hull = np.unique(corners[furthest])
+        hulls.append(np.resize(hull, 64))                       # to one length, by repeating points
+    return torch.from_numpy(tables).byte(), torch.from_numpy(np.stack(hulls))
 
 
 def dead_leaves(rng, canvas, grain):
-    """Covers canvases (n, S, S, 3) with opaque shaded discs and boxes: radii about `grain`, density r^-2."""
+    """Covers canvases (n, S, S, 3) with discs and boxes: radii about `grain`, density r^-2."""
     n, S = canvas.shape[:2]
-    for r in grain / rng.uniform(1 / 1.2, 1 / 0.3, int(5 * (S / grain) ** 2)):
+    count = int(5 * (S / grain) ** 2)
+    for r in grain / rng.uniform(1 / 1.2, 1 / 0.3, count):
         reach = np.arange(-int(1.3 * r) - 1, int(1.3 * r) + 2)
-        dy, dx = reach[:, None], reach                                      # (w, 1), (w,)
+        dy = reach[:, None]                                         # (w, 1)
+        dx = reach                                                  # (w,)
         row, col = rng.integers(S, size=(2, n, 1, 1))
-        q = (dx + 1j * dy) * np.exp(2j * np.pi * rng.random((n, 1, 1))) / r          # (n, w, w)
-        flat, power = rng.uniform(0.4, 1, (n, 1, 1)), rng.choice([2, 8], (n, 1, 1))  # 2: ellipse, 8: box
+        turn = np.exp(2j * np.pi * rng.random((n, 1, 1)))
+        q = (dx + 1j * dy) * turn / r                               # (n, w, w)
+        flat = rng.uniform(0.4, 1, (n, 1, 1))
+        power = rng.choice([2, 8], (n, 1, 1))                       # 2: ellipse, 8: box
         inside = abs(q.real) ** power + abs(q.imag / flat) ** power < 1
-        tone = rng.normal(size=(n, 1, 1, 1)) + 0.6 * rng.normal(size=(n, 1, 1, 3)) + 0.4 * q.real[..., None]
+        grey = rng.normal(size=(n, 1, 1, 1))
+        colour = rng.normal(size=(n, 1, 1, 3))
+        leaf = grey + 0.6 * colour + 0.4 * q.real[..., None]
         spot = np.arange(n)[:, None, None], (row + dy) % S, (col + dx) % S
-        canvas[spot] = np.where(inside[..., None], tone, canvas[spot])
+        canvas[spot] = np.where(inside[..., None], leaf, canvas[spot])
     return canvas
 
 
+def standardise(x):
+    """Each texture (n, S, S, 3) to mean 0, std 1."""
+    centred = x - x.mean((1, 2, 3), keepdims=True)
+    return centred / x.std((1, 2, 3), keepdims=True)
+
+
 def make_textures(rng, n, size, grain):
-    """Periodic colour textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row.
-    Half are dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another."""
+    """
+    Periodic textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row. Half
+    are dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another.
+    """
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))      # cycles per pixel
     f[0, 0] = np.inf
-    damp = 1 - np.exp(-(4 * grain * f) ** 2)            # our choice: little at wavelengths above 4 grains
+    damp = 1 - np.exp(-(4 * grain * f) ** 2)      # our choice: little above 4 grains
 
-    def normal(x):                                      # each texture to mean 0, std 1
-        return (x - x.mean((1, 2, 3), keepdims=True)) / x.std((1, 2, 3), keepdims=True)
-
-    def noise(count):                                   # (count, S, S, 3), one spectrum slope per texture
-        band = damp * f ** -rng.uniform(1.2, 2.4, (count, 1, 1, 1))
-        waves = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(count, 3, size, size))) * band, (size, size))
-        return normal(waves.transpose(0, 2, 3, 1))
+    def noise(count):                             # (count, S, S, 3), each with its own slope
+        slope = rng.uniform(1.2, 2.4, (count, 1, 1, 1))
+        spectrum = np.fft.rfft2(rng.normal(size=(count, 3, size, size)))
+        waves = np.fft.irfft2(spectrum * (damp * f ** -slope), (size, size))
+        return standardise(waves.transpose(0, 2, 3, 1))
 
     part = n // 4
     clouds = noise(n - 3 * part)
-    clouds = normal(clouds[..., :1] + 0.5 * clouds)
+    clouds = standardise(clouds[..., :1] + 0.5 * clouds)
     clouds[::2] = np.tanh(4 * clouds[::2])              # every other one has hard blotches
-    leaves = dead_leaves(rng, noise(2 * part), grain) + 0.15 * noise(2 * part)
-    turns = np.rint(rng.normal(size=(part, 2, 2)) * 0.3 * size / grain)     # whole, so that they are periodic
-    wave = turns @ np.mgrid[:size, :size].reshape(2, -1)
-    wave = 2 * np.pi / size * wave.reshape(part, 2, size, size).transpose(0, 2, 3, 1)
-    wave = np.sin(wave + rng.uniform(0, 1.5, (part, 1, 1, 1)) * noise(part)[..., :2])
+    leaves = dead_leaves(rng, noise(2 * part), grain)
+    leaves = leaves + 0.15 * noise(2 * part)
+
+    turns = np.rint(rng.normal(size=(part, 2, 2)) * 0.3 * size / grain)     # whole: periodic
+    phase = turns @ np.mgrid[:size, :size].reshape(2, -1)
+    phase = 2 * np.pi / size * phase.reshape(part, 2, size, size).transpose(0, 2, 3, 1)
+    bending = rng.uniform(0, 1.5, (part, 1, 1, 1))
+    wave = np.sin(phase + bending * noise(part)[..., :2])                   # (part, S, S, 2)
     checked = rng.random((part, 1, 1)) < 0.5
-    stripes = np.tanh(3 * wave[..., 0] * np.where(checked, wave[..., 1], 1))[..., None]
-    stripes = stripes * (1 + rng.normal(size=(part, 1, 1, 3))) + 0.5 * noise(part)
-    out = normal(np.concatenate([clouds, leaves, stripes]))
-    out = normal(out + 0.4 * out[rng.permutation(n)]).transpose(0, 3, 1, 2)
+    stripes = wave[..., 0] * np.where(checked, wave[..., 1], 1)
+    stripes = np.tanh(3 * stripes)[..., None] * (1 + rng.normal(size=(part, 1, 1, 3)))
+    stripes = stripes + 0.5 * noise(part)
+
+    out = standardise(np.concatenate([clouds, leaves, stripes]))
+    out = standardise(out + 0.4 * out[rng.permutation(n)])
+    out = out.transpose(0, 3, 1, 2)
     return np.pad(out, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="wrap").astype(np.float32)
 
 
-def similarity(m, x, y):
-    """p -> a p + b in complex numbers; m = (Re a, Im a, Re b, Im b), each broadcast to the points x, y."""
-    return (m[0] * x).addcmul_(m[1], y, value=-1).add_(m[2]), (m[0] * y).addcmul_(m[1], x).add_(m[3])
+def of_owner(maps, owner):
+    """Maps (B, T, L) of all layers -> (B*T, P) complex64, those of the layers owner (B*T, P)."""
+    return maps.flatten(0, 1).to(torch.complex64).gather(1, owner)
+
+
+@dataclass
+class SceneOptions:
+    size: int = 64              # pixels: frames are size x size
+    sprites: int = 4            # K, how many
+    speed: float = 5.0          # pixels per frame in mid-clip, at most, any direction
+    pan: float = 1.0            # the same for the camera
+    zoom: float = 0.01          # log scale per frame, at most, either sign
+    roll: float = 0.01          # radians per frame, at most, either sign
+    radius: tuple[float, ...] = (0.12, 0.24)    # least and most of a sprite, as a share of size
+    grain: float = 8.0          # pixels: how large the things in a texture are
+    textures: int = 128         # how many there are, per split
+    flat: float = 0.0           # 0: textured, 1: sprites and background in one plain colour each
+
+    def __post_init__(self):
+        least = dict(size=8, sprites=0, speed=0, pan=0, zoom=0, roll=0, grain=1, textures=4)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"scenes: {name}={getattr(self, name)} must be at least {value}")
+        if len(self.radius) != 2:
+            raise ValueError(f"scenes: radius={self.radius} must be two numbers")
+
+
+# The random numbers of a layer. Layer 0, the background, uses those of motion for the camera.
+DRAWS = (
+    "kind", "depth", "radius", "turn", "x", "y",
+    "speed", "heading", "bend", "bend_heading", "zoom", "roll",
+    "texture", "stretch", "shift_x", "shift_y", "gain", "grey", "red", "green", "blue",
+)
 
 
 class Scenes:
-    """Synthetic video: textured sprites fly before an endless textured background, seen by a moving camera.
+    """
+    Synthetic video: textured sprites fly before an endless background, seen by a moving camera.
 
-    Layer l (0 the background, 1..K the sprites, far to near) moves by a similarity in complex numbers,
-    p = a_l(t) q + b_l(t), and its silhouette and colours depend on q only. So all truth is closed form:
-    owner of a pixel = the nearest layer whose silhouette holds q; flow = a_l(t+1) q + b_l(t+1) - p;
-    occluded = another layer owns the landing point, or it lies outside the frame.
+    Layer l (0 the background, 1..K the sprites, far to near) moves by a similarity, in complex
+    numbers x + i y: p = a_l(t) q + b_l(t). Its silhouette and colours depend on q only. So all
+    truth is closed form: owner of a pixel = the nearest layer whose silhouette holds q; flow =
+    a_l(t+1) q + b_l(t+1) - p; occluded = another layer owns the landing point, or none.
 
-    Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in; on another kind of
-    device up to rounding.
-    Pixel centres lie at integers, x right, y down: the frame spans [-0.5, size - 0.5]. `batch` returns
+    Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in.
+    x right, y down: the frame spans [-0.5, size - 0.5]. `batch` returns
 
     video     (B, T, 3, H, W)    float32 in [0, 1]; without `truth` the only entry
     flow      (B, T-1, 2, H, W)  (x, y) in pixels, from frame t to t + 1
@@ -142,183 +208,181 @@ class Scenes:
     classes   (B, T, H, W)       long: 0 background, 1..8 = SHAPES
     ids       (B, T, H, W)       long: 0 background, 1..K sprites, the larger the nearer
     depth     (B, T, H, W)       1 background, 0.4 to 0.9 sprites (no unit; parallax is 1 / depth)
-    boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette: also where it is hidden
-                                 or outside the frame
+    boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette, seen or hidden
     tracks    (B, T, P, 2)       (x, y) in pixels of P points, at random pixels of frame 0
     visible   (B, T, P)          bool
 
     The defaults suit 64 x 64. Camera pans over rich textures, for small budgets:
         Scenes(frames=2, sprites=1, speed=0, pan=12, zoom=0, roll=0)
-    On a CPU, batches of about 0.5 million pixels (B*T*H*W) are fastest: larger ones leave the cache.
+    Batches of about 0.5 million pixels (B*T*H*W) are fastest: larger ones leave the cache.
     Left out: shading, deformation, blur, soft edges.
     """
 
-    def __init__(
-        self,
-        size=64,                # pixels: frames are size x size
-        frames=8,               # T
-        sprites=4,              # K, how many
-        seed=0,                 # below 10**9
-        split="train",          # or "eval", whose clips and textures are others
-        speed=5.0,              # pixels per frame in mid-clip, at most; each sprite 0..1 of it, any direction
-        pan=1.0,                # the same for the camera
-        zoom=0.01,              # log scale per frame, at most, either sign
-        roll=0.01,              # radians per frame, at most, either sign
-        radius=(0.12, 0.24),    # least and most radius of the sprites, as a share of size
-        grain=8.0,              # pixels: how large the things in a texture are
-        textures=128,           # how many there are, per split
-        flat=0.0,               # 0: textured, 1: sprites and background in one plain colour each
-        device="cpu",
-    ):
-        if split not in ("train", "eval"):
-            raise ValueError(f"split={split!r} must be 'train' or 'eval'")
-        if not (size >= 8 and frames >= 1 and sprites >= 0 and textures >= 3 and grain > 0 and
-                min(speed, pan, zoom, roll) >= 0 and 0 <= flat <= 1 and
-                len(radius) == 2 and 0 < radius[0] <= radius[1]):
-            raise ValueError(
-                f"scenes: {size=} {frames=} {sprites=} {textures=} {grain=} {speed=} {pan=} {zoom=} {roll=} "
-                f"{radius=} {flat=}: want size 8, frames 1, textures 3 or more, grain > 0, a radius of two "
-                "rising numbers, flat from 0 to 1, and none negative")
-        if not 0 <= seed < EVAL:
-            raise ValueError(f"seed={seed} must lie in 0 .. 10**9 - 1 (split='eval' uses the numbers above)")
-        self.size, self.frames, self.sprites, self.device = size, frames, sprites, device
-        self.speed, self.pan, self.zoom, self.roll, self.radius = speed, pan, zoom, roll, radius
-        self.grain, self.textures, self.flat = grain, textures, flat
-        self.bank = None                                            # of textures; made at first use
-        self.seed = seed + EVAL * (split == "eval")                # splits share no clip, no texture
-        tables, self.hulls = silhouettes()
-        self.tables = torch.from_numpy(tables).flatten().to(device)
-        line = torch.arange(size, dtype=torch.float32, device=device)
-        self.x, self.y = line.repeat(size), line.repeat_interleave(size)    # (H*W,) pixel centres
+    def __init__(self, frames=8, seed=0, split="train", **options):
+        self.options = SceneOptions(**options)
+        self.size = self.options.size
+        self.frames = frames
+        self.seed = split_seed(seed, split)
+        self.tables, self.hulls = silhouettes()
+        line = torch.arange(self.size)
+        self.pixels = (line + 1j * line[:, None]).flatten().to(torch.complex64)     # (H*W,) x + i y
+
+    @functools.cached_property
+    def bank(self):
+        """The textures (n, 3, S+1, S+1), made at first use."""
+        o = self.options
+        rng = np.random.default_rng((self.seed, 0, 0, 1))   # no clip's: they have two words of seed
+        return torch.from_numpy(make_textures(rng, o.textures, o.size, o.grain))
 
     def _world(self, indices, points=0):
-        """Draws clips on the CPU: maps p = a q + b, complex (B, T, L), q in cells, and each layer's looks."""
+        """Draws clips: the layers' maps p = a q + b, (B, T, L), q in cells; looks (B, 1, L)."""
+        o = self.options
+        L = o.sprites + 1
         rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
-        draws = np.stack([rng.random((21, self.sprites + 1)) for rng in rngs], 1)         # (21, B, L)
-        queries = np.stack([rng.integers(self.size, size=(points, 2)) for rng in rngs])  # (B, P, 2)
-        kind, depth, radius, turn, x, y, fast, heading, bend, bent, grow, spin = draws[:12]
-        texture, stretch, shift, gain, tint = draws[12], draws[13], draws[14:16], draws[16], draws[17:]
-        front, tau = np.arange(self.sprites + 1) > 0, np.arange(self.frames) - (self.frames - 1) / 2
-        depth = np.where(front, 0.4 + 0.5 * -np.sort(-np.where(front, depth, 2)), 1)     # far to near
-        least, most = self.radius
-        radius = np.where(front, self.size * (least + (most - least) * radius), CELLS / 2)
-        # What a sprite does on its own, layer 0 does as the camera. Paths are quadratic: from mid-clip to
-        # either end the velocity changes by up to half the largest speed. Two frames: straight lines.
-        fastest, tau = np.where(front, self.speed, self.pan), tau[:, None]               # tau (T, 1)
-        go, veer = (fastest * r * np.exp(2j * np.pi * d) for r, d in ((fast, heading), (bend, bent)))
-        path = go[:, None] * tau + veer[:, None] * tau**2 / max(4 * tau[-1, 0], 1)       # (B, T, L) pixels
-        rates = (2 * grow - 1) * np.where(front, 0.05 * self.speed / radius, self.zoom) + \
-            1j * (2 * spin - 1) * np.where(front, 0.25 * self.speed / radius, self.roll)
-        warp = np.exp(rates[:, None] * tau)                                              # (B, T, L)
-        camera, middle = warp[..., :1], (1 + 1j) * (self.size - 1) / 2
-        home = self.size * ((x - 0.5) + 1j * (y - 0.5))[:, None]                         # sprites in mid-clip
-        lift = 0.3 + 0.4 * tint[0] + 0.3 * (tint[1:] - 0.5)                              # (3, B, L)
-        a = camera * np.where(front, warp, 1) * (2 * radius / CELLS * np.exp(2j * np.pi * turn))[:, None]
-        b = middle + camera * np.where(front, home + path, 0) + path[..., :1] / depth[:, None]
-        return dict(
-            a=a, b=b, kind=(kind * len(SHAPES)).astype(int), depth=depth, queries=queries,
-            texture=(texture * self.textures).astype(int), shift=shift[0] + 1j * shift[1],
-            periods=2 * radius / CELLS / self.size * 2 ** (stretch - 0.5),               # of texture per cell
-            gain=(1 - self.flat) * (0.12 + 0.16 * gain), lift=lift + self.flat * (lift - 0.5))
+        uniform = np.stack([rng.random((len(DRAWS), 1, L)) for rng in rngs], 1)
+        draw = dict(zip(DRAWS, uniform))                        # each (B, 1, L)
+        queries = np.stack([rng.integers(self.size, size=(points, 2)) for rng in rngs])
+        front = np.arange(L) > 0                                # all layers but the background
+        depth = -np.sort(-np.where(front, draw["depth"], 2))    # far to near
+        depth = np.where(front, 0.4 + 0.5 * depth, 1)
+        least, most = o.radius
+        radius = self.size * (least + (most - least) * draw["radius"])
+        radius = np.where(front, radius, CELLS / 2)
 
-    def _put(self, array):
-        """A numpy array on the device, without waiting for what the device is at."""
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        # Paths are quadratic: from mid-clip to either end the velocity changes by up to half of
+        # the largest speed. Two frames: straight lines.
+        tau = (np.arange(self.frames) - (self.frames - 1) / 2)[:, None]      # (T, 1) since mid-clip
+        fastest = np.where(front, o.speed, o.pan)
+        velocity = fastest * draw["speed"] * np.exp(2j * np.pi * draw["heading"])
+        change = fastest * draw["bend"] * np.exp(2j * np.pi * draw["bend_heading"])
+        acceleration = change / max(2 * tau[-1, 0], 0.5)
+        path = velocity * tau + acceleration * tau**2 / 2                   # (B, T, L) pixels
+        zoom = (2 * draw["zoom"] - 1) * np.where(front, 0.05 * o.speed / radius, o.zoom)
+        roll = (2 * draw["roll"] - 1) * np.where(front, 0.25 * o.speed / radius, o.roll)
+        warp = np.exp((zoom + 1j * roll) * tau)                             # (B, T, L)
 
-    def _maps(self, a, b):
-        """Complex a, b (B, T, L) -> (4, B*T, L) float32 for `similarity`."""
-        m = np.stack([a.real, a.imag, b.real, b.imag]).reshape(4, math.prod(a.shape[:2]), a.shape[2])
-        return self._put(m.astype(np.float32))
+        camera = warp[..., :1]
+        parallax = path[..., :1] / depth
+        centre = (1 + 1j) * (self.size - 1) / 2
+        home = self.size * (draw["x"] - 0.5 + 1j * (draw["y"] - 0.5))       # of sprites in mid-clip
+        pose = 2 * radius / CELLS * np.exp(2j * np.pi * draw["turn"])      # pixels per cell, turned
+        a = camera * np.where(front, warp, 1) * pose
+        b = centre + camera * np.where(front, home + path, 0) + parallax
 
-    def _owner(self, world, t, x, y):
-        """Nearest layer (N, P) at points x, y (N, P) or (P,) of the frames t, a slice; N = B * len(t)."""
-        a, b = world["a"][:, t], world["b"][:, t]
-        into = self._maps(1 / a, (1 + 1j) * CELLS / 2 - b / a)
-        table = self._put(np.repeat(world["kind"] * CELLS**2, a.shape[1], 0)).int()
-        owner = torch.zeros(len(table), x.shape[-1], dtype=torch.uint8, device=self.device)
-        for k in range(1, self.sprites + 1):            # far to near: the larger number wins
-            u, v = similarity(into[..., k:k + 1], x, y)
-            u, v = u.clamp_(0, CELLS - 1).int(), v.clamp_(0, CELLS - 1).int()
-            cell = v.mul_(CELLS).add_(u).add_(table[:, k:k + 1])
-            owner = torch.maximum(owner, self.tables.index_select(0, cell.flatten()).view_as(owner) * k)
+        tint = np.stack([draw["red"], draw["green"], draw["blue"]], -1)     # (B, 1, L, 3)
+        lift = 0.3 + 0.4 * draw["grey"][..., None] + 0.3 * (tint - 0.5)
+        world = dict(
+            a=a,
+            b=b,
+            queries=queries[..., 0] + 1j * queries[..., 1],                     # (B, P) x + i y
+            depth=depth.astype(np.float32),
+            kind=(draw["kind"] * len(SHAPES)).astype(int),
+            texture=(draw["texture"] * o.textures).astype(int),
+            shift=draw["shift_x"] + 1j * draw["shift_y"],
+            periods=2 * radius / CELLS / self.size * 2 ** (draw["stretch"] - 0.5),      # per cell
+            gain=((1 - o.flat) * (0.12 + 0.16 * draw["gain"])).astype(np.float32),
+            lift=(lift + o.flat * (lift - 0.5)).astype(np.float32),
+        )
+        return {name: torch.from_numpy(value) for name, value in world.items()}
+
+    def _owner(self, world, t, points):
+        """Nearest layer (N, P) at points (N, P) or (P,) of frames t, a slice; N = B * len(t)."""
+        a = world["a"][:, t]
+        scale = 1 / a                                           # from pixels to cells
+        shift = (1 + 1j) * CELLS / 2 - world["b"][:, t] / a
+        scale = scale.flatten(0, 1).to(torch.complex64)         # (N, L)
+        shift = shift.flatten(0, 1).to(torch.complex64)
+        kind = world["kind"].expand(a.shape).flatten(0, 1).int()
+        owner = torch.zeros(len(kind), points.shape[-1], dtype=torch.uint8)
+        for k in range(1, self.options.sprites + 1):           # far to near: the larger number wins
+            q = torch.addcmul(shift[:, k, None], scale[:, k, None], points)
+            column, row = torch.view_as_real(q).clamp_(0, CELLS - 1).int().unbind(-1)
+            cell = column + CELLS * (row + CELLS * kind[:, k, None])
+            inside = self.tables.view(-1).index_select(0, cell.view(-1))
+            owner = torch.maximum(owner, inside.view_as(owner) * k)
         return owner.long()
 
-    def _colour(self, world, t, owner, x, y):
-        """What the layers owner (N, P) show at the points x, y of the frames t: colours (B, 3, len(t)*P)."""
-        if self.bank is None:                           # four words of seed: no clip draws these numbers
-            rng = np.random.default_rng((self.seed, 0, 0, 1))
-            bank = make_textures(rng, self.textures, self.size, self.grain)
-            self.bank = self._put(bank)
-        (B, L), S = world["depth"].shape, self.size
-        gain, lift = (self._put(v.astype(np.float32))[..., None, None]
-                      for v in (world["gain"][..., None], world["lift"].transpose(1, 2, 0)))
-        atlas = self.bank[self._put(world["texture"])]           # (B, L, 3, S+1, S+1)
-        atlas = atlas.mul_(gain).add_(lift).clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
-        a = world["periods"][:, None] / world["a"][:, t]
-        maps = self._maps(a, world["shift"][:, None] - a * world["b"][:, t])
-        u, v = similarity([m.gather(1, owner) for m in maps], x, y)                     # (N, P) in periods
-        row = (v - v.floor()).mul_(S).add_(owner, alpha=S + 1)                          # of the atlas
-        grid = torch.empty(*u.shape, 2, device=self.device)                             # in [-1, 1]
-        grid[..., 0] = (u - u.floor()).mul_(2).sub_(1)
-        grid[..., 1] = row.mul_(2 / (L * (S + 1) - 1)).sub_(1)
+    def _colour(self, world, t, owner, points):
+        """What the layers owner (N, P) show at the points of the frames t: (B, 3, len(t)*P)."""
+        B, _, L = world["depth"].shape
+        S = self.size
+        atlas = self.bank[world["texture"][:, 0]]                                    # (B, L, 3, S+1, S+1)
+        atlas.mul_(world["gain"].view(B, L, 1, 1, 1)).add_(world["lift"].view(B, L, 3, 1, 1))
+        atlas = atlas.clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
+        scale = world["periods"] / world["a"][:, t]
+        shift = world["shift"] - scale * world["b"][:, t]
+        place = points * of_owner(scale, owner) + of_owner(shift, owner)        # (N, P) in periods
+        place = torch.view_as_real(place)
+        grid = (place - place.floor()).mul_(S)                               # pixels of the texture
+        grid[..., 1].add_(owner, alpha=S + 1)                                 # ... and of the atlas
+        grid.mul_(torch.tensor([2 / S, 2 / (L * (S + 1) - 1)])).sub_(1)         # in [-1, 1]
         return F.grid_sample(atlas, grid.view(B, 1, -1, 2), align_corners=True)[:, :, 0]
 
-    def _within(self, x, y):
-        return (torch.minimum(x, y) >= -0.5) & (torch.maximum(x, y) <= self.size - 0.5)
+    def _stays(self, world, t, owner, points):
+        """Whether the layers owner (N, P) are to be seen at the points (N, P) of the frames t."""
+        middle = (self.size - 1) / 2
+        off = (torch.view_as_real(points) - middle).abs()
+        within = torch.maximum(off[..., 0], off[..., 1]) <= self.size / 2
+        return within & (self._owner(world, t, points) == owner)
 
     def at(self, indices, points, t):
-        """Looks at any points (B, P, 2) of frame t, between pixels too: colours (B, P, 3), owners (B, P)."""
-        world, (x, y), t = self._world(indices), points.to(self.device).unbind(-1), slice(t, t + 1)
-        owner = self._owner(world, t, x, y)
-        return self._colour(world, t, owner, x, y).mT, owner
+        """Looks at any points (B, P, 2) of frame t: colours (B, P, 3), owners (B, P)."""
+        world = self._world(indices)
+        frame = slice(t, t + 1)
+        points = torch.view_as_complex(points.contiguous())
+        owner = self._owner(world, frame, points)
+        return self._colour(world, frame, owner, points).mT, owner
 
     def batch(self, indices, truth=False, points=32):
-        """The clips of these numbers: the dictionary in the class docstring, with `points` tracks each."""
+        """The clips of these numbers: the dictionary of the class docstring, `points` tracks."""
         world = self._world(indices, points if truth else 0)
         B, T, S = len(world["a"]), self.frames, self.size
-        owner = self._owner(world, slice(None), self.x, self.y)                         # (B*T, H*W)
-        video = self._colour(world, slice(None), owner, self.x, self.y)                 # (B, 3, T*H*W)
-        out = dict(video=video.view(B, 3, T, S, S).transpose(1, 2).contiguous())
-        if truth:
-            out |= self._labels(world, owner) | self._motion(world, owner) | self._tracks(world)
-        return out
+        owner = self._owner(world, slice(None), self.pixels)                    # (B*T, H*W)
+        video = self._colour(world, slice(None), owner, self.pixels)            # (B, 3, T*H*W)
+        video = video.view(B, 3, T, S, S).transpose(1, 2).contiguous()
+        if not truth:
+            return dict(video=video)
+        ids = owner.view(B, T, S, S)
+        labels = self._labels(world, ids) | self._motion(world, ids) | self._tracks(world)
+        return dict(video=video) | labels
 
     def __getitem__(self, index):
         return {name: value[0] for name, value in self.batch([index], truth=True).items()}
 
-    def _labels(self, world, owner):
-        B, T, S = len(world["a"]), self.frames, self.size
-        a, b, kind = world["a"][..., 1:, None], world["b"][..., 1:, None], world["kind"]
-        hull = a * self.hulls[kind[:, None, 1:]] + b                                    # (B, T, K, points)
-        boxes = np.stack([hull.real.min(-1), hull.imag.min(-1), hull.real.max(-1), hull.imag.max(-1)], -1)
-        kind = np.concatenate([np.zeros_like(kind[:, :1]), kind[:, 1:] + 1], 1)
-        classes, depth = (self._put(v).gather(1, owner.view(B, -1)).view(B, T, S, S)
-                          for v in (kind, world["depth"].astype(np.float32)))
-        boxes = self._put(boxes.astype(np.float32))
-        return dict(classes=classes, ids=owner.view(B, T, S, S), depth=depth, boxes=boxes)
+    def _labels(self, world, ids):
+        classes = world["kind"][:, 0] + 1
+        classes[:, 0] = 0                                                       # the background
+        classes = classes.gather(1, ids.flatten(1)).view_as(ids)
+        depth = world["depth"][:, 0].gather(1, ids.flatten(1)).view_as(ids)
+        hull = self.hulls[world["kind"][..., 1:]]                               # (B, 1, K, 64)
+        hull = world["a"][..., 1:, None] * hull + world["b"][..., 1:, None]     # (B, T, K, 64)
+        hull = torch.view_as_real(hull)
+        boxes = torch.cat([hull.amin(-2), hull.amax(-2)], -1).float()
+        return dict(classes=classes, ids=ids, depth=depth, boxes=boxes)
 
-    def _motion(self, world, owner):
-        a, b, B, T, S = world["a"], world["b"], len(world["a"]), self.frames, self.size
-        owner = owner.view(B, T, -1)[:, :-1].flatten(0, 1)                              # (B*(T-1), H*W)
-        ratio = a[:, 1:] / a[:, :-1]
-        maps = self._maps(ratio - 1, b[:, 1:] - ratio * b[:, :-1])
-        dx, dy = similarity([m.gather(1, owner) for m in maps], self.x, self.y)
-        x, y = self.x + dx, self.y + dy
-        occluded = (self._owner(world, slice(1, None), x, y) != owner) | ~self._within(x, y)
-        return dict(flow=torch.stack([dx, dy], 1).view(B, T - 1, 2, S, S),
-                    occluded=occluded.view(B, T - 1, S, S))
+    def _motion(self, world, ids):
+        B, T, S, _ = ids.shape
+        a, b = world["a"], world["b"]
+        owner = ids[:, :-1].reshape(B * (T - 1), S * S)
+        ratio = a[:, 1:] / a[:, :-1]                                         # from frame t to t + 1
+        shift = b[:, 1:] - ratio * b[:, :-1]
+        flow = self.pixels * of_owner(ratio - 1, owner) + of_owner(shift, owner)
+        occluded = ~self._stays(world, slice(1, None), owner, self.pixels + flow)
+        flow = torch.view_as_real(flow).view(B, T - 1, S, S, 2).movedim(-1, 2).contiguous()
+        return dict(flow=flow, occluded=occluded.view(B, T - 1, S, S))
 
     def _tracks(self, world):
-        a, b, B, T = world["a"], world["b"], len(world["a"]), self.frames
-        x, y = self._put(world["queries"]).float().unbind(-1)    # (B, P)
-        owner = self._owner(world, slice(1), x, y)
-        x, y, owner = (v.repeat_interleave(T, 0) for v in (x, y, owner))                # (B*T, P)
-        ratio = a / a[:, :1]
-        ratio[:, 0] = 1                 # x / x is not always 1 for complex x; queries stay on their pixels
-        maps = self._maps(ratio, b - ratio * b[:, :1])                                  # frame 0 to frame t
-        x, y = similarity([m.gather(1, owner) for m in maps], x, y)
-        visible = (self._owner(world, slice(None), x, y) == owner) & self._within(x, y)
-        return dict(tracks=torch.stack([x, y], -1).view(B, T, -1, 2), visible=visible.view(B, T, -1))
+        T = self.frames
+        a, b = world["a"], world["b"]
+        points = world["queries"].to(torch.complex64)                           # (B, P)
+        owner = self._owner(world, slice(1), points).repeat_interleave(T, 0)    # (B*T, P)
+        ratio = a / a[:, :1]                                                    # from frame 0 to t
+        ratio[:, 0] = 1          # x / x is not always 1 for complex x; queries stay on their pixels
+        shift = b - ratio * b[:, :1]
+        points = points.repeat_interleave(T, 0) * of_owner(ratio, owner) + of_owner(shift, owner)
+        visible = self._stays(world, slice(None), owner, points)
+        tracks = torch.view_as_real(points).unflatten(0, (-1, T))               # (B, T, P, 2)
+        return dict(tracks=tracks, visible=visible.view(tracks.shape[:-1]))
 
 
 # ---- moving squares ------------------------------------------------------------------------------
@@ -327,22 +391,21 @@ MODES = ("differentiated", "all-move", "random-mover", "colour-mover")
 
 
 class MovingSquares:
-    """The data of the MeloMotion report: coloured squares on black, whose colours tell their velocities.
+    """
+    The data of the MeloMotion report: coloured squares on black; colours tell the velocities.
 
-    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to 1, only
-    keeps it visible. Who moves: `differentiated` object 0 alone, whatever the colours of the others;
-    `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0 alone, and the
-    others are known by red = green = 1/2. Movers start so that they stay inside for 16 frames, then they may
-    leave. Drawn at whole pixels, the larger number on top. Scenes without room are drawn anew, with colours.
-    Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in. `batch` returns
+    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to
+    1, only keeps it visible. Who moves: `differentiated` object 0 alone, whatever colours the others
+    have; `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0
+    alone, and the others are known by red = green = 1/2. Movers start so that they stay inside for
+    16 frames, then they may leave. Drawn at whole pixels, the larger number on top.
+    Clip i depends on (seed, split, i) and the options alone. `batch` returns
 
     first_frame    (B, 3, H, W)     uint8
     masks          (B, N, H, W)     bool, each object's pixels in frame 0
     displacements  (B, N, T-1, 2)   (x, y) since frame 0 in frame widths: exactly t v, not rounded
     video          (B, T, 3, H, W)  uint8, if `video`
-    camera         (B, T-1, 2)      displacement of the background, if `camera`: a periodic texture that pans
-                                    by speed * (red - 1/2, green - 1/2) of its mean colour
-    Our choice: 128 of 255 counts as 1/2, so that 8 bits hold the colours, and with them the law, exactly.
+    our choice: 128 of 255 counts as 1/2, so that 8 bits hold the colours, and the law, exactly.
     """
 
     def __init__(
@@ -351,11 +414,10 @@ class MovingSquares:
         frames=16,              # T
         objects=3,              # N
         side=24,                # pixels: objects fill a box of side x side
-        gap=8,                  # least pixels between two objects in frame 0; 8: they share no latent cell
+        gap=8,           # least pixels between two objects in frame 0; 8: no latent cell holds two
         speed=0.1,              # twice the largest v along an axis
         mode="differentiated",  # who moves: differentiated, all-move, random-mover, colour-mover
         shape="square",         # square, disc, triangle, cross; any: each object one of them
-        camera=False,           # a textured background that pans
         video=True,             # False: frame 0 alone is drawn
         seed=0,                 # below 10**9
         split="train",          # or "eval", whose clips are others
@@ -363,102 +425,76 @@ class MovingSquares:
         if mode not in MODES or shape not in (*STAMPS, "any"):
             raise ValueError(f"squares: {mode=} {shape=}: choose from {', '.join(MODES)}, and from "
                              f"{', '.join(STAMPS)}, any")
-        if not (frames >= 2 and objects >= 1 and 1 <= side <= size and gap >= 0 and
-                0 <= speed / 2 * size * min(frames - 1, 15) <= size - side):
-            raise ValueError(
-                f"squares: {size=} {frames=} {objects=} {side=} {gap=} {speed=}: want 2 frames, 1 object or "
-                "more, side up to size, gap 0 or more, a speed at which objects stay inside for 16 frames")
-        if not 0 <= seed < EVAL or split not in ("train", "eval"):
-            raise ValueError(f"squares: {seed=} must lie in 0 .. 10**9 - 1, {split=} be 'train' or 'eval'")
-        self.size, self.frames, self.objects, self.side, self.gap = size, frames, objects, side, gap
-        self.speed, self.mode, self.camera, self.video = speed, mode, camera, video
-        self.seed = seed + EVAL * (split == "eval")
+        self.size = size
+        self.frames = frames
+        self.objects = objects
+        self.side = side
+        self.gap = gap
+        self.speed = speed
+        self.mode = mode
+        self.video = video
+        self.seed = split_seed(seed, split)
+        self.reach = size * min(frames - 1, 15)     # pixels in 16 frames per unit of velocity
+        if side > size or speed / 2 * self.reach > size - side:
+            raise ValueError(f"squares: {size=} {side=} {frames=} {speed=}: objects must stay "
+                             "inside for 16 frames; take smaller or slower ones")
         y, x = abs(np.mgrid[:side, :side] + 0.5 - side / 2) * 2 / side  # from the middle, in (0, 1)
         down = (np.arange(side)[:, None] + 0.5) / side
-        stamps = dict(zip(STAMPS, (x <= 1, x**2 + y**2 <= 1, x <= down, np.minimum(x, y) <= 0.36)))
-        self.stamps = np.stack([stamps[name] for name in (STAMPS if shape == "any" else [shape])])
+        tables = x <= 1, x**2 + y**2 <= 1, x <= down, np.minimum(x, y) <= 0.36
+        stamps = dict(zip(STAMPS, tables))
+        self.stamps = list(stamps.values()) if shape == "any" else [stamps[shape]]
 
-    def _scenes(self, u):
-        """Uniform numbers (..., N, 7) to colours (0..255), velocities, corners in frame 0, kinds of stamp."""
-        N, S = self.objects, self.size
-        colours = (256 * u[..., :3]).astype(int)
-        colours[..., 2] = 128 + colours[..., 2] // 2
-        mover = (u[..., :1, 3] * N).astype(int) if self.mode == "random-mover" else 0
-        moves = ((np.arange(N) == mover) | (self.mode == "all-move"))[..., None]
-        if self.mode == "colour-mover":
-            colours[..., :2] = np.where(moves, colours[..., :2], 128)
-        v = self.speed * moves * (colours[..., :2] - 128) / 255
-        path = v * S * min(self.frames - 1, 15)
-        least, most = np.maximum(-path, 0), S - self.side - np.maximum(path, 0)
-        corners = np.rint(least + u[..., 4:6] * (most - least)).astype(int)
-        return colours, v, corners, (u[..., 6] * len(self.stamps)).astype(int)
-
-    def _world(self, indices):
-        """Draws clips: generators, colours (B, N, 3), velocities and corners (B, N, 2), kinds (B, N)."""
-        rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
-        N, found, missing = self.objects, None, np.arange(len(rngs))
+    def _draw(self, rng):
+        """One clip's colours (N, 3) in 0..255, velocities and corners in frame 0 (N, 2), stamps."""
+        N = self.objects
         i, j = np.triu_indices(N, 1)
-        for _ in range(200):            # eight scenes each; the first with room counts, or eight more follow
-            scenes = self._scenes(np.stack([rngs[b].random((8, N, 7)) for b in missing]))
-            far = abs(scenes[2][:, :, i] - scenes[2][:, :, j]).max(-1) >= self.side + self.gap
-            room = far.all(-1)                                          # (missing, 8)
-            first = [a[np.arange(len(missing)), room.argmax(1)] for a in scenes]
-            found = first if found is None else found
-            for a, new in zip(found, first):
-                a[missing] = new
-            missing = missing[~room.any(1)]
-            if not len(missing):
-                return rngs, *found
-        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} apart, in "
-                         f"frames of {self.size}: take fewer or smaller ones")
+        for _ in range(1600):
+            u = rng.random((N, 7))
+            colours = (256 * u[:, :3]).astype(int)
+            colours[:, 2] = 128 + colours[:, 2] // 2
+            mover = int(u[0, 3] * N) if self.mode == "random-mover" else 0
+            moves = (np.arange(N) == mover) | (self.mode == "all-move")
+            if self.mode == "colour-mover":
+                colours[~moves, :2] = 128
+            v = self.speed * moves[:, None] * (colours[:, :2] - 128) / 255
+            path = v * self.reach
+            least = np.maximum(-path, 0)
+            most = self.size - self.side - np.maximum(path, 0)
+            corners = np.rint(least + u[:, 4:6] * (most - least)).astype(int)
+            apart = abs(corners[i] - corners[j]).max(-1) >= self.side + self.gap
+            if apart.all():
+                kinds = (u[:, 6] * len(self.stamps)).astype(int)
+                return colours, v, corners, [self.stamps[kind] for kind in kinds]
+        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} "
+                         "apart: take fewer or smaller ones")
 
-    def _pixels(self, corners, kinds):
-        """Stamps with corners (B, M, N, 2): of all pixels inside, which of the B*M*N, and y * size + x."""
-        reach = np.arange(self.side)
-        y, x = (corners[..., axis, None] + reach for axis in (1, 0))    # (B, M, N, side)
-        inside = lambda at: (at >= 0) & (at < self.size)
-        on = self.stamps[kinds][:, None] & inside(y)[..., None] & inside(x)[..., None, :]
-        which = on.reshape(-1, self.side**2).nonzero()[0]
-        return which, (y[..., None] * self.size + x[..., None, :])[on]
-
-    def _background(self, rngs, times):
-        """Textured frames (B, M, 3, S, S) at M times, and the pan per frame (B, 2)."""
-        S, u = self.size, np.stack([rng.random((3, 4)) for rng in rngs])
-        mean = 48 + 160 * u[:, 2, :3]                                   # (B, 3)
-        pan = self.speed * (mean[:, :2] - 128) / 255
-        turns, angle = 2 * np.pi * np.rint(1 + 3 * u[:, 0, :, None]) / S, 2 * np.pi * u[:, 1, :, None]
-        a, b, c, d = np.sin(turns * np.arange(S) + angle).transpose(1, 0, 2)            # each (B, S)
-        texture = a[:, :, None] * b[:, None] + (c[:, :, None] + d[:, None]) / 2         # (B, S, S), mean 0
-        texture = (mean[:, :, None, None] + 20 * texture[:, None]).astype(np.uint8)
-        x, y = ((np.arange(S) - np.rint(pan[:, axis, None, None] * S * times[:, None])).astype(int) % S
-                for axis in (0, 1))                                     # (B, M, S)
-        frames = texture[np.arange(len(rngs))[:, None, None, None], :, y[..., None], x[..., None, :]]
-        return np.ascontiguousarray(np.moveaxis(frames, -1, 2)), pan
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self.seed, int(index)))
+        colours, v, corners, stamps = self._draw(rng)
+        N, S, side = self.objects, self.size, self.side
+        masks = np.zeros((N, S, S), bool)
+        for n, (x, y) in enumerate(corners):
+            masks[n, y:y + side, x:x + side] = stamps[n]
+        times = self.frames if self.video else 1
+        video = np.zeros((times, 3, S + 2 * side, S + 2 * side), np.uint8)  # a rim for what leaves
+        for t in range(times):
+            place = corners + np.rint(v * S * t).astype(int)
+            place = np.clip(place, -side, S) + side
+            for n, (x, y) in enumerate(place):
+                box = video[t, :, y:y + side, x:x + side]
+                box[:, stamps[n]] = colours[n][:, None]
+        video = torch.from_numpy(video[..., side:-side, side:-side].copy())
+        displacements = v[:, None] * np.arange(1, self.frames)[:, None]
+        clip = dict(
+            first_frame=video[0],
+            masks=torch.from_numpy(masks),
+            displacements=torch.from_numpy(displacements).float(),
+        )
+        return clip | dict(video=video) if self.video else clip
 
     def batch(self, indices):
         """The clips of these numbers: the dictionary in the class docstring."""
-        rngs, colours, v, corners, kinds = self._world(indices)
-        B, N, S, T = len(rngs), self.objects, self.size, self.frames
-        times, out = np.arange(T if self.video else 1), {}
-        masks = np.zeros((B * N, S * S), bool)
-        masks[self._pixels(corners[:, None], kinds)] = True
-        video = np.zeros((B, len(times), 3, S, S), np.uint8)
-        if self.camera:
-            video, pan = self._background(rngs, times)
-            out["camera"] = pan[:, None] * np.arange(1, T)[:, None]
-        at = corners[:, None] + np.rint(v[:, None] * S * times[:, None, None]).astype(int)      # (B, M, N, 2)
-        which, pixel = self._pixels(at, kinds)
-        frame, n = which // N, which % N        # in order, and the last value stays: the larger n on top
-        for c in range(3):
-            video.reshape(-1)[(3 * frame + c) * S * S + pixel] = colours[frame // len(times), n, c]
-        out |= dict(displacements=v[:, :, None] * np.arange(1, T)[:, None])
-        out = {name: torch.from_numpy(a.astype(np.float32)) for name, a in out.items()}
-        out |= dict(first_frame=torch.from_numpy(video[:, 0].copy()),
-                    masks=torch.from_numpy(masks.reshape(B, N, S, S)))
-        return out | dict(video=torch.from_numpy(video)) if self.video else out
-
-    def __getitem__(self, index):
-        return {name: value[0] for name, value in self.batch([index]).items()}
+        return torch.utils.data.default_collate([self[i] for i in indices])
 
 
 # ---- your own videos -----------------------------------------------------------------------------
@@ -846,198 +882,220 @@ class Videos(torch.utils.data.Dataset):
 # ---- crops and photometric augmentation ----------------------------------------------------------
 def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
     """
-    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale` times the
-    whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that fits, else the largest
-    centred box of allowed aspect.
+    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale`
+    times the whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that
+    fits, else the largest centred box of allowed aspect.
     """
     area = height * width * rng.uniform(*scale, (n, 10))
-    aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), (n, 10)))
-    w, h = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))      # (n, 10)
+    aspect = np.exp(rng.uniform(*np.log(ratio), (n, 10)))
+    w = np.round(np.sqrt(area * aspect))                                # (n, 10)
+    h = np.round(np.sqrt(area / aspect))
     fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
-    pick = np.arange(n), fits.argmax(1)
-    w, h, corner = w[pick], h[pick], rng.uniform(size=(2, n))
-    top, left = np.floor(corner[0] * (height - h + 1)), np.floor(corner[1] * (width - w + 1))
-    whole = min(max(width / height, ratio[0]), ratio[1])        # no try fits: a very long frame
-    fallback_w, fallback_h = min(width, round(height * whole)), min(height, round(width / whole))
-    fallback = ((height - fallback_h) // 2, (width - fallback_w) // 2, fallback_h, fallback_w)
-    return np.where(fits.any(1)[:, None], np.stack([top, left, h, w], 1), fallback).astype(np.int64)
+    first = np.arange(n), fits.argmax(1)
+    w, h = w[first], h[first]
+    down, right = rng.uniform(size=(2, n))
+    top = np.floor(down * (height - h + 1))
+    left = np.floor(right * (width - w + 1))
+    boxes = np.stack([top, left, h, w], 1)
+
+    aspect = np.clip(width / height, *ratio)            # no try fits: a very long frame
+    w = min(width, round(height * aspect))
+    h = min(height, round(width / aspect))
+    largest = (height - h) // 2, (width - w) // 2, h, w
+    return np.where(fits.any(1)[:, None], boxes, largest).astype(np.int64)
 
 
 def crop_uint8(frame, box, size, flip=False):
-    """Frame (H, W, 3) -> its box (3, size, size), both uint8. Antialiased bicubic, PIL's within one level."""
+    """Frame (H, W, 3) -> its box (3, size, size), both uint8. Antialiased bicubic, as PIL's."""
     top, left, h, w = box
-    # channels last for free: the fast path
-    crop = torch.from_numpy(frame[top:top + h, left:left + w]).permute(2, 0, 1)[None]
+    crop = torch.from_numpy(frame[top:top + h, left:left + w])
+    crop = crop.permute(2, 0, 1)[None]              # (1, 3, h, w), channels last: torch's fast path
     crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
     return crop.flip(-1) if flip else crop
 
 
-def resize_weights(start, length, full, size, flip):
-    """
-    Rows that resample one axis: start, length (pixels) and flip of boxes, each (...) -> (..., size, full).
-    Antialiased cubic kernel (a = -0.5), as wide as the reduction, zero outside the box, normalised: what
-    F.interpolate does on the cropped box.
-    """
-    scale = (length / size)[..., None, None]                    # (..., 1, 1)
-    out = torch.arange(size, device=start.device) + 0.5
-    out = torch.where(flip[..., None], size - out, out)[..., None]      # (..., size, 1)
-    source = torch.arange(full, device=start.device) - start[..., None, None]   # (..., 1, full) from the edge
-    x = ((source + 0.5 - out * scale) / scale.clamp(min=1)).abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    weights = weights * ((source >= 0) & (source < length[..., None, None]))
-    return weights / weights.sum(-1, keepdim=True)
-
-
-@contextlib.contextmanager
-def no_tf32():
-    """Float32 matrix products in full: TF32, which training asks for, would be off by a grey level here."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@no_tf32()
-def crop_resize(frames, boxes, size, flip):
-    """
-    Frames (..., 3, H, W) float, boxes (..., n, 4), flip (..., n) bool -> crops (..., n, 3, size, size). Two
-    batched matrix products on any device: equals F.interpolate(bicubic, antialias=True) of each box;
-    grid_sample would alias.
-    """
-    boxes = boxes.to(frames)
-    rows = resize_weights(boxes[..., 0], boxes[..., 2], frames.shape[-2], size, torch.zeros_like(flip))
-    columns = resize_weights(boxes[..., 1], boxes[..., 3], frames.shape[-1], size, flip)
-    crops = torch.einsum("...nyh,...chw->...ncyw", rows, frames)        # (..., n, 3, size, W)
-    # cubic overshoots; uint8 clamps too
-    return torch.einsum("...ncyw,...nxw->...ncyx", crops, columns).clamp(0, 1)
-
-
 def gray(x):
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]    # (N, 1, H, W)
+    """(N, 3, H, W) -> (N, 1, H, W)."""
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def grayscale(x, _):
+    return gray(x).expand_as(x)
+
+
+def brightness(x, factor):
+    return (factor * x).clamp(0, 1)
+
+
+def contrast(x, factor):
+    mean = gray(x).mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, factor).clamp(0, 1)
+
+
+def saturation(x, factor):
+    return torch.lerp(gray(x), x, factor).clamp(0, 1)
 
 
 def rotate_hue(x, turn):
-    """Moves the hue of (N, 3, H, W) in [0, 1] by (N, 1, 1, 1) turns; keeps saturation, value. No branches."""
-    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    r, g, b = (x / (high - low + 1e-12)).unbind(1)
-    high_is = x.argmax(1)
-    hue = torch.where(high_is == 0, g - b, torch.where(high_is == 1, 2 + b - r, 4 + r - g))  # in 1/6 turns
-    k = torch.remainder(hue[:, None] + 6 * turn +
-                        (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1), 6)    # (N, 3, H, W)
-    return high - (high - low) * torch.minimum(k, 4 - k).clamp(0, 1)
+    """Moves the hue of (N, 3, H, W) in [0, 1] by (N, 1, 1, 1) turns; keeps saturation and value."""
+    r, g, b = x.split(1, dim=1)
+    high = torch.maximum(torch.maximum(r, g), b)
+    chroma = high - torch.minimum(torch.minimum(r, g), b)
+    numerator = torch.where(r == high, g - b, torch.where(g == high, b - r, r - g))
+    sixths = torch.where(r == high, 0.0, torch.where(g == high, 2.0, 4.0))
+    hue = numerator / (chroma + 1e-12) + sixths + 6 * turn             # in sixths of a turn; 0: red
+    starts = 5 - 2 * torch.arange(3, device=x.device)                   # of red, green, blue
+    k = hue + starts.view(3, 1, 1)                                      # (N, 3, H, W)
+    k = k - 6 * (k / 6).floor()                                         # in [0, 6)
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-@no_tf32()
+def blur_weights(length, sigma):
+    """Rows that blur one axis (N, 1, length, length), normalised: borders are not darkened."""
+    d = torch.arange(length, device=sigma.device)
+    weights = (-(d[:, None] - d) ** 2 / (2 * sigma**2)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def blur(x, sigma):
-    """Gaussian blur of (N, 3, H, W), sigma (N,) pixels: two band matrix products, borders renormalised."""
-    def weights(length):
-        d = torch.arange(length, device=x.device)
-        band = (-(d[:, None] - d) ** 2 / (2 * sigma.view(-1, 1, 1) ** 2)).exp()
-        return (band / band.sum(-1, keepdim=True))[:, None]             # (N, 1, length, length)
-    return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).mT
+    """Gaussian blur of (N, 3, H, W), sigma (N, 1, 1, 1) pixels: two products with band matrices."""
+    return blur_weights(x.shape[-2], sigma) @ x @ blur_weights(x.shape[-1], sigma).mT
 
 
-# Columns of the parameters of one crop's augmentation.
-ORDER, FACTORS, GRAY, BLUR, SOLARIZE = slice(0, 4), slice(4, 8), 8, 9, 10
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+def solarize(x, _):
+    return torch.where(x >= 0.5, 1 - x, x)
+
+
+JITTER = (brightness, contrast, saturation, rotate_hue)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)          # factors that change nothing
+
+
+def apply_to(x, chosen, operation, amounts):
+    """In place: x[chosen] = operation(x[chosen], amounts[chosen]). Both lie on the CPU, so that the
+    device is never waited for."""
+    index = chosen.nonzero()[:, 0]
+    if len(index):
+        amounts = amounts[index].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+        index = index.to(x.device, non_blocking=True)
+        x.index_copy_(0, index, operation(x[index], amounts))
 
 
 def photometric(x, params):
     """
-    Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's meaning.
-    x (N, 3, S, S) float in [0, 1] on any device; params (N, 11) on the CPU, so that which crop needs what is
-    known without asking the device. Neutral parameters leave a crop as it is.
+    Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's
+    meaning, of only those crops that need it. x (N, 3, H, W) float in [0, 1] on any device; params
+    on the CPU:
+
+    order     (N, 4)  the first to the last operation of jitter, numbers of JITTER
+    factors   (N, 4)  of brightness, contrast, saturation; turns of hue. NEUTRAL: not at all
+    gray      (N,)    bool
+    blur      (N,)    sigma in pixels; 0: not at all
+    solarize  (N,)    bool
     """
-    on = params.to(x.device, non_blocking=True)
-    index = lambda chosen: chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
+    x = x.clone()
+    order = params["order"]
+    factors = params["factors"]
     for k in range(4):                      # the k-th operation of every crop
-        op = on[:, k].view(-1, 1, 1, 1)
-        factor = on[:, FACTORS].gather(1, on[:, k:k + 1].long()).view(-1, 1, 1, 1)
-        luma = gray(x)
-        base = torch.where(op == CONTRAST, luma.mean((2, 3), keepdim=True), luma * (op == SATURATION))
-        x = torch.where(op == HUE, x, torch.lerp(base.expand_as(x), x, factor).clamp(0, 1))
-        turned = index((params[:, k] == HUE) & (params[:, FACTORS][:, HUE] != 0))
-        x = x.index_copy(0, turned, rotate_hue(x[turned], on[turned, FACTORS][:, HUE].view(-1, 1, 1, 1)))
-    x = torch.where(on[:, GRAY].view(-1, 1, 1, 1) > 0, gray(x), x)
-    blurred = index(params[:, BLUR] > 0)
-    x = x.index_copy(0, blurred, blur(x[blurred], on[blurred, BLUR]))
-    return torch.where((on[:, SOLARIZE].view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
+        for number, operation in enumerate(JITTER):
+            needed = (order[:, k] == number) & (factors[:, number] != NEUTRAL[number])
+            apply_to(x, needed, operation, factors[:, number])
+    apply_to(x, params["gray"], grayscale, params["gray"])
+    apply_to(x, params["blur"] > 0, blur, params["blur"])
+    apply_to(x, params["solarize"], solarize, params["solarize"])
+    return x
 
 
 class MultiCrop:
     """
-    The crops of a frame pair (paper: Sec. 4.1, B.1; what the paper leaves out: the released configuration).
+    The crops of a frame pair (paper: Sec. 4.1, B.1; what the paper leaves out: as released).
 
-    motion   (2, 3, S, S)       one box (area 0.2-0.4 of the frame) in both frames, never flipped; frame 1
-                                gets colours T1, frame 2 T2
-    globals  (2, 2, 3, S, S)    [frame, box]: two boxes (area 0.4-1) inside one initial crop (area 0.05-0.2
-                                of the frame), each the same in both frames and flipped with probability 0.5;
-                                box 1 gets T1, box 2 T2
-    locals   (2, n, 3, s, s)    [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
-                                initial crop), flipped, T3
+    motion   (2, 3, S, S)     one box (area 0.2-0.4 of the frame) in both frames, never flipped;
+                              frame 1 gets colours T1, frame 2 T2
+    globals  (2, 2, 3, S, S)  [frame, box]: two boxes (area 0.4-1) inside one initial crop (area
+                              0.05-0.2 of the frame), each the same in both frames and flipped with
+                              probability 0.5; box 1 gets T1, box 2 T2
+    locals   (2, n, 3, s, s)  [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
+                              initial crop), flipped, T3
 
-    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability 0.8,
-    grayscale 0.2, then T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.
-    Blur: sigma from 0.1 to `blur` pixels of the crop.
+    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability
+    0.8, grayscale 0.2, then T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.
+    Blur: sigma from 0.1 to `blur` pixels of the crop. colours=False: none at all (held-out tables).
+    motion_colours: for the motion crops "independent" draws; "shared": frame 1's for both; "none".
+    our choice: independent, as released, while the paper is silent.
     """
 
-    def __init__(self, size, local_size, local_crops, blur=2.0, colours=True):
-        self.size, self.local_size, self.n, self.blur, self.colours = (
-            size, local_size, local_crops, blur, colours)
+    def __init__(self, size, local_size, local_crops, blur=2.0, colours=True,
+                 motion_colours="independent"):
+        if motion_colours not in ("independent", "shared", "none"):
+            raise ValueError(f"{motion_colours=} must be independent, shared or none")
+        n = local_crops
+        self.n = n
+        self.local_size = local_size
+        self.blur = blur
+        self.colours = colours
+        self.motion_colours = motion_colours
+        # of a pair's 6 + 2n crops: motion of both frames; globals [frame, box]; locals [frame, box]
+        self.frames = [0, 1] + [0, 0, 1, 1] + n * [0] + n * [1]
+        self.sizes = 6 * [size] + 2 * n * [local_size]
+        self.kinds = np.array([0, 1] + [0, 1, 0, 1] + 2 * n * [2])      # of colours: T1, T2, T3
 
     def draw(self, rng, height, width):
-        """Boxes, flips and colour parameters of a pair's 6 + 2n crops: [motion x, y; globals; locals]."""
+        """Boxes (6 + 2n, 4), flips (6 + 2n,) and parameters of `photometric` of a pair's crops."""
         motion = random_boxes(rng, height, width, (0.2, 0.4), 1)
         top, left, h, w = random_boxes(rng, height, width, (0.05, 0.2), 1)[0]
-        inside = np.concatenate([random_boxes(rng, h, w, (0.4, 1.0), 2),
-                                 random_boxes(rng, h, w, (0.05, 0.4), 2 * self.n)])
-        inside += (top, left, 0, 0)
-        boxes = np.concatenate([motion, motion, inside[:2], inside[:2], inside[2:]])        # (6 + 2n, 4)
+        large = random_boxes(rng, h, w, (0.4, 1.0), 2) + (top, left, 0, 0)
+        small = random_boxes(rng, h, w, (0.05, 0.4), 2 * self.n) + (top, left, 0, 0)
+        boxes = np.concatenate([motion, motion, large, large, small])
         flips = rng.uniform(size=2 + 2 * self.n) < 0.5
         flips = np.concatenate([[False, False], flips[:2], flips[:2], flips[2:]])
 
-        N, params = len(boxes), np.zeros((len(boxes), 11), np.float32)
-        params[:, ORDER] = rng.permuted(np.tile(np.arange(4), (N, 1)), axis=1)
-        jitter = rng.uniform((0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1), (N, 4))
-        u = rng.uniform(size=(N, 4))
-        params[:, FACTORS] = np.where(u[:, :1] < 0.8, jitter, (1, 1, 1, 0))
-        params[:, GRAY] = u[:, 1] < 0.2
-        kind = np.array([0, 1, 0, 1, 0, 1] + [2] * (2 * self.n))                           # T1, T2, T3
-        params[:, BLUR] = np.where(u[:, 2] < np.array([1, 0.1, 0.5])[kind], rng.uniform(0.1, self.blur, N), 0)
-        params[:, SOLARIZE] = (u[:, 3] < 0.2) & (kind == 1)
-        return boxes, flips, params
+        N = len(boxes)
+        order = rng.permuted(np.tile(np.arange(4), (N, 1)), axis=1)
+        factors = rng.uniform((0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1), (N, 4))
+        jittered, grayed, blurred, solarized = rng.uniform(size=(N, 4)).T
+        blur_chance = np.array([1, 0.1, 0.5])[self.kinds]
+        sigma = rng.uniform(0.1, self.blur, N)
+        params = dict(
+            order=order,
+            factors=np.where(jittered[:, None] < 0.8, factors, NEUTRAL).astype(np.float32),
+            gray=grayed < 0.2,
+            blur=np.where(blurred < blur_chance, sigma, 0).astype(np.float32),
+            solarize=(solarized < 0.2) & (self.kinds == 1),
+        )
+        if self.motion_colours == "shared":
+            for value in params.values():
+                value[1] = value[0]
+        if self.motion_colours == "none":
+            params["factors"][:2] = NEUTRAL
+            for name in ("gray", "blur", "solarize"):
+                params[name][:2] = 0
+        return boxes, flips, {name: torch.from_numpy(value) for name, value in params.items()}
 
     def __call__(self, frames, rng):
-        """Two frames (H, W, 3) uint8 of one size -> uint8 crops, `params`; finish() colours on the device."""
+        """Two frames (H, W, 3) uint8 of one size -> uint8 crops, and `params` for finish()."""
         boxes, flips, params = self.draw(rng, *frames[0].shape[:2])
-        which = [0, 1, 0, 0, 1, 1] + [0] * self.n + [1] * self.n
-        sizes = [self.size] * 6 + [self.local_size] * (2 * self.n)
-        crops = [crop_uint8(frames[f], box, size, flip)
-                 for f, box, size, flip in zip(which, boxes, sizes, flips)]
-        small = torch.stack(crops[6:]) if self.n else torch.empty(
-            0, 3, self.local_size, self.local_size, dtype=torch.uint8)
-        return {"motion": torch.stack(crops[:2]), "globals": torch.stack(crops[2:6]).unflatten(0, (2, 2)),
-                "locals": small.unflatten(0, (2, self.n)), "params": torch.from_numpy(params)}
-
-    def batch(self, video, rngs):
-        """Same for float video (B, 2, 3, H, W) in [0, 1], any device, one rng per pair; crops stay float."""
-        boxes, flips, params = map(np.stack, zip(*(self.draw(rng, *video.shape[-2:]) for rng in rngs)))
-        boxes, flips = (torch.from_numpy(v).to(video.device, non_blocking=True) for v in (boxes, flips))
-        crop = lambda at, size: crop_resize(
-            video, boxes[:, at].unflatten(1, (2, -1)), size, flips[:, at].unflatten(1, (2, -1)))
-        return {"motion": crop(slice(0, 2), self.size)[:, :, 0], "globals": crop(slice(2, 6), self.size),
-                "locals": crop(slice(6, None), self.local_size), "params": torch.from_numpy(params)}
+        crops = [crop_uint8(frames[frame], box, size, flip)
+                 for frame, box, size, flip in zip(self.frames, boxes, self.sizes, flips)]
+        small = torch.empty(2 * self.n, 3, self.local_size, self.local_size, dtype=torch.uint8)
+        for i, crop in enumerate(crops[6:]):
+            small[i] = crop
+        return dict(
+            motion=torch.stack(crops[:2]),
+            globals=torch.stack(crops[2:6]).unflatten(0, (2, 2)),
+            locals=small.unflatten(0, (2, self.n)),
+            params=params,
+        )
 
     def finish(self, batch):
-        """Colours: crops, uint8 or float, `params` (B, 6 + 2n, 11) on the CPU -> float crops in [0, 1]."""
+        """Colours: uint8 crops and their `params`, on the CPU -> float crops in [0, 1]."""
         params = batch.pop("params")
-        for name, at in (("motion", slice(0, 2)), ("globals", slice(2, 6)), ("locals", slice(6, None))):
-            crops = batch[name] / 255 if batch[name].dtype == torch.uint8 else batch[name]
+        parts = dict(motion=slice(0, 2), globals=slice(2, 6), locals=slice(6, None))
+        for name, part in parts.items():
+            crops = batch[name] / 255
             if self.colours:
-                crops = photometric(crops.flatten(0, -4), params[:, at].flatten(0, 1)).view(crops.shape)
+                own = {key: value[:, part].flatten(0, 1) for key, value in params.items()}
+                crops = photometric(crops.flatten(0, -4), own).view(crops.shape)
             batch[name] = crops
         return batch
 
@@ -1572,13 +1630,17 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, numbers):
         if isinstance(self.source, Videos):
-            samples = self.source.__getitems__(numbers)
-            return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+            return torch.utils.data.default_collate(self.source.__getitems__(numbers))
         clips = self.source.batch(numbers)
         if self.crops is None:
             return clips
-        video = clips["video"] / 255 if clips["video"].dtype == torch.uint8 else clips["video"]
-        return self.crops.batch(video, [np.random.default_rng((self.seed, i, 1)) for i in numbers])
+        video = clips["video"]                          # (B, 2, 3, H, W)
+        if video.dtype != torch.uint8:
+            video = (255 * video).round().byte()
+        frames = video.movedim(2, -1).contiguous().numpy()
+        pairs = [self.crops(pair, np.random.default_rng((self.seed, i, 1)))
+                 for pair, i in zip(frames, numbers)]
+        return torch.utils.data.default_collate(pairs)
 
 
 def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True,
@@ -1608,9 +1670,9 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     crops = MultiCrop(inputs["size"], **inputs["crops"], colours=colours) if "crops" in inputs else None
     if workers < 0 and source == "squares":     # frame 0 is drawn sooner than it is sent from another process
         workers = 0
-    if workers < 0:     # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
+    if workers < 0:     # a training on the CPU wants all cores but one itself
         most = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-        workers = 0 if synthetic and device.type != "cpu" else min(most, 1 if synthetic else 16)
+        workers = min(most, 1 if synthetic and device.type == "cpu" else 16)
     if source == "squares":
         dataset = MovingSquares(inputs["size"] * (2 if crops else 1), inputs["frames"], seed=seed,
                                 split=split, **inputs.get("squares", {}))
@@ -1618,14 +1680,14 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
         options = dict(size=2 * inputs["size"]) | (scenes or {}) | dict(frames=inputs["frames"])
         if crops is None:                   # what isn't cropped is rendered in the size that the model eats
             options["size"] = inputs["size"]
-        dataset = Scenes(seed=seed, split=split, device="cpu" if workers else device, **options)
+        dataset = Scenes(seed=seed, split=split, **options)
     seed = seed + EVAL * (split == "eval")
     if not synthetic:
         dataset = Videos(source, inputs["frames"], gap, stride, repeat, fps, seed,
                          transform=crops or SquareClip(inputs["size"]))
     loader = torch.utils.data.DataLoader(
         Batches(dataset, crops, seed), batch_size=None, sampler=batches, num_workers=workers,
-        pin_memory=device.type == "cuda" and not (synthetic and not workers),
+        pin_memory=device.type == "cuda",
         prefetch_factor=2 if workers else None, worker_init_fn=start_worker)
     if workers:
         atexit.register(end_workers)

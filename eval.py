@@ -823,12 +823,12 @@ class TrainingCrops(torch.utils.data.Dataset):
 def jitter(images, generator):
     """Brightness, contrast, saturation by 0.7 to 1.3, hue by 0.05 turns, for half of the images each."""
     n = len(images)
-    params = torch.zeros(n, 11)
-    params[:, data.ORDER] = torch.rand(n, 4, generator=generator).argsort(1).float()
+    order = torch.rand(n, 4, generator=generator).argsort(1)
     factors = torch.rand(n, 4, generator=generator) * 2 - 1                 # -1 .. 1
     factors *= (torch.rand(n, 4, generator=generator) < 0.5) * torch.tensor([0.3, 0.3, 0.3, 0.05])
-    params[:, data.FACTORS] = factors + torch.tensor([1.0, 1.0, 1.0, 0.0])
-    return data.photometric(images, params)
+    never = torch.zeros(n, dtype=torch.bool)
+    return data.photometric(images, dict(
+        order=order, factors=factors + torch.tensor(data.NEUTRAL), gray=never, blur=never, solarize=never))
 
 
 def labelled_scenes(config, args, split):
@@ -1409,8 +1409,9 @@ def follow(model, config, args):
     """
     cfg = model.cfg
     size, T = (cfg.size, cfg.size), max(cfg.frames, 8)
-    scenes = data.Scenes(device=args.device, **scene_options(model, config, args, T))
+    scenes = data.Scenes(**scene_options(model, config, args, T))
     clips = scenes.batch(range(1000, 1064), truth=True, points=256)
+    clips = {name: value.to(args.device) for name, value in clips.items()}
     states = torch.cat([model.predict_ahead(clip[:, :-1]) for clip in clips["video"].split(8)])    # (B, T, N, D)
     tracks, ids = clips["tracks"], clips["ids"].flatten(2)                  # (B, T, P, 2), (B, T, H*W)
     x, y = tracks.round().long().clamp(0, cfg.size - 1).unbind(-1)
@@ -1445,11 +1446,12 @@ def scene_clips(model, config, args, split, count):
     Clips of scenes with what readouts are to say of them, places as shares of the frame's size. Their points
     are on sprites, if there are any in frame 0: nobody could follow those on a plain background.
     """
-    scenes = data.Scenes(device=args.device, **scene_options(
+    scenes = data.Scenes(**scene_options(
         model, config, args, max(model.cfg.frames, FRAMES), split))
     generator, parts = torch.Generator().manual_seed(args.seed), []
     for i in range(0, count, 16):
         clip = scenes.batch(range(FIRST + i, FIRST + min(i + 16, count)), truth=True, points=8 * POINTS)
+        clip = {name: value.to(args.device) for name, value in clip.items()}
         x, y = clip["tracks"][:, 0].long().unbind(-1)
         sprite = clip["ids"][:, 0].flatten(1).gather(1, y * scenes.size + x) > 0
         drawn = torch.multinomial(sprite.cpu() + 1e-9, POINTS, generator=generator).to(args.device)

@@ -72,7 +72,7 @@ class Config:
         """What the model eats: moving squares, drawn beyond frame 0 only if frames are to be compared."""
         video = self.render or self.phase != 1
         return dict(frames=self.frames, size=self.size, held_out=4 if video else 32, squares=dict(
-            objects=self.objects, mode=self.mode, shape=self.shape, camera=self.camera, video=video))
+            objects=self.objects, mode=self.mode, shape=self.shape, video=video))
 
 
 PRESETS = {

@@ -4,6 +4,7 @@ Run them with `python -m pytest -q test_models.py`; no downloads, no GPU, under 
 """
 import argparse
 import ast
+import colorsys
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import zlib
 from copy import deepcopy
 from dataclasses import fields, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # before torch loads: small models, several processes
@@ -988,148 +990,176 @@ def test_moog_refuses(call, argument, error, word, bad_moog_files, tmp_path, mon
 
 
 # ---- crops and colours ---------------------------------------------------------------------------
-# order of jitter; brightness, contrast, saturation, hue; gray, blur, solarise
-NEUTRAL = [0, 1, 2, 3, 1, 1, 1, 0, 0, 0, 0]
-
-
 def colours(x, **changes):
-    params = torch.tensor([NEUTRAL], dtype=torch.float32)
-    for name, value in changes.items():
-        at = dict(brightness=4, contrast=5, saturation=6, hue=7, gray=8, blur=9, solarize=10,
-                  order=slice(0, 4))[name]
-        params[:, at] = torch.as_tensor(value, dtype=torch.float32)
-    return data.photometric(x, params.expand(len(x), -1).clone())
+    """photometric with neutral parameters but for the changes, the same for all crops."""
+    params = dict(order=(0, 1, 2, 3), factors=data.NEUTRAL, gray=False, blur=0.0, solarize=False)
+    params = {name: torch.tensor([v] * len(x)) for name, v in (params | changes).items()}
+    return data.photometric(x, params)
 
 
-def test_crop_resize_is_antialiased_bicubic():
-    x, no = torch.rand(2, 3, 40, 56), torch.zeros(2, 1, dtype=torch.bool)
-    for box, size in (((0, 0, 40, 56), 16), ((3, 7, 20, 31), 24), ((10, 2, 30, 18), 9), ((5, 5, 8, 8), 32)):
-        top, left, h, w = box
-        expected = F.interpolate(
-            x[..., top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        boxes = torch.tensor([[box], [box]])
-        close(data.crop_resize(x, boxes, size, no)[:, 0], expected, 1e-5)
-        close(data.crop_resize(x, boxes, size, ~no)[:, 0], expected.flip(-1), 1e-5)
-    close(data.crop_resize(x[..., :40], torch.tensor([[[0, 0, 40, 40]]]), 40, no)[:, 0],
-          x[..., :40], 1e-6)                                    # identity
+def luma(x):
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
-def test_uint8_crops_agree_with_the_float_ones():
-    # no overshoot: uint8 would clip between the passes
-    frame = torch.randint(64, 192, (60, 80, 3), dtype=torch.uint8).numpy()
-    for box, flip in (((4, 9, 41, 37), False), ((0, 0, 60, 80), True)):
-        crop = data.crop_uint8(frame, box, 24, flip)
-        exact = data.crop_resize(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255,
-                                 torch.tensor([[box]]), 24, torch.tensor([[flip]]))
-        assert crop.dtype == torch.uint8
-        close(crop / 255, exact[0, 0], 1.5 / 255)
-
-
-def test_colours_on_hand_made_cases():
+@pytest.mark.parametrize("changes, expected", [
+    (dict(), lambda x: x),
+    (dict(factors=(1.3, 1, 1, 0.0)), lambda x: (1.3 * x).clamp(0, 1)),
+    (dict(factors=(1, 0.7, 1, 0.0)), lambda x: 0.7 * x + 0.3 * luma(x).mean((2, 3), keepdim=True)),
+    (dict(factors=(1, 1, 0.8, 0.0)), lambda x: 0.8 * x + 0.2 * luma(x)),
+    (dict(factors=(1, 1, 1, 1 / 3)), lambda x: x[:, [2, 0, 1]]),        # red becomes green, green blue, ...
+    (dict(factors=(1, 1, 1, -1 / 3)), lambda x: x[:, [1, 2, 0]]),
+    (dict(gray=True), lambda x: luma(x).expand_as(x)),
+    (dict(solarize=True), lambda x: torch.minimum(x, 1 - x)),
+    (dict(factors=(1.4, 1, 0.8, 0.0), order=(2, 0, 1, 3)),
+     lambda x: (1.4 * (0.8 * x + 0.2 * luma(x))).clamp(0, 1)),
+    (dict(factors=(1.4, 1, 0.8, 0.0), order=(0, 2, 1, 3)),
+     lambda x: 0.8 * (1.4 * x).clamp(0, 1) + 0.2 * luma((1.4 * x).clamp(0, 1))),
+    (dict(gray=True, solarize=True), lambda x: torch.minimum(luma(x), 1 - luma(x)).expand_as(x)),
+])
+def test_each_colour_operation_does_what_its_formula_says(changes, expected):
     x = torch.rand(4, 3, 8, 8)
-    luma = 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-    close(colours(x), x, 0)
-    close(colours(x, brightness=1.3), (1.3 * x).clamp(0, 1), 1e-6)
-    close(colours(x, contrast=0.7), 0.7 * x + 0.3 * luma.mean((2, 3), keepdim=True), 1e-6)
-    close(colours(x, saturation=0.8), 0.8 * x + 0.2 * luma, 1e-6)
-    close(colours(x, gray=1), luma.expand_as(x), 1e-6)
-    close(colours(x, hue=1 / 3), x[:, [2, 0, 1]], 1e-5)         # red becomes green, green blue, blue red
-    close(colours(x, hue=-1 / 3), x[:, [1, 2, 0]], 1e-5)
-    close(colours(colours(x, hue=0.1), hue=-0.1), x, 1e-5)
-    levels = torch.tensor([0, 127, 128, 255]) / 255
-    close(colours(levels.expand(1, 3, 4, 4), solarize=1)[0, 0, 0], torch.tensor([0, 127, 127, 0]) / 255, 1e-6)
-    close(colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3)),
-          ((0.8 * x + 0.2 * luma) * 1.4).clamp(0, 1), 1e-6)
-    assert (colours(x, brightness=1.4, saturation=0.8) -
-            colours(x, brightness=1.4, saturation=0.8, order=(2, 0, 1, 3))).abs().max() > 1e-3
+    close(colours(x, **changes), expected(x), 3e-6)
+
+
+def test_hue_is_that_of_hsv():
+    x = torch.rand(1, 3, 6, 6)
+    x[0, :, 0, 0] = 0.4                                        # grey has no hue and keeps its value
+    turned = colours(x, factors=(1, 1, 1, 0.07))[0].permute(1, 2, 0).reshape(-1, 3)
+    for before, after in zip(x[0].permute(1, 2, 0).reshape(-1, 3).tolist(), turned.tolist()):
+        h, s, v = colorsys.rgb_to_hsv(*before)
+        close(after, colorsys.hsv_to_rgb((h + 0.07) % 1, s, v), 1e-5)
+
+
+def test_crops_are_coloured_one_by_one():
+    params = MultiCrop(8, 8, 30).draw(np.random.default_rng(0), 90, 120)[2]
+    x = torch.rand(len(params["gray"]), 3, 8, 8)
+    alone = [data.photometric(x[i:i + 1], {name: value[i:i + 1] for name, value in params.items()})
+             for i in range(len(x))]
+    close(data.photometric(x, params), torch.cat(alone), 1e-6)
 
 
 def test_blur_is_gaussian():
-    x, sigma = torch.rand(1, 1, 33, 33), 1.5
-    d = torch.arange(-8, 9.0)
-    g = torch.exp(-d ** 2 / (2 * sigma ** 2))
-    expected = F.conv2d(x, (g[:, None] * g / g.sum() ** 2)[None, None], padding=8)
-    close(data.blur(x.expand(1, 3, -1, -1), torch.tensor([sigma]))[:, :1, 10:-10, 10:-10],
-          expected[..., 10:-10, 10:-10], 1e-6)
-    close(data.blur(torch.ones(1, 3, 9, 9), torch.tensor([2.0])), torch.ones(1, 3, 9, 9), 1e-6)
+    x, sigma = torch.rand(1, 3, 33, 33), 1.5
+    g = torch.exp(-torch.arange(-8, 9.0) ** 2 / (2 * sigma ** 2))
+    kernel = (g[:, None] * g / g.sum() ** 2).expand(3, 1, -1, -1)
+    expected = F.conv2d(x, kernel, padding=8, groups=3)
+    close(colours(x, blur=sigma)[..., 10:-10, 10:-10], expected[..., 10:-10, 10:-10], 1e-6)
+    close(colours(torch.ones(1, 3, 9, 9), blur=2.0), torch.ones(1, 3, 9, 9), 1e-6)      # borders not darkened
 
 
-def test_multicrop_follows_the_papers_rules():
-    crops, H, W = MultiCrop(224, 96, 8), 360, 640
-    drawn = [crops.draw(np.random.default_rng(i), H, W) for i in range(400)]
-    boxes, flips, params = map(np.stack, zip(*drawn))
-    assert (boxes.min() >= 0 and (boxes[..., 0] + boxes[..., 2]).max() <= H and
-            (boxes[..., 1] + boxes[..., 3]).max() <= W)
-    share = boxes[..., 2] * boxes[..., 3] / (H * W)
-    assert (boxes[:, 0] == boxes[:, 1]).all() and not flips[:, :2].any()    # motion: one box, never flipped
-    assert 0.195 < share[:, 0].min() < 0.22 and 0.38 < share[:, 0].max() < 0.405
-    assert ((boxes[:, 2:4] == boxes[:, 4:6]).all() and                      # globals: the same in both frames
-            (flips[:, 2:4] == flips[:, 4:6]).all())
-    assert (boxes[:, 6:14] != boxes[:, 14:]).any(-1).all()                  # locals: independent
-    assert (0.05 * 0.4 * 0.9 < share[:, 2:6].min() and                      # inside the initial crop
-            share[:, 2:6].max() < 0.205)
-    extent = (boxes[:, 2:, :2] + boxes[:, 2:, 2:]).max(1) - boxes[:, 2:, :2].min(1)
-    assert 0.1 < (extent[:, 0] * extent[:, 1] / (H * W)).max() < 0.205                          # locals too
-    assert share[:, 6:].min() < 0.01 and 0.06 < share[:, 6:].max() < 0.4 * 0.205
-    middle = (boxes[..., :2] + boxes[..., 2:] / 2).mean((0, 1)) / (H, W)
-    assert abs(middle - 0.5).max() < 0.03                                                       # any corner
-    assert (flips[:, 2] != flips[:, 3]).mean() > 0.4                    # each box by itself
-    aspect = boxes[..., 3] / boxes[..., 2]
-    assert aspect[:, 6:].min() < 0.8 and aspect[:, 6:].max() > 1.25
-    assert 0.7 < aspect[:, :6].min() and aspect[:, :6].max() < 1.42
+def test_a_crop_is_its_box_resized_and_flipped():
+    frame = np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8)
+    top, left, side = 5, 12, 20
+    box = torch.from_numpy(frame[5:25, 12:32]).permute(2, 0, 1)
+    assert torch.equal(data.crop_uint8(frame, (top, left, side, side), side), box)
+    assert torch.equal(data.crop_uint8(frame, (top, left, side, side), side, flip=True), box.flip(-1))
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 254
+    small = data.crop_uint8(stripes, (0, 0, 64, 64), 16).int()
+    assert (small[..., 2:-2] - 127).abs().max() <= 8           # too fine to be seen: grey, no moire
+
+
+def test_random_boxes_have_the_area_and_aspect_asked_for():
+    boxes = data.random_boxes(np.random.default_rng(0), 900, 1200, (0.2, 0.4), 2000)
+    top, left, h, w = boxes.T
+    assert top.min() >= 0 and (top + h).max() <= 900
+    assert left.min() >= 0 and (left + w).max() <= 1200
+    for share, least, most in ((h * w / (900 * 1200), 0.2, 0.4), (w / h, 3 / 4, 4 / 3)):
+        close([share.min(), share.max()], [least, most], 0.01)
+    for corner, room in ((top, 900 - h), (left, 1200 - w)):             # anywhere, as often
+        close(np.quantile(corner / room, (0.25, 0.5, 0.75)), [0.25, 0.5, 0.75], 0.05)
+    long = data.random_boxes(np.random.default_rng(0), 4, 400, (0.5, 1.0), 3)
+    assert long.tolist() == 3 * [[0, 197, 4, 5]]                       # centred, aspect at most 4/3
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Boxes, flips and parameters of 400 pairs, 6 + 2 * 8 crops each, of frames 360 x 640."""
+    draws = [MultiCrop(224, 96, 8).draw(np.random.default_rng(i), 360, 640) for i in range(400)]
+    boxes, flips, params = zip(*draws)
+    params = torch.utils.data.default_collate(params)
+    return np.stack(boxes), np.stack(flips), {name: value.numpy() for name, value in params.items()}
+
+
+def test_multicrop_boxes_follow_the_papers_rules(drawn):
+    boxes, flips, _ = drawn
+    assert (boxes[:, 0] == boxes[:, 1]).all() and not flips[:, :2].any()  # motion: one box, no flip
+    assert (boxes[:, 2:4] == boxes[:, 4:6]).all()                    # globals: alike in both frames
+    assert (flips[:, 2:4] == flips[:, 4:6]).all() and (flips[:, 2] != flips[:, 3]).mean() > 0.4
+    assert (boxes[:, 6:14] != boxes[:, 14:]).any(-1).all()                     # locals: independent
     assert abs(flips[:, 2:].mean() - 0.5) < 0.03
-    blurred, jittered = params[..., data.BLUR] > 0, (params[..., data.FACTORS] != (1, 1, 1, 0)).any(-1)
-    assert (blurred[:, [0, 2, 4]].all() and abs(blurred[:, [1, 3, 5]].mean() - 0.1) < 0.03 and
-            abs(blurred[:, 6:].mean() - 0.5) < 0.03)
-    assert abs(jittered.mean() - 0.8) < 0.02 and abs(params[..., data.GRAY].mean() - 0.2) < 0.02
-    solarized = params[..., data.SOLARIZE]
-    assert (abs(solarized[:, [1, 3, 5]].mean() - 0.2) < 0.05 and
-            solarized[:, [0, 2, 4]].max() == solarized[:, 6:].max() == 0)
-    assert len(np.unique(params[..., data.ORDER].reshape(-1, 4), axis=0)) == 24                 # any order
-    assert params[..., data.BLUR].max() <= 2.0 and params[..., data.BLUR][blurred].min() >= 0.1
-    assert (params[:, 0, data.FACTORS] != params[:, 1, data.FACTORS]).any(1).mean() > 0.9   # each crop
-    factors = params[..., data.FACTORS].reshape(-1, 4)
+    share = boxes[..., 2] * boxes[..., 3] / (360 * 640)
+    inside = boxes[:, 2:]                                           # an initial crop of 0.05 to 0.2
+    extent = (inside[..., :2] + inside[..., 2:]).max(1) - inside[..., :2].min(1)
+    initial = extent.prod(-1) / (360 * 640)
+    for value, least, most, slack in (
+            (share[:, 0], 0.2, 0.4, 0.01), (share[:, 2:6], 0.05 * 0.4, 0.2, 0.02),
+            (share[:, 6:], 0.05 * 0.05, 0.2 * 0.4, 0.01), (initial, 0.05, 0.2, 0.02)):
+        close([value.min(), value.max()], [least, most], slack)
+
+
+def test_multicrop_colours_follow_the_papers_rules(drawn):
+    params = drawn[2]
+    jittered = (params["factors"] != data.NEUTRAL).any(-1)
+    blurred = params["blur"] > 0
+    t1, t2, t3 = [0, 2, 4], [1, 3, 5], slice(6, None)       # motion [frame], globals [frame, box], locals
+    for chance, found in (
+            (0.8, jittered), (0.2, params["gray"]), (1, blurred[:, t1]), (0.1, blurred[:, t2]),
+            (0.5, blurred[:, t3]), (0, params["solarize"][:, t1]), (0.2, params["solarize"][:, t2]),
+            (0, params["solarize"][:, t3])):
+        assert abs(found.mean() - chance) < (0.03 if 0 < chance < 1 else 1e-9)
+    factors = params["factors"][jittered]
     close(factors.min(0), [0.6, 0.6, 0.8, -0.1], 0.01)
     close(factors.max(0), [1.4, 1.4, 1.2, 0.1], 0.01)
+    close([params["blur"][blurred].min(), params["blur"].max()], [0.1, 2.0], 0.01)
+    assert len(np.unique(params["order"].reshape(-1, 4), axis=0)) == 24         # any order
+    assert (params["factors"][:, 0] != params["factors"][:, 1]).any(1).mean() > 0.9    # independent
 
 
-def test_random_boxes_of_a_long_frame_are_the_largest_centred_ones():
-    boxes = data.random_boxes(np.random.default_rng(0), 4, 400, (0.5, 1.0), 3)
-    assert boxes.tolist() == 3 * [[0, 197, 4, 5]]       # aspect at most 4/3
+def cropped(frames, **options):
+    crops = MultiCrop(32, 16, 3, **options)
+    pair = crops(frames, np.random.default_rng(5))
+    return crops.finish(torch.utils.data.default_collate([pair]))
 
 
-def test_multicrop_gives_the_same_crops_from_uint8_frames_and_from_tensors():
-    crops = MultiCrop(32, 16, 3)
-    frames = torch.randint(64, 192, (2, 90, 120, 3), dtype=torch.uint8)
-    one = crops(list(frames.numpy()), np.random.default_rng(5))
-    two = crops.batch(frames.permute(0, 3, 1, 2)[None] / 255, [np.random.default_rng(5)])
-    assert [tuple(one[n].shape) for n in ("motion", "globals", "locals")] == [
-        (2, 3, 32, 32), (2, 2, 3, 32, 32), (2, 3, 3, 16, 16)]
-    for name in ("motion", "globals", "locals"):
-        close(one[name] / 255, two[name][0], 1.5 / 255)
-    close(one["params"], two["params"][0], 0)
-    plain = MultiCrop(32, 16, 3, colours=False).finish({name: value[None] for name, value in one.items()})
-    finished = crops.finish({name: value[None] for name, value in one.items()})
-    for name, at in (("motion", slice(0, 2)), ("globals", slice(2, 6)), ("locals", slice(6, None))):
-        close(plain[name][0], one[name] / 255, 1e-6)
-        crop = (one[name] / 255).flatten(0, -4)
-        close(finished[name][0].flatten(0, -4), data.photometric(crop, one["params"][at]), 1e-6)
-        assert (finished[name] - plain[name]).abs().max() > 0.05
-    assert sorted(finished) == ["globals", "locals", "motion"] and all(
-        0 <= v.min() and v.max() <= 1 for v in finished.values())
+@pytest.mark.parametrize("mode", ["shared", "none"])
+def test_motion_colours_concern_the_motion_crops_alone(mode):
+    still = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    free, other = cropped([still, still]), cropped([still, still], motion_colours=mode)
+    expected = free if mode == "shared" else cropped([still, still], colours=False)
+    for frame in range(2):                              # one frame twice: only colours could differ
+        close(other["motion"][0, frame], expected["motion"][0, 0], 1e-6)
+    assert (free["motion"][0, 0] - free["motion"][0, 1]).abs().max() > 0.05
+    close(other["globals"], free["globals"], 0)
+    close(other["locals"], free["locals"], 0)
+
+
+def test_multicrop_cuts_the_boxes_that_it_draws():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 90, 120, 3), dtype=np.uint8)
+    boxes, flips, _ = MultiCrop(32, 16, 3).draw(np.random.default_rng(5), 90, 120)
+    batch = cropped(frames, colours=False)
+    where = [("motion", 0, (0,)), ("motion", 1, (1,))]
+    where += [("globals", f, (f, box)) for f in range(2) for box in range(2)]
+    where += [("locals", f, (f, box)) for f in range(2) for box in range(3)]
+    for (name, frame, at), box, flip in zip(where, boxes, flips, strict=True):
+        size = 16 if name == "locals" else 32
+        close(batch[name][0][at], data.crop_uint8(frames[frame], box, size, flip) / 255, 1e-6)
+    assert set(batch) == {"motion", "globals", "locals"}
+    none = MultiCrop(32, 16, 0)(frames, np.random.default_rng(5))["locals"]
+    assert none.shape == (2, 0, 3, 16, 16)
 
 
 def test_loader_is_a_pure_function_of_the_sample_number():
-    inputs, scenes = SMALL.inputs, dict(size=24, sprites=1)
-    load = lambda batches, **kw: list(
-        data.make_loader("scenes", inputs, batches, seed=3, scenes=scenes, **kw))
-    whole, parts, spread = (load([range(6)], workers=0), load([range(2), range(2, 6)], workers=0),
-                            load([range(2), range(2, 6)], workers=2))
-    for name in whole[0]:
-        close(torch.cat([p[name] for p in parts]), whole[0][name], 1e-5)
-        for a, b in zip(parts, spread):
-            assert torch.equal(a[name], b[name])
-    assert not torch.equal(load([range(6)], workers=0, split="eval")[0]["motion"], whole[0]["motion"])
+    def load(batches, **options):
+        return list(data.make_loader("scenes", SMALL.inputs, batches, seed=3,
+                                     scenes=dict(size=24, sprites=1), **options))
+    whole = load([range(6)], workers=0)[0]
+    parts = load([range(2), range(2, 6)], workers=0)
+    spread = load([range(2), range(2, 6)], workers=2)
+    for name in whole:
+        close(torch.cat([part[name] for part in parts]), whole[name], 1e-5)
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(parts, spread))
+    assert not torch.equal(load([range(6)], workers=0, split="eval")[0]["motion"], whole["motion"])
 
 
 # ---- synthetic scenes ----------------------------------------------------------------------------
@@ -1141,35 +1171,53 @@ def scenes():
     return Scenes(), Scenes().batch(CLIPS, truth=True)
 
 
+def truth(count=64, **options):
+    """Scenes without motion, but for the options."""
+    options = dict(speed=0, pan=0, zoom=0, roll=0, textures=8) | options
+    return Scenes(**options).batch(range(count), truth=True)
+
+
 def test_scene_shapes_and_ranges(scenes):
+    s, d = scenes
     B, T, K, S, P = 6, 8, 4, 64, 32
     shapes = dict(video=(B, T, 3, S, S), flow=(B, T - 1, 2, S, S), occluded=(B, T - 1, S, S),
                   classes=(B, T, S, S), ids=(B, T, S, S), depth=(B, T, S, S),
                   boxes=(B, T, K, 4), tracks=(B, T, P, 2), visible=(B, T, P))
-    d = scenes[1]
     assert {name: tuple(value.shape) for name, value in d.items()} == shapes
-    assert d["video"].dtype == torch.float32 and 0 <= d["video"].min() and d["video"].max() <= 1
-    assert d["classes"].max() <= 8 and torch.equal(d["classes"] > 0, d["ids"] > 0)
-    assert torch.equal(d["depth"] < 1, d["ids"] > 0) and d["depth"].min() >= 0.4
-    assert {k: v.shape for k, v in scenes[0][3].items()} == {k: v.shape[1:] for k, v in d.items()}
+    assert all(value.shape == d[name].shape[1:] for name, value in s[3].items())
+    assert 0 <= d["video"].min() and d["video"].max() <= 1 and d["depth"].min() >= 0.4
+    assert torch.equal(d["classes"] > 0, d["ids"] > 0) and torch.equal(d["depth"] < 1, d["ids"] > 0)
+    assert Scenes(frames=1, size=32).batch([0], truth=True)["video"].shape == (1, 1, 3, 32, 32)
 
 
 def test_scene_colour_does_not_change_along_the_flow(scenes):
     s, d = scenes
-    pixels = torch.stack([s.x, s.y], -1)                                            # (H*W, 2)
+    pixels = torch.view_as_real(s.pixels)                                           # (H*W, 2)
     for t in range(s.frames - 1):
         source = d["video"][:, t].flatten(2).mT                                     # (B, H*W, 3)
         target, owner = s.at(CLIPS, pixels + d["flow"][:, t].flatten(2).mT, t + 1)
         seen = ~d["occluded"][:, t].flatten(1)
         assert (target - source)[seen].abs().max() < 1e-3
         assert torch.equal(owner[seen], d["ids"][:, t].flatten(1)[seen])
-        assert (target - source)[~seen].abs().mean() > 0.05                         # hidden: another colour
+        assert (target - source)[~seen].abs().mean() > 0.05                 # hidden: another colour
+
+
+def test_scene_flow_warps_the_next_frame_onto_this_one():
+    d = truth(frames=2, pan=4, zoom=0.05, roll=0.05, sprites=0)    # the pixels alone, not Scenes.at
+    line = torch.arange(64.0)
+    x, y = d["flow"][:, 0].unbind(1)
+    grid = (torch.stack([x + line, y + line[:, None]], -1) + 0.5) / 32 - 1
+    warped = F.grid_sample(d["video"][:, 1], grid, align_corners=False)
+    seen = ~d["occluded"][:, 0, None].expand_as(warped)
+    error, unmoved = (
+        (image - d["video"][:, 0])[seen].square().mean() for image in (warped, d["video"][:, 1]))
+    assert error < 0.1 * unmoved
 
 
 def test_scene_tracks_follow_the_flow_and_visibility_the_occlusion(scenes):
     d, batch = scenes[1], torch.arange(6)[:, None]
     assert d["visible"][:, 0].all() and not d["visible"].all()
-    x, y = d["tracks"][:, 0].long().unbind(-1)                                      # (B, P) pixels of frame 0
+    x, y = d["tracks"][:, 0].long().unbind(-1)                            # (B, P) pixels of frame 0
     assert torch.equal(torch.stack([x, y], -1).float(), d["tracks"][:, 0])
     flow = d["flow"][:, 0].movedim(1, -1)[batch, y, x]
     assert (d["tracks"][:, 0] + flow - d["tracks"][:, 1]).abs().max() < 1e-3
@@ -1185,94 +1233,111 @@ def test_scene_points_keep_colour_and_owner_while_visible(scenes):
         assert torch.equal(at[d["visible"][:, t]], owner[d["visible"][:, t]])
 
 
-def test_scene_depth_parallax_and_classes():
-    s = Scenes(frames=2, sprites=3, speed=0, pan=6, zoom=0, roll=0)
-    d = s.batch(range(4), truth=True)
-    for b in range(4):
-        nearness = [d["depth"][b, 0][d["ids"][b, 0] == k].unique() for k in range(4)]
-        seen = [depth.item() for depth in nearness if len(depth)]
-        assert all(len(depth) < 2 for depth in nearness) and seen == sorted(seen, reverse=True)
-        camera = d["flow"][b, 0][:, d["ids"][b, 0] == 0].mean(1)
-        for k in range(1, 4):               # parallax: twice as near, twice as far across the picture
-            if len(nearness[k]):
-                close(d["flow"][b, 0][:, d["ids"][b, 0] == k].mean(1), camera / nearness[k], 1e-3)
-    one = Scenes(frames=1, sprites=1, radius=(0.45, 0.45), zoom=0, roll=0)
-    tables, _ = data.silhouettes()
-    areas = np.array([table.mean() for table in tables]) * (0.9 * 64) ** 2
-    d = one.batch(range(64), truth=True)
-    for b in range(64):                     # a silhouette that lies wholly inside shows the area of its class
-        x1, y1, x2, y2 = d["boxes"][b, 0, 0].tolist()
-        if min(x1, y1) > 0 and max(x2, y2) < 63:
-            shape = d["classes"][b, 0].max().item()
-            assert abs((d["classes"][b, 0] > 0).sum().item() - areas[shape - 1]) < 0.05 * areas[shape - 1]
+def test_scene_parallax_is_one_over_depth_and_nearer_sprites_hide():
+    d = truth(4, frames=2, sprites=3, pan=6)
+    for flow, ids, depth in zip(d["flow"][:, 0], d["ids"][:, 0], d["depth"][:, 0]):
+        camera = flow[:, ids == 0].mean(1)
+        found = [depth[ids == k] for k in range(4) if (ids == k).any()]
+        assert all(len(values.unique()) == 1 for values in found)
+        assert [v[0].item() for v in found] == sorted((v[0].item() for v in found), reverse=True)
+        close(flow, camera[:, None, None] / depth, 1e-3)
 
 
-def test_scenes_say_what_is_wrong_with_their_options():
-    for wrong in (dict(textures=0), dict(sprites=-1), dict(grain=0), dict(radius=(0.2,)), dict(size=4)):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
-            Scenes(**wrong)
-    with pytest.raises(ValueError, match="seed=-1"):
-        Scenes(seed=-1)
+def complex_flow(**options):
+    """Flow x + i y (64, H*W) from the first frame of scenes without sprites."""
+    flow = truth(frames=2, sprites=0, **options)["flow"][:, 0].movedim(1, -1)
+    return torch.view_as_complex(flow.contiguous()).flatten(1)
 
 
-def test_scene_masks_lie_inside_their_boxes(scenes):
+def spread_up_to(most, amounts):
+    return 0.9 * most < amounts.max() <= most and 0.35 * most < amounts.mean() < 0.65 * most
+
+
+@pytest.mark.parametrize("most", [4, 16])
+def test_scene_camera_pans_by_as_much_as_asked(most):
+    flow = complex_flow(pan=most)
+    assert (flow - flow[:, :1]).abs().max() < 1e-4                  # the same everywhere
+    assert spread_up_to(most, flow[:, 0].abs())
+    assert flow[:, 0].mean().abs() < 0.25 * most                    # in any direction
+
+
+def test_scene_camera_zooms_and_rolls_about_the_middle_by_as_much_as_asked():
+    from_middle = Scenes().pixels - (31.5 + 31.5j)
+    for option, other in (("zoom", "imag"), ("roll", "real")):
+        flow = complex_flow(**{option: 0.1})
+        rate = torch.log(1 + flow[:, 0] / from_middle[0])           # log scale + i radians
+        assert ((torch.exp(rate)[:, None] - 1) * from_middle - flow).abs().max() < 1e-3
+        assert getattr(rate, other).abs().max() < 1e-5
+        found = rate.real if option == "zoom" else rate.imag
+        assert spread_up_to(0.1, found.abs()) and found.min() < -0.05 and found.max() > 0.05
+
+
+def test_scene_paths_are_quadratic_and_keep_the_speeds_bounds():
+    steps = truth(frames=9, sprites=0, pan=8)["flow"][:, :, :, 0, 0]    # (B, 8, 2) pixels per frame
+    close(steps.diff(n=2, dim=1), torch.zeros(64, 6, 2), 1e-3)
+    middle = steps[:, 3:5].mean(1).norm(dim=-1)
+    change = (steps[:, -1] - steps[:, 0]).norm(dim=-1)      # 7/8 of that from end to end
+    assert 7 < middle.max() <= 8 and 0.85 * 7 < change.max() <= 7
+    still = truth(4)
+    assert still["flow"].abs().max() < 1e-5
+    assert not still["occluded"].any() and still["visible"].all()
+
+
+def test_scene_boxes_are_tight_and_silhouettes_have_the_area_of_their_class(scenes):
+    areas = data.silhouettes()[0].double().mean((1, 2)) * (0.9 * 64) ** 2
+    for radius in ((0.2, 0.2), (0.45, 0.45)):
+        d = Scenes(sprites=1, frames=1, radius=radius).batch(range(64), truth=True)
+        for mask, classes, box in zip(d["ids"][:, 0] > 0, d["classes"][:, 0], d["boxes"][:, 0, 0]):
+            if min(box[:2]) > 0 and max(box[2:]) < 63:                          # wholly inside
+                y, x = mask.nonzero().unbind(1)
+                close(torch.stack([x.min(), y.min(), x.max(), y.max()]), box, 2)
+                expected = areas[classes.max() - 1] * (radius[0] / 0.45) ** 2
+                assert abs(mask.sum() - expected) < 0.06 * expected + 4
     s, d = scenes
-    for k in range(s.sprites):
-        x1, y1, x2, y2 = d["boxes"][:, :, k, :, None, None].unbind(2)               # (B, T, 1, 1) each
-        x, y, mask = s.x.view(64, 64), s.y.view(64, 64), d["ids"] == k + 1
-        assert ((x > x1 - 0.01) & (x < x2 + 0.01) & (y > y1 - 0.01) & (y < y2 + 0.01))[mask].all()
-    # ... and boxes are tight: a lone sprite that is inside the frame comes within 2 pixels of all four sides
-    s = Scenes(sprites=1, frames=2, radius=(0.2, 0.2))
-    for d in (s[i] for i in range(20)):
-        x1, y1, x2, y2 = d["boxes"][0, 0]
-        if min(x1, y1) > 0 and max(x2, y2) < 63:
-            y, x = torch.nonzero(d["ids"][0], as_tuple=True)
-            found = torch.stack([x.min(), y.min(), x.max(), y.max()])
-            assert (found - d["boxes"][0, 0]).abs().max() < 2
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    for k in range(s.options.sprites):                                  # none sticks out of its box
+        x1, y1, x2, y2 = d["boxes"][:, :, k, :, None, None].unbind(2)
+        inside = (x > x1 - 0.01) & (x < x2 + 0.01) & (y > y1 - 0.01) & (y < y2 + 0.01)
+        assert inside[d["ids"] == k + 1].all()
 
 
 def test_scene_depends_on_its_number_alone(scenes):
     s, d = scenes
     for name, value in s.batch([4, 1], truth=True).items():
-        assert torch.allclose(value.float(), d[name][[4, 1]].float(), atol=1e-4), name
+        close(value, d[name][[4, 1]], 1e-4)
     assert torch.equal(Scenes().batch([2])["video"][0], Scenes()[2]["video"])       # with and without truth
     assert not torch.equal(Scenes(seed=1).batch([2])["video"][0], d["video"][2])
 
 
-def test_scene_splits_are_disjoint():
-    train, held_out = Scenes(), Scenes(split="eval")
-    a, b = train.batch(range(40))["video"][:, 0], held_out.batch(range(40))["video"][:, 0]
-    assert (a[:, None] - b).abs().mean((2, 3, 4)).min() > 0.05                      # no pair alike
-    likeness = train.bank.flatten(1) @ held_out.bank.flatten(1).T / train.bank[0].numel()
-    assert likeness.abs().max() < 0.9                                               # nor a texture
-    for bad in (-1, 10**9):
-        with pytest.raises(ValueError, match="seed"):
-            Scenes(seed=bad)
-    with pytest.raises(ValueError, match="split"):
-        Scenes(split="test")
-
-
-def test_scene_motion_does_what_the_options_say():
-    still = Scenes(speed=0, pan=0, zoom=0, roll=0).batch(range(4), truth=True)
-    assert still["flow"].abs().max() < 1e-5 and not still["occluded"].any() and still["visible"].all()
-    pans = [Scenes(sprites=0, frames=2, pan=p, zoom=0, roll=0).batch(range(64), truth=True) for p in (4, 16)]
-    for pan, d in zip((4, 16), pans):
-        flow = d["flow"][:, 0].flatten(2)                                           # (B, 2, H*W)
-        assert (flow - flow[..., :1]).abs().max() < 1e-4                            # the same everywhere
-        size = flow[..., 0].norm(dim=1)
-        assert size.max() <= pan and 0.35 * pan < size.mean() < 0.65 * pan
-        assert flow[..., 0].mean(0).abs().max() < 0.25 * pan                        # no favoured direction
-        assert d["boxes"].shape == (64, 2, 0, 4) and not d["ids"].any()
+def test_scene_splits_share_no_clip_and_no_texture():
+    train_scenes, held_out = Scenes(), Scenes(split="eval")
+    a, b = (s.batch(range(40))["video"][:, 0] for s in (train_scenes, held_out))
+    assert (a[:, None] - b).abs().mean((2, 3, 4)).min() > 0.05
+    likeness = train_scenes.bank.flatten(1) @ held_out.bank.flatten(1).T
+    assert likeness.abs().max() < 0.9 * train_scenes.bank[0].numel()
 
 
 def test_scene_statistics_are_sane():
     d = Scenes().batch(range(32), truth=True)
-    flow, occluded, sprites = (v.float().mean() for v in (d["flow"].norm(dim=2), d["occluded"], d["ids"] > 0))
-    assert 0.6 < flow < 1.8 and 0.03 < occluded < 0.12 and 0.12 < sprites < 0.30
+    assert 0.6 < d["flow"].norm(dim=2).mean() < 1.8
+    assert 0.03 < d["occluded"].float().mean() < 0.12
+    assert 0.12 < (d["ids"] > 0).float().mean() < 0.30
     assert (d["video"].std((1, 3, 4)).mean() > 0.12) and 0.3 < d["video"].mean() < 0.7
     assert set(d["classes"].unique().tolist()) == set(range(9))
-    for size, frames in ((32, 1), (48, 3)):                                         # other shapes work
-        assert Scenes(size, frames).batch([0], truth=True)["video"].shape == (1, frames, 3, size, size)
+
+
+@pytest.mark.parametrize("call, word", [
+    (partial(Scenes, textures=0), "textures=0"), (partial(Scenes, sprites=-1), "sprites=-1"),
+    (partial(Scenes, radius=(0.2,)), "radius"), (partial(Scenes, size=4), "size=4"),
+    (partial(Scenes, seed=-1), "seed=-1"), (partial(Scenes, seed=10**9), "seed"),
+    (partial(Scenes, split="test"), "split"), (partial(data.MovingSquares, mode="both"), "mode"),
+    (partial(data.MovingSquares, shape="star"), "shape"), (partial(data.MovingSquares, speed=0.3), "inside"),
+    (lambda: data.MovingSquares(objects=40)[0], "no room"), (partial(data.MovingSquares, seed=-1), "seed=-1"),
+    (partial(MultiCrop, 32, 16, 2, motion_colours="some"), "motion_colours"),
+])
+def test_wrong_options_of_made_data_are_refused(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
 
 
 # ---- your own videos -----------------------------------------------------------------------------
@@ -2943,73 +3008,62 @@ def test_flow_baseline_starts_still_and_its_windows_are_closed():
 
 
 # ---- MeloMotion: data ----------------------------------------------------------------------------
-def test_squares_depend_on_their_number_alone():
-    for options in (dict(), dict(mode="all-move", shape="any"), dict(camera=True, video=False)):
-        clips = data.MovingSquares(**options)
-        together = clips.batch([5, 2, 9])
-        for row, i in enumerate((5, 2, 9)):
-            alone = data.MovingSquares(**options)[i]
-            assert all(torch.equal(alone[name], together[name][row]) for name in together)
-        other = data.MovingSquares(**options, split="eval")[5]
-        assert not torch.equal(other["first_frame"], together["first_frame"][0])
+@pytest.mark.parametrize("options", [
+    dict(), dict(mode="all-move", shape="any"), dict(mode="random-mover", video=False)])
+def test_squares_depend_on_their_number_alone(options):
+    clips = data.MovingSquares(**options)
+    together = clips.batch([5, 2, 9])
+    for row, i in enumerate((5, 2, 9)):
+        assert all(torch.equal(value, together[name][row]) for name, value in clips[i].items())
+    other = data.MovingSquares(**options, split="eval")[5]
+    assert not torch.equal(other["first_frame"], together["first_frame"][0])
 
 
-def test_squares_are_painted_where_the_labels_say():
-    for mode, movers in (("differentiated", [0]), ("all-move", [0, 1, 2])):
-        batch = squares(6, mode=mode, shape="any", frames=24)
-        masks, frames = batch["masks"].numpy(), batch["video"].numpy()
-        for b in range(6):
-            colours = [frames[b, 0][:, masks[b, n]][:, 0] for n in range(3)]
-            for t in (0, 1, 7, 15, 23):
-                canvas = np.zeros((3, 128, 128), np.uint8)
-                for n in range(3):                                      # painter's order
-                    shift = batch["displacements"][b, n, t - 1] * 128 if t else torch.zeros(2)
-                    dx, dy = np.rint(shift.double().numpy()).astype(int)
-                    ys, xs = masks[b, n].nonzero()
-                    ys, xs = ys + dy, xs + dx
-                    inside = (ys >= 0) & (ys < 128) & (xs >= 0) & (xs < 128)
-                    assert inside.all() or t > 15                       # nobody leaves in 16 frames
-                    canvas[:, ys[inside], xs[inside]] = colours[n][:, None]
-                assert np.array_equal(canvas, frames[b, t]), (mode, b, t)
-        d = batch["displacements"]
-        close(d, torch.arange(1, 24)[:, None] * d[:, :, :1], 1e-6)      # one velocity, not rounded
-        assert [n for n in range(3) if d[:, n].abs().max() > 0] == movers
-        assert (d[:, movers] * 128 % 1).abs().max() > 0.1
+def colours_of(batch):
+    """(B, N, 3), each object's in frame 0."""
+    return (batch["first_frame"][:, None] * batch["masks"][:, :, None]).flatten(3).amax(3)
+
+
+@pytest.mark.parametrize("mode, movers", [("differentiated", [0]), ("all-move", [0, 1, 2])])
+def test_red_is_speed_to_the_right_and_green_down(mode, movers):
+    batch = squares(40, mode=mode, frames=5)
+    colours = colours_of(batch)
+    v = 0.1 * (colours[..., :2].double() - 128) / 255
+    v[:, [n for n in range(3) if n not in movers]] = 0
+    close(batch["displacements"], v[:, :, None] * torch.arange(1, 5)[:, None], 1e-7)    # t v, not rounded
+    assert colours[..., 2].min() >= 128 and 0.045 < v.max() <= 0.05 and -0.0503 < v.min() < -0.045
+
+
+@pytest.mark.parametrize("mode", ["differentiated", "all-move"])
+def test_squares_are_painted_where_the_labels_say(mode):
+    batch = squares(6, mode=mode, shape="any", frames=24)
+    batch = {name: value.numpy() for name, value in batch.items()}
+    for masks, frames, moved in zip(batch["masks"], batch["video"], batch["displacements"]):
+        colours = [frames[0][:, mask][:, 0] for mask in masks]
+        for t in (0, 1, 7, 15, 23):
+            canvas = np.zeros((3, 128, 128), np.uint8)
+            for n in range(3):                                          # painter's order
+                dx, dy = np.rint(moved[n, t - 1].astype(float) * 128).astype(int) if t else (0, 0)
+                ys, xs = masks[n].nonzero()
+                ys, xs = ys + dy, xs + dx
+                inside = (ys >= 0) & (ys < 128) & (xs >= 0) & (xs < 128)
+                assert inside.all() or t > 15                           # nobody leaves in 16 frames
+                canvas[:, ys[inside], xs[inside]] = colours[n][:, None]
+            assert np.array_equal(canvas, frames[t])
+    assert np.array_equal(batch["first_frame"], batch["video"][:, 0])
 
 
 def test_worlds_differ_in_who_moves():
-    moves = lambda batch: batch["displacements"][:, :, 0].abs().amax(-1) > 0            # (B, N)
-    assert set(moves(squares(40, mode="random-mover")).float().argmax(1).tolist()) == {0, 1, 2}
-    still = squares(20, mode="colour-mover")
-    colours = (still["first_frame"][:, None] * still["masks"][:, :, None]).flatten(3).amax(3)[..., :2]
-    assert (colours[:, 1:] == 128).all() and not moves(still)[:, 1:].any()
+    random = squares(40, mode="random-mover")["displacements"].flatten(2).any(-1)       # (B, N)
+    assert (random.sum(1) == 1).all() and set(random.float().argmax(1).tolist()) == {0, 1, 2}
+    known = squares(20, mode="colour-mover")
+    assert (colours_of(known)[:, 1:, :2] == 128).all() and not known["displacements"][:, 1:].any()
 
 
-def test_no_two_objects_share_a_latent_cell():
-    for options in (dict(), dict(mode="all-move"), dict(objects=5, side=16)):
-        cells = F.max_pool2d(squares(200, video=False, **options)["masks"].float(), 8)
-        assert cells.sum(1).max() == 1
-    assert F.max_pool2d(squares(200, gap=0, video=False)["masks"].float(), 8).sum(1).max() > 1
-
-
-def test_camera_pans_by_its_colour():
-    batch = squares(8, camera=True, frames=6)
-    outside = ~batch["masks"].any(1)
-    for b in range(8):
-        mean = batch["first_frame"][b][:2, outside[b]].double().mean(1) / 255
-        close(batch["camera"][b, 0], 0.1 * (mean - 128 / 255), 2e-3)
-        for t in (1, 5):
-            dx, dy = (batch["camera"][b, t - 1] * 128).round().int().tolist()
-            rolled = batch["video"][b, 0].roll((dy, dx), (1, 2))
-            assert (rolled == batch["video"][b, t]).all(0).float().mean() > 0.7     # all but the objects
-
-
-def test_wrong_squares_are_refused():
-    for change, word in ((dict(mode="both"), "choose from"), (dict(speed=0.3), "stay inside"),
-                         (dict(objects=40), "no room"), (dict(seed=-1), "seed=-1"),
-                         (dict(shape="star"), "disc")):
-        with pytest.raises(ValueError, match=word):
-            data.MovingSquares(**change).batch([0])
+@pytest.mark.parametrize("options", [dict(), dict(mode="all-move"), dict(objects=5, side=16)])
+def test_no_two_objects_share_a_latent_cell(options):
+    cells = F.max_pool2d(squares(200, video=False, **options)["masks"].float(), 8)
+    assert cells.sum(1).max() == 1
 
 
 # ---- MeloMotion: what it learns ------------------------------------------------------------------

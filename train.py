@@ -128,9 +128,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def scene_options():
-    """{name: default} of synthetic scenes' options: the arguments of data.Scenes that models don't fix."""
-    arguments = inspect.signature(data.Scenes).parameters.values()
-    return {a.name: a.default for a in arguments if a.name not in ("frames", "seed", "split", "device")}
+    """{name: default} of synthetic scenes' options: the fields of data.SceneOptions."""
+    return {f.name: f.default for f in fields(data.SceneOptions)}
 
 
 def parse(argv):
@@ -171,8 +170,8 @@ def parse(argv):
             scenes | recipe.pop("scenes", {}) | (ckpt["config"]["scenes"] if ckpt else {}))
         defaults = recipe | dict(resume="")
     add_fields(parser.add_argument_group("training"), Options, defaults)
-    group = parser.add_argument_group("synthetic scenes, the arguments of Scenes in data.py")
-    comments = source_comments(data.Scenes.__init__)
+    group = parser.add_argument_group("synthetic scenes, SceneOptions in data.py")
+    comments = source_comments(data.SceneOptions)
     for key, default in scenes.items():
         kind = "tuple float" if isinstance(default, (tuple, list)) else str(type(default))
         add_flag(group, "scene_" + key, kind, default, comments[key])
