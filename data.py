@@ -33,6 +33,7 @@ import pickle
 import re
 import signal
 import sys
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 import imageio.v3 as iio
@@ -122,6 +123,28 @@ def make_textures(rng, n, size, grain):
 def similarity(m, x, y):
     """p -> a p + b in complex numbers; m = (Re a, Im a, Re b, Im b), each broadcast to the points x, y."""
     return (m[0] * x).addcmul_(m[1], y, value=-1).add_(m[2]), (m[0] * y).addcmul_(m[1], x).add_(m[3])
+
+
+@dataclass
+class SceneOptions:
+    size: int = 64                      # pixels: frames are size x size
+    sprites: int = 4                    # how many
+    speed: float = 5.0                  # pixels per frame in mid-clip, at most; each sprite 0..1 of it
+    pan: float = 1.0                    # the same for the camera
+    zoom: float = 0.01                  # log scale per frame, at most, either sign
+    roll: float = 0.01                  # radians per frame, at most, either sign
+    radius: tuple[float, float] = (0.12, 0.24)  # least and most radius of the sprites, as a share of size
+    grain: float = 8.0                  # pixels: how large the things in a texture are
+    textures: int = 128                 # how many there are, per split
+    flat: float = 0.0                   # 0: textured, 1: sprites and background in one plain colour each
+
+
+@dataclass
+class VideoOptions:
+    gap: tuple[float, float] = (0.5, 1.0)   # seconds between the two frames of a pair, least and most
+    repeat: int = 5                     # samples drawn from a video each time it is opened
+    fps: float = 30.0                   # rate in which the numbers in frame names count
+    stride: int = 1                     # source frames between the frames of a clip
 
 
 class Scenes:
@@ -1581,8 +1604,8 @@ class Batches(torch.utils.data.Dataset):
         return self.crops.batch(video, [np.random.default_rng((self.seed, i, 1)) for i in numbers])
 
 
-def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True,
-                scenes=None, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0):
+def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train",
+                scenes=None, videos=None, colours=True, motion_colours="independent"):
     """
     Batches on the device, in order; to be iterated over once.
 
@@ -1595,12 +1618,15 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     split     "train" or "eval": for scenes other clips with other textures; for videos other draws from the
               same files, so most of what "eval" shows was seen in training
     colours   False leaves the photometric augmentation out
-    scenes    options of Scenes, such as dict(sprites=0); `size` may exceed the inputs' if there are crops
-    gap, stride, repeat, fps    of Videos
+    scenes    SceneOptions; `size` may exceed the inputs' if there are crops
+    videos    VideoOptions
     Raises FileNotFoundError or ValueError with what to do if the source can't be read.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r} must be 'train' or 'eval'")
+    scenes = asdict(scenes) if isinstance(scenes, SceneOptions) else scenes
+    videos = videos or VideoOptions()
+    colours = colours and motion_colours != "none"
     if "squares" in inputs and source != "squares":
         raise ValueError(f"--data {source}: this model needs masks and displacements, which only "
                          "--data squares has")
@@ -1621,7 +1647,7 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
         dataset = Scenes(seed=seed, split=split, device="cpu" if workers else device, **options)
     seed = seed + EVAL * (split == "eval")
     if not synthetic:
-        dataset = Videos(source, inputs["frames"], gap, stride, repeat, fps, seed,
+        dataset = Videos(source, inputs["frames"], videos.gap, videos.stride, videos.repeat, videos.fps, seed,
                          transform=crops or SquareClip(inputs["size"]))
     loader = torch.utils.data.DataLoader(
         Batches(dataset, crops, seed), batch_size=None, sampler=batches, num_workers=workers,
@@ -1694,8 +1720,8 @@ def show(source, path, **videos):
                 ("occluded in frame 2", clip["occluded"][b, 0].numpy()),
                 ("class", clip["classes"][b, 0].numpy()), ("depth", clip["depth"][b, 0].numpy())])
     inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
-    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=dict(size=192, pan=12.0),
-                                  **videos)))
+    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=SceneOptions(size=192, pan=12.0),
+                                  videos=VideoOptions(**videos))))
     image = lambda x: x.permute(1, 2, 0).numpy()
     for motion, large, small in zip(batch["motion"], batch["globals"], batch["locals"]):
         rows.append(
