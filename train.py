@@ -285,11 +285,11 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # a truncated zip, a foreign pickle: torch raises many kinds
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
-    wanted = dict(model=dict, optimizer=dict, step=int, config=dict)
-    check_kinds(path, ckpt, wanted)
+    check_kinds(path, ckpt, dict(model=dict, optimizer=dict, step=int, config=dict))
     check_kinds(path, ckpt["config"], dict(model=str, preset=str, config=dict))
-    if ckpt["config"]["model"] not in MODELS:
-        raise UserError(f"{path} holds no model of this repository: {ckpt['config']['model']!r:.60}")
+    if ckpt["config"]["model"] not in MODELS or ckpt["step"] < 0:
+        raise UserError(f"{path} holds no model of this repository: {ckpt['config']['model']!r:.60} "
+                        f"at step {ckpt['step']}")
     return ckpt | dict(path=str(path))
 
 
@@ -301,8 +301,6 @@ def check_kinds(path, values, kinds):
 
 def has_kind(value, default):
     """Whether a saved value may stand where this default stands."""
-    if isinstance(default, tuple):
-        return isinstance(value, (tuple, list)) and all(has_kind(item, default[0]) for item in value)
     if default is None or isinstance(default, bool):
         return isinstance(value, bool) or value is default
     if isinstance(default, float):
@@ -314,12 +312,21 @@ def saved_part(ckpt, part, cls):
     """The values of a dataclass from a checkpoint, if they are this version's: the same names and kinds."""
     check_kinds(ckpt["path"], ckpt["config"], {part: dict})
     values = ckpt["config"][part]
-    defaults = {field.name: field.default for field in fields(cls)}
-    unlike = [name for name in defaults if name not in values or not has_kind(values[name], defaults[name])]
-    unlike += [name for name in values if name not in defaults]
+    unlike = values.keys() ^ {field.name for field in fields(cls)}
+    for field in fields(cls):
+        value = values.get(field.name)
+        default = field.default
+        if isinstance(default, tuple):
+            length = len(value) if isinstance(value, (tuple, list)) else 0
+            fits = length == len(default) or ("..." in str(field.type) and length)
+            fits = fits and all(has_kind(item, default[0]) for item in value)
+        else:
+            fits = has_kind(value, default)
+        if not fits:
+            unlike.add(field.name)
     if unlike:
-        raise UserError(f"{ckpt['path']} is of another version; what doesn't fit in its {part}: "
-                        + ", ".join(f"{name!r:.40}" for name in unlike))
+        names = ", ".join(sorted(f"{name!r:.40}" for name in unlike))
+        raise UserError(f"{ckpt['path']} is of another version; what doesn't fit in its {part}: {names}")
     return values
 
 
@@ -630,12 +637,12 @@ def build(parts, module, ckpt, run):
     torch.manual_seed(opt.seed)
     try:
         model = getattr(module, MODELS[opt.model])(parts["config"]).to(run.device)
-    except (AssertionError, ValueError) as error:
-        raise UserError(str(error)) from None
     except Exception as error:
-        if not ckpt:
-            raise
-        raise UserError(f"{ckpt['path']} does not fit {opt.model}.py: {error!r:.200}") from None
+        if ckpt:
+            raise UserError(f"{ckpt['path']} does not fit {opt.model}.py: {error!r:.200}") from None
+        if isinstance(error, (AssertionError, ValueError)):
+            raise UserError(str(error)) from None
+        raise
     if hasattr(model, "param_groups"):
         groups = model.param_groups(opt.weight_decay)
     else:
@@ -654,7 +661,7 @@ def build(parts, module, ckpt, run):
         raise UserError(f"{ckpt['path']} is at step {start} already: to go on, give more --steps than that")
     load_weights(model, ckpt)
     load_optimizer(optimizer, ckpt)
-    before = Options(**ckpt["config"]["options"])
+    before = replace(opt, steps=ckpt["config"]["options"]["steps"])
     if before.steps != opt.steps:
         run.print0(f"--steps {before.steps} -> {opt.steps} stretches the cosine: the learning rate of step "
                    f"{start + 1} is now {schedule(opt, start)[0]:.3g}, not {schedule(before, start)[0]:.3g}")
