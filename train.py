@@ -662,9 +662,9 @@ def build(parts, module, ckpt, run):
     load_weights(model, ckpt)
     load_optimizer(optimizer, ckpt)
     before = replace(opt, steps=ckpt["config"]["options"]["steps"])
-    if before.steps != opt.steps:
-        run.print0(f"--steps {before.steps} -> {opt.steps} stretches the cosine: the learning rate of step "
-                   f"{start + 1} is now {schedule(opt, start)[0]:.3g}, not {schedule(before, start)[0]:.3g}")
+    if schedule(before, start) != schedule(opt, start):
+        run.print0(f"--steps {before.steps} -> {opt.steps} stretches the cosine: at step {start + 1} the learning "
+                   f"rate goes from {schedule(before, start)[0]:.3g} to {schedule(opt, start)[0]:.3g}")
     del ckpt["model"], ckpt["optimizer"]                # a copy of all weights and moments
     return model, optimizer, start
 
