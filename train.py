@@ -206,6 +206,8 @@ def parse(argv):
     opt = made["options"]
     for key in ("data", "out", "resume", "init"):
         setattr(opt, key, os.path.expanduser(getattr(opt, key)))
+    if opt.out in (".", ".."):              # a folder that can be moved aside needs its name
+        opt.out = os.path.abspath(opt.out)
     return made, module, ckpt
 
 
@@ -638,7 +640,7 @@ def build(parts, module, ckpt, run):
     try:
         model = getattr(module, MODELS[opt.model])(parts["config"]).to(run.device)
     except Exception as error:
-        if ckpt:
+        if ckpt and not isinstance(error, torch.OutOfMemoryError):
             raise UserError(f"{ckpt['path']} does not fit {opt.model}.py: {error!r:.200}") from None
         if isinstance(error, (AssertionError, ValueError)):
             raise UserError(str(error)) from None
