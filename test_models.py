@@ -1556,8 +1556,10 @@ TINY_MOOG = ("--model moog --device cpu --workers 0 --batch-size 4 --size 16 --f
              "--channels 8 16 --strides 2 2 --encoder-bases 4 --decoder-bases 4 --predictor 1 2 8 "
              "--corrector 1 2 16 --decoder 1 2 8 --mlp 24 --subsample 4 --scene-textures 8 "
              "--log-every 1").split()
-FAMILIES = dict(midway=(TINY + ["--drop-path", "0.3"], Midway, "shuffled"),
-                moog=(TINY_MOOG, moog.MooG, "copy"))
+SQUARES = "--model melomotion --device cpu --batch-size 4 --warmup 0.3 --log-every 1".split()
+FAMILIES = dict(midway=(TINY + ["--drop-path", "0.3"], Midway),
+                moog=(TINY_MOOG, moog.MooG),
+                melomotion=(SQUARES, MeloMotion))
 
 
 def command(*args, processes=1):
@@ -1581,6 +1583,17 @@ def log(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
 
 
+def error_of(capsys, args, *status):
+    """The one line on stderr with which train.py leaves."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        train.cli([str(arg) for arg in args])
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert leaving.value.code in status and len(lines) == 1, lines
+    assert lines[0].startswith("train.py: error: ")
+    return lines[0]
+
+
 def test_schedules_are_dinos():
     opt = train.Options(steps=525_000, lr=3.90625e-4, min_lr=1e-6, warmup=1 / 30,
                         weight_decay=0.04, weight_decay_end=0.4)
@@ -1590,20 +1603,65 @@ def test_schedules_are_dinos():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_three_steps_are_a_plain_loops(name, tmp_path, monkeypatch):
+    """AdamW written out, on the very batches of the run."""
+    small, model_class = FAMILIES[name]
+    made, batches, forward = [], [], model_class.forward
+    def recording(self, batch):
+        if not made:
+            made.append(deepcopy(self))
+        batches.append(deepcopy(batch))
+        return forward(self, batch)
+    monkeypatch.setattr(model_class, "forward", recording)
+    flags = ["--drop-path", "0"] if name == "midway" else []
+    train.main([*small, *flags, "--steps", "3", "--lr", "1e-2", "--min-lr", "1e-3", "--warmup", "0", "--clip",
+                "0.1", "--betas", "0.8", "0.95", "--weight-decay", "0.2", "--weight-decay-end", "0.4",
+                "--out", str(tmp_path)])
+    monkeypatch.undo()
+    model = made[0]
+    moments = {p: (torch.zeros_like(p), torch.zeros_like(p), [0]) for p in model.parameters()}
+    for step in range(3):
+        half = (1 + np.cos(np.pi * step / 3)) / 2
+        lr, decay = 1e-3 + 9e-3 * half, 0.4 - 0.2 * half
+        torch.manual_seed(step)
+        model(batches[step])[0].backward()
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in trained]).norm()
+        if hasattr(model, "before_step"):
+            model.before_step(step / 3)
+        with torch.no_grad():
+            for p in (p for p in trained if p.grad is not None):
+                first, second, count = moments[p]
+                count[0] += 1
+                gradient = p.grad * min(1, 0.1 / (norm.item() + 1e-6))
+                first.lerp_(gradient, 0.2)
+                second.lerp_(gradient ** 2, 0.05)
+                p.mul_(1 - lr * decay * (p.ndim > 1 or name == "moog"))     # MooG's authors decay all
+                mean, square = first / (1 - 0.8 ** count[0]), second / (1 - 0.95 ** count[0])
+                p.sub_(lr * mean / (square.sqrt() + 1e-8))
+        model.zero_grad()
+        model.after_step((step + 1) / 3)
+    saved = weights(tmp_path)
+    for key, value in model.state_dict().items():
+        close(value, saved[key], 2e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capsys):
-    small, model_class, column = FAMILIES[name]
+    small, model_class = FAMILIES[name]
     train.main(small + ["--steps", "4", "--save-every", "2", "--out", f"{tmp_path}/whole"])
-    stop_after(2, small + ["--steps", "4", "--out", f"{tmp_path}/parts"], model_class)
+    stop_after(2, small + ["--steps", "4", "--save-every", "500", "--out", f"{tmp_path}/parts"], model_class)
     train.main(["--resume", f"{tmp_path}/parts", "--workers", "1"])
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    keep = lambda line: {k: v for k, v in line.items() if k not in ("ms", "samples_per_s")}
-    assert ([keep(line) for line in log(tmp_path / "whole")] ==
-            [keep(line) for line in log(tmp_path / "parts")])
-    assert all({"step", "loss", "lr"} <= line.keys() for line in log(tmp_path / "whole"))
-    assert {p.name for p in (tmp_path / "whole").iterdir()} == {
-        "ckpt.pt", "log.jsonl", "curves.png", "config.json"}
-    assert column in capsys.readouterr().out
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    lines = [[{key: value for key, value in line.items() if key not in ("ms", "samples_per_s")}
+              for line in log(tmp_path / folder)] for folder in ("whole", "parts")]
+    assert lines[0] == lines[1] and {"step", "loss", "lr"} <= lines[0][0].keys()
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert files == {"ckpt.pt", "log.jsonl", "curves.png", "config.json"}
+    said = capsys.readouterr().out
+    assert [row for row in lines[0][-1]["held_out"] if row not in said] == []
+    assert max(len(line) for line in said.splitlines() if line.startswith("step ")) <= 100
 
 
 def stop_after(steps, args, model_class=Midway):
@@ -1623,7 +1681,7 @@ def stop_after(steps, args, model_class=Midway):
         model_class.after_step = after_step
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ("midway", "moog"))
 def test_two_processes_equal_one(name, tmp_path):
     common = FAMILIES[name][0] + ["--steps", "3", "--clip", "0.1", "--save-every", "100"]
     common += ["--drop-path", "0"] if name == "midway" else []
@@ -1631,47 +1689,49 @@ def test_two_processes_equal_one(name, tmp_path):
     # what is random in the step is drawn for each micro-batch
     train.main(common + ["--out", f"{tmp_path}/one"] + (["--micro-batch", "1"] if name == "moog" else []))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in one:
-        close(one[name].float(), two[name].float(), 1e-6)
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+    for key in one:
+        close(one[key].float(), two[key].float(), 1e-6)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
 
 
-def test_resume_stays_in_the_folder_of_its_checkpoint(tmp_path):
+def test_resume_stays_in_the_folder_of_its_checkpoint(tmp_path, capsys):
     for steps in (1, 2):
         train.main(TINY + ["--steps", str(steps), "--out", f"{tmp_path}/run"])      # the first is now run.1
     train.main(["--resume", f"{tmp_path}/run.1", "--steps", "3"])
+    assert "stretches" in capsys.readouterr().out
     train.main(["--resume", f"{tmp_path}/run.1", "--steps", "4", "--out", f"{tmp_path}/other"])
     steps = {name: torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["step"]
              for name in ("run", "run.1", "other")}
     assert steps == {"run": 2, "run.1": 3, "other": 4}
 
 
-def test_sigkill_leaves_the_last_whole_checkpoint(tmp_path):
+def test_sigkill_leaves_a_whole_checkpoint_and_until_then_no_second_run_starts(tmp_path, capsys):
     out = tmp_path / "killed"
     process = subprocess.Popen(command(*TINY, "--steps", 100_000, "--save-every", 2, "--out", out),
                                stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if re.match(r"step ([5-9]|\d\d)", line):
             break
+    assert "another run" in error_of(capsys, [*TINY, "--out", out], 1)
     process.kill()
     process.wait()
     step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
     assert step >= 4 and step % 2 == 0
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 1, "lo\n[3]\n')
     train.main(["--resume", str(out), "--workers", "0", "--steps", str(step + 1)])
     assert [line["step"] for line in log(out)] == list(range(1, step + 2))
 
 
-def test_non_finite_loss_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch):
-    out, forward = tmp_path / "nan", Midway.forward
-    def breaks(self, batch):
-        loss, logs = forward(self, batch)
-        return loss * (float("nan") if self.training and (out / "ckpt.pt").exists() else 1), logs
-    monkeypatch.setattr(Midway, "forward", breaks)
-    with pytest.raises(
-            train.Stop, match=r"step 3: the loss is nan.*lr .*last good checkpoint: .*ckpt.pt \(step 2\)"):
-        train.main(TINY + ["--steps", "9", "--save-every", "2", "--out", str(out)])
-    assert all(value.isfinite().all() for value in weights(out).values())
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_checkpoint_goes_on_after_any_learning_rate(name, tmp_path, capsys):
+    args = [*FAMILIES[name][0], "--steps", "20", "--warmup", "0.3", "--save-every", "1", "--out", tmp_path]
+    message = error_of(capsys, [*args, "--lr", "1e6"], 1)
+    step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
+    assert re.search(rf"step {step + 2}: the loss is .*last good checkpoint: .*\(step {step}\)", message)
+    train.main(["--resume", str(tmp_path), "--lr", "1e-4", "--steps", str(step + 2)])
+    assert all(np.isfinite(line["loss"]) for line in log(tmp_path))
 
 
 def test_a_full_disk_spares_the_old_checkpoint(tmp_path, monkeypatch):
@@ -1683,74 +1743,118 @@ def test_a_full_disk_spares_the_old_checkpoint(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(obj, file)
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(train.Stop, match="No space left.*is whole"):
+    with pytest.raises(train.UserError, match="No space left.*is whole"):
         train.main(TINY + ["--steps", "9", "--save-every", "1", "--out", str(out)])
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 1 and not list(out.glob("*.tmp"))
 
 
-def test_a_second_run_moves_the_first_aside(tmp_path, capsys):
-    for _ in range(2):
-        train.main(TINY + ["--steps", "1", "--out", f"{tmp_path}/run"])
-    assert "is now in" in capsys.readouterr().out
-    assert (tmp_path / "run" / "ckpt.pt").exists() and (tmp_path / "run.1" / "ckpt.pt").exists()
+def test_log_and_curves_stop_no_run(tmp_path, capsys):
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    train.main(TINY + ["--steps", "1", "--out", f"{tmp_path}/run"])
+    assert "warning" in capsys.readouterr().err and (tmp_path / "run" / "ckpt.pt").exists()
 
 
-def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
-    def message(args, status):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            train.cli(args)
-        text = capsys.readouterr().err
-        assert leaving.value.code == status, text
-        assert text.startswith("train.py: error: ") and text.count("\n") == 1, text
-        return text
+CLI_ERRORS = [
+    ("", 2, "--model"),
+    ("--model midwya", 2, "midway, moog, melomotion"),
+    ("--model midway --batch-sise 3", 2, "did you mean --batch-size?"),
+    ("--model midway --preset huge", 2, "tiny, vit_s, vit_b"),
+    ("--model midway --steps 0", 2, "--steps"),
+    ("--model midway --betas 0.9", 2, "--betas"),
+    ("--model midway --betas 0.9 1", 2, "--betas"),
+    ("--model midway --lr inf", 2, "--lr"),
+    ("--model midway --scene-pan nan", 2, "--scene-pan"),
+    ("--model midway --workers 10000", 2, "--workers"),
+    ("--model midway --scene-size 1000000", 2, "--scene-size"),
+    ("--model midway --micro-batch -1", 2, "--micro-batch"),
+    ("TINY --micro-batch 3", 1, "try --batch-size 3"),
+    ("TINY --dtype float8", 1, "bfloat16"),
+    ("TINY --heads 0", 1, "heads"),
+    ("TINY --size 20", 1, "multiple"),
+    ("TINY --data {}/nowhere", 1, "nowhere"),
+    ("TINY --data {}", 1, "{}"),
+    ("--resume {}/nowhere", 1, "no checkpoint at"),
+    ("--model melomotion --init {}/nowhere", 1, "no checkpoint at"),
+]
 
-    out = ["--out", str(tmp_path / "never")]
-    assert "which model?" in message([], 2)
-    assert "midway, moog, melomotion" in message(["--model", "midwya"], 2)
-    assert "did you mean --batch-size?" in message(["--model", "midway", "--batch-sise", "3"], 2)
-    assert "tiny, vit_s, vit_b" in message(["--model", "midway", "--preset", "huge"], 2)
-    assert "--steps must be at least 1" in message(["--model", "midway", "--steps", "0"], 2)
-    assert "--betas can't be" in message(["--model", "midway", "--betas", "0.9"], 2)
-    assert "--micro-batch can't be -1" in message(["--model", "midway", "--micro-batch", "-1"], 2)
-    assert "heads=0 must be at least 1" in message(TINY + out + ["--heads", "0"], 1)
-    assert "try --batch-size 3" in message(TINY + out + ["--micro-batch", "3"], 1)
-    assert "--gap wants two rising" in message(["--model", "midway", "--gap", "1", "0.5"], 2)
-    assert "nowhere" in message(TINY + out + ["--data", str(tmp_path / "nowhere")], 1)
-    (tmp_path / "empty").mkdir()
-    assert "empty" in message(TINY + out + ["--data", str(tmp_path / "empty")], 1)
-    assert "size=20 must be a multiple of patch=8" in message(TINY + out + ["--size", "20"], 1)
-    assert "multiple of micro_batch" in message(TINY + out + ["--micro-batch", "3"], 1)
-    assert "no checkpoint at" in message(["--resume", str(tmp_path / "nowhere")], 1)
-    (tmp_path / "ckpt.pt").write_bytes(b"damaged")
-    assert "damaged" in message(["--resume", str(tmp_path)], 1)
-    torch.save(dict(model={}, optimizer={}, step=1,
-                    config=dict(model="moog", preset="tiny", options={}, config={}, scenes={})),
-               tmp_path / "ckpt.pt")
-    assert "holds a moog model, not midway" in message(["--model", "midway", "--resume", str(tmp_path)], 1)
+
+@pytest.mark.parametrize("args, status, word", CLI_ERRORS)
+def test_wrong_arguments_are_told_in_one_line(args, status, word, tmp_path, capsys):
+    args = args.replace("TINY", " ".join(TINY)).format(tmp_path).split()
+    if status == 1:
+        args += ["--out", f"{tmp_path}/never"]
+    assert word.format(tmp_path) in error_of(capsys, args, status)
     assert not (tmp_path / "never").exists()
 
 
-def test_out_of_memory_suggests_a_micro_batch(monkeypatch, capsys, tmp_path):
-    def too_much(self, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(Midway, "forward", too_much)
-    with pytest.raises(SystemExit):
-        train.cli(TINY + ["--steps", "1", "--out", str(tmp_path / "run")])
-    assert "--micro-batch" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    train.main(TINY + ["--steps", "2", "--out", str(out)])
+    return out / "ckpt.pt"
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
-    def broken(self, batch):
-        raise RuntimeError("shapes do not match")
-    monkeypatch.setattr(Midway, "forward", broken)
+def spoil(ckpt, place, value):
+    """Puts a value, or nothing for KeyError, at a/b/c of a checkpoint."""
+    *path, last = place.split("/")
+    for key in path:
+        ckpt = ckpt[int(key) if key.isdigit() else key]
+    if value is KeyError:
+        del ckpt[last]
+    else:
+        ckpt[int(last) if last.isdigit() else last] = value
+
+
+CHECKPOINT_ERRORS = [(place, value) for place in (
+    "model", "optimizer", "optimizer/state", "optimizer/state/0/exp_avg", "optimizer/param_groups", "step", "config",
+    "config/model", "config/preset", "config/options", "config/options/lr", "config/options/betas",
+    "config/scenes", "config/scenes/radius", "config/videos", "config/videos/gap", "config/config",
+    "config/config/dim", "config/config/levels") for value in (KeyError, None, "text", [1.5], {"a": 1}, float("nan"))]
+CHECKPOINT_ERRORS += [
+    ("config/model", "os"), ("config/options/new", 1), ("config/config/new", 1), ("config/config/dim", 7),
+    ("config/config/heads", 0), ("config/scenes/new", 1), ("model/new", torch.zeros(1)), ("model/new", 3),
+    ("step", -1), ("optimizer/state/0/exp_avg", torch.zeros(1)), ("optimizer/state/0/exp_avg_sq", torch.zeros(3, 3)),
+    ("optimizer/state/0/step", torch.zeros(2)), ("optimizer/state/9999", {}),
+    ("optimizer/param_groups", []), ("optimizer/param_groups/0/params", [0])]
+
+
+@pytest.mark.parametrize("place", sorted({place for place, _ in CHECKPOINT_ERRORS}))
+def test_what_does_not_fit_in_a_checkpoint_is_told_in_one_line(place, small_run, tmp_path, capsys):
+    for value in (value for where, value in CHECKPOINT_ERRORS if where == place):
+        ckpt = torch.load(small_run, weights_only=True)
+        spoil(ckpt, place, value)
+        torch.save(ckpt, tmp_path / "ckpt.pt")
+        message = error_of(capsys, ["--resume", tmp_path, "--steps", "3"], 1, 2)    # 2: as a flag's value
+        assert any(word in message for word in ("ckpt.pt", "preset", "betas")), value
+
+
+def test_checkpoints_of_others_and_damaged_ones_are_refused(small_run, tmp_path, capsys):
+    assert "midway" in error_of(capsys, ["--model", "moog", "--resume", small_run], 1)
+    assert "midway" in error_of(capsys, [*SQUARES, "--init", small_run, "--out", tmp_path / "never"], 1)
+    assert "can't change" in error_of(capsys, ["--resume", small_run, "--dim", "48"], 1)
+    assert "--steps" in error_of(capsys, ["--resume", small_run], 1)
+    (tmp_path / "ckpt.pt").write_bytes(small_run.read_bytes()[:-1000])
+    assert "damaged" in error_of(capsys, ["--resume", tmp_path], 1)
+
+
+def test_only_bugs_have_a_traceback(monkeypatch, capsys, tmp_path):
+    def fails(self, batch):
+        raise error
+    monkeypatch.setattr(Midway, "forward", fails)
+    args = TINY + ["--steps", "1", "--out", str(tmp_path / "run")]
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    assert "--micro-batch" in error_of(capsys, args, 1)
+    error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes"):
-        train.cli(TINY + ["--steps", "1", "--out", str(tmp_path / "run")])
+        train.cli(args)
 
 
-def test_errors_leave_status_1_and_no_traceback(tmp_path):
-    done = run(*TINY, "--data", tmp_path / "nowhere", status=1)
-    assert done.stderr.startswith("train.py: error:") and len(done.stderr.strip().splitlines()) == 1
+def test_help_names_presets_and_the_defaults_that_count(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train.cli(["--model", "melomotion", "--preset", "fast", "--device", "cpu", "--help"])
+    said = capsys.readouterr().out
+    assert leaving.value.code == 0 and ", ".join(melomotion.PRESETS) in said
+    assert re.search(r"--steps N[^-]*188", said)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -1759,6 +1863,17 @@ def test_bench_and_bfloat16_run(name, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"bench: [\d.]+ ms a step .* GFLOP a sample .* MFU n/a", said) and "bfloat16" in said
     assert not (tmp_path / "never").exists()
+
+
+def test_recomputing_activations_is_not_the_models_work():
+    cfg = moog.Config(**moog.PRESETS["tiny"])
+    batch = dict(video=torch.zeros(1, 4, 3, 64, 64))
+    flops = [train.count_flops(moog.MooG, replace(cfg, checkpoint=flag), batch) for flag in (False, True)]
+    assert flops[0] == flops[1] > 0
+
+
+def test_an_unprintable_path_ends_no_run(tmp_path):
+    run(*SQUARES, "--steps", "1", "--out", os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
 
 
 def test_training_on_videos_and_on_frames(tmp_path):
@@ -1802,7 +1917,7 @@ def test_images_of_other_kinds_are_read_right(tmp_path):
 def test_an_error_with_workers_running_still_ends(tmp_path):
     script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import data\n"
               "loader = iter(data.make_loader('scenes', dict(frames=2, size=16), [range(2)] * 9, workers=1,"
-              " scenes=dict(textures=3)))\nnext(loader); raise RuntimeError('a bug')")
+              " scenes=data.SceneOptions(textures=3)))\nnext(loader); raise RuntimeError('a bug')")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug"), done.stderr
 
@@ -3215,7 +3330,8 @@ def test_readme_names_only_what_exists():
     text = (HERE / "README.md").read_text()
     known = {f.name.replace("_", "-") for cls in (train.Options, Config, moog.Config, melomotion.Config)
              for f in fields(cls)}
-    known |= {"scene-" + name for name in train.scene_options()} | {"no-" + name for name in known}
+    known |= {f.name for f in fields(data.VideoOptions)} | {"scene-" + f.name for f in fields(data.SceneOptions)}
+    known |= {"no-" + name for name in known}
     known |= set(re.findall(r'add\("--([\w-]+)"', (HERE / "eval.py").read_text()))
     known |= {"help", "index-url", "nproc_per_node", "nnodes", "rdzv-backend",
               "rdzv-endpoint",
