@@ -21,6 +21,7 @@ Boxes of crops are (top, left, height, width).
 """
 import argparse
 import atexit
+import bisect
 import contextlib
 import functools
 import heapq
@@ -33,6 +34,8 @@ import pickle
 import re
 import signal
 import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 import imageio.v3 as iio
@@ -462,110 +465,170 @@ class MovingSquares:
 
 
 # ---- your own videos -----------------------------------------------------------------------------
-VIDEO_TYPES = (".mp4", ".mkv", ".mov", ".avi", ".webm")
+VIDEO_TYPES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
+TINY = Fraction(1, 10**12)              # s: what is later than a frame by this is the next frame
+TRIES = 10                              # moments drawn in a file, and files drawn in a row
+
+
+def expand(path):
+    """A path as the user gave it -> str, with ~ for the home folder."""
+    return os.path.expanduser(os.fspath(path))
+
+
+def warn(text):
+    """One line on stderr, whatever the names of files in it."""
+    print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 class Reader:
-    """One open video and its decoder, for one process. Times are seconds after the stream's first frame.
+    """One open video and its decoder, for one process. Times are exact: Fractions of a second after its
+    first frame.
 
     Why not imageio's own reader: on a variable-rate mp4 it returns wrong frames without a word, it ignores
     the rotation that phones write, and it costs about twice as much. So imageio only brings PyAV along.
     """
 
     def __init__(self, path):
-        import av                           # here, so that synthetic scenes need no FFmpeg
-        self.path, self.container = path, av.open(path)
-        self.stream = next(iter(self.container.streams.video), None)
+        self.path = expand(path)
+        if not os.path.isfile(self.path):               # opening a FIFO would wait without end
+            raise FileNotFoundError(f"{self.path}: no such file")
+        self.end = None                                 # time of the last frame, once it is known
+        self.open()
+
+    def open(self):
+        """Opens the file and decodes its first frame, at time 0."""
+        import av                                       # here: synthetic scenes need no FFmpeg
+        self.container = av.open(os.path.abspath(self.path))
+        self.stream = self.container.streams.best("video")
         if self.stream is None or self.stream.codec_context is None:
-            self.container.close()
-            raise ValueError(f"{path}: holds no video stream that FFmpeg can decode")
+            raise ValueError(f"{self.path}: holds no video stream that FFmpeg can decode")
+        if self.container.format.name == "avi" and self.stream.codec_context.has_b_frames:
+            raise ValueError(f"{self.path}: AVI keeps no times for B-frames, so that frames would come too "
+                             "early; convert it once: ffmpeg -i in.avi out.mkv")
         # One thread: the loader's workers are the parallelism; threads below them cost 10 % more CPU.
-        self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
-        self.tick = float(self.stream.time_base)
-        self.start = (self.stream.start_time or 0) * self.tick
-        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 30)
-        self.frames, self.frame = self.container.decode(self.stream), None
-        self.time, self.asked = 0.0, 0.0    # where the decoder stands; the last time asked for
-        if "444" in (self.stream.codec_context.pix_fmt or ""):
-            # Old x264 wrote 4:4:4 wrongly, and the decoder mends it by the version in the first packet: a
-            # seek past that gives green garbage without an error.
-            self._next(0.0)
+        self.stream.thread_type = "SLICE"
+        self.stream.codec_context.thread_count = 1
+        self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(30)
+        self.first = 0
+        self.frames = self.container.decode(self.stream)
+        self.frame = next((frame for frame in self.frames if frame.pts is not None), None)
+        if self.frame is None:
+            raise ValueError(f"{self.path}: holds no frame")
+        self.first = self.frame.pts                     # not the header's: that may be another stream's
+        self.time = self.asked = Fraction(0)            # of the frame; the last time that was asked for
 
     def close(self):
         self.container.close()
 
+    def seconds(self, frame):
+        return (frame.pts - self.first) * self.stream.time_base
+
     def duration(self):
-        """Seconds of video, by the headers (mkv and webm: by a tag; their own may be that of the sound)."""
+        """Seconds from the first frame to the end of the last, as the header promises: it may be too much."""
         if self.stream.duration:
-            return self.stream.duration * self.tick
-        if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", "")):
-            return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+            return self.stream.duration * self.stream.time_base
+        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))      # mkv
+        if tag:
+            return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
         if self.container.duration:
-            return self.container.duration / 1e6
+            return Fraction(self.container.duration, 10**6)
         raise ValueError(f"{self.path}: no duration in its header; remux it (ffmpeg -i old -c copy new.mp4)")
 
-    def at(self, t):
-        """The first frame at or after t -> (uint8 (H, W, 3), its true time). Cheap if t ascends."""
-        # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, so 1/30 s is 0.033 there).
-        t = max(t - 0.5 * min(self.tick, 1e-3) - 1e-6, 0.0)
-        if self.frame is None or not self.asked <= t <= self.time:
-            if self.time > t or self._keyframe_between(t):
-                self._seek(t)
-            while self.frame is None or self.time < t:
-                self._next(t)
-        self.asked = t
-        return upright(self.frame), self.time
+    def last(self):
+        """Time of the last frame, found by decoding the end of the file."""
+        found = self.at(self.duration()) if self.end is None else None
+        while found:
+            found = self.at(found[1] + TINY)
+        return self.end
 
-    def _keyframe_between(self, t):
+    def at(self, t):
+        """The first frame at or after t -> (frame, its time), None behind the last. Cheap if t ascends."""
+        if self.end is not None and t > self.end:
+            return None
+        if self.frame is None or not self.asked <= t <= self.time:
+            if self.frame is None or t < self.time or self.keyframe_between(t):
+                self.seek(t)
+            while self.time < t:
+                if not self.step():
+                    return None
+        self.asked = t
+        return self.frame, self.time
+
+    def keyframe_between(self, t):
         """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats work."""
         index = self.stream.index_entries
-        if len(index) and index[-1].timestamp * self.tick - self.start >= t:
-            key = index.search_timestamp(round((self.start + t) / self.tick))
-            return key >= 0 and index[key].timestamp * self.tick - self.start > self.time
-        return t > self.time + 2.0          # mkv reads its index piece by piece: go by a usual distance
+        wanted = self.first + math.floor(t / self.stream.time_base)
+        if len(index) and index[-1].timestamp >= wanted:
+            key = index.search_timestamp(wanted)
+            return key >= 0 and (index[key].timestamp - self.first) * self.stream.time_base > self.time
+        return t > self.time + 2            # mkv reads its index piece by piece: go by a usual distance
 
-    def _seek(self, t):
-        """Put the decoder on the last keyframe at or before t."""
-        for back in (0.0, 2.0, 10.0, math.inf):             # some files land on the keyframe after t
-            target = max(t - back, 0.0)
-            self.container.seek(round((self.start + target) / self.tick), stream=self.stream)
-            self.frames, self.frame = self.container.decode(self.stream), None
-            self._next(t)
-            if self.time <= t or target == 0.0:
+    def seek(self, t):
+        """Puts the decoder on a keyframe at or before t.
+
+        A file without an index (MPEG-TS) may land behind t, or behind its last keyframe: then further back,
+        at last at the start. Frames shown before the keyframe are left out: they may need earlier ones.
+        """
+        back = 0
+        while t > back:
+            wanted = self.first + math.floor((t - back) / self.stream.time_base)
+            self.container.seek(wanted, stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+            keyframe = next((f for f in self.frames if f.key_frame and f.pts is not None), None)
+            if keyframe is not None and self.seconds(keyframe) <= t:
+                self.take(keyframe)
                 return
+            back = 4 * back + 1
+        self.close()
+        self.open()
 
-    def _next(self, t):
+    def step(self):
+        """Decodes the next frame; False behind the last."""
         for frame in self.frames:
-            if frame.is_corrupt:            # what FFmpeg paints over gaps depends on where it began to decode
-                self.frame, self.time = None, math.inf
-                raise ValueError(f"{self.path}: is damaged near {t:.2f} s")
             if frame.pts is not None:
-                self.frame, self.time = frame, frame.pts * self.tick - self.start
-                return
-        end, self.frame, self.time = self.time, None, math.inf      # inf: the next call has to seek
-        raise ValueError(f"{self.path}: ends at {end:.2f} s, before the wanted {t:.2f} s")
+                if self.seconds(frame) < self.time:
+                    self.frame = None
+                    raise ValueError(f"{self.path}: times go backwards at {float(self.time):.2f} s")
+                self.take(frame)
+                return True
+        self.end = self.time
+        self.frame = None
+        return False
 
+    def take(self, frame):
+        """Makes a frame the current one. Damaged ones depend on where decoding began: they are refused."""
+        self.time = self.seconds(frame)
+        self.frame = None if frame.is_corrupt else frame
+        if frame.is_corrupt:
+            raise ValueError(f"{self.path}: is damaged near {float(self.time):.2f} s")
 
-def upright(frame):
-    """A decoded frame -> uint8 (H, W, 3), turned as the camera was held."""
-    # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
-    image = frame.to_ndarray(format="rgb24", threads=1)                         # (H, W, 3)
-    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+    def image(self, frame):
+        """A decoded frame -> uint8 (H, W, 3), turned and mirrored as players show it."""
+        # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
+        image = frame.to_ndarray(format="rgb24", threads=1)                     # (H, W, 3)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3).tolist()
+            if abs(b) > abs(a):             # shown x = a x + c y, y = b x + d y
+                image = image.transpose(1, 0, 2)
+                a, d = c, b
+            image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+        return np.ascontiguousarray(image)
 
 
 def read_video(path):
     """All frames of a video file, uint8 (T, H, W, 3)."""
     reader = Reader(path)
+    images = []
     try:
-        images = []
-        for frame in itertools.chain([reader.frame] if reader.frame else [], reader.frames):
-            if frame.is_corrupt:
-                raise ValueError(f"{path}: is damaged near frame {len(images)}")
-            images.append(upright(frame))
-        return np.stack(images)
+        found = reader.at(0)
+        while found:
+            images.append(reader.image(found[0]))
+            found = reader.at(found[1] + TINY)
     finally:
         reader.close()
+    return np.stack(images)
 
 
 def read_frames(path, times):
@@ -574,14 +637,22 @@ def read_frames(path, times):
     Returns (list of uint8 (H, W, 3) arrays, list of their true times in s). Each is the first frame at or
     after the time asked for, within the rounding of the file's clock, at variable frame rates too. Phone
     clips come upright. Raises ValueError if the file ends before, av.error.FFmpegError if it is damaged.
-    AVI files with B-frames carry no times of presentation: there a frame may be one or two too early.
     """
     reader = Reader(path)
+    images, true = [], []
     try:
-        found = [reader.at(t) for t in times]
+        for t in times:
+            # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, 1/30 s is 0.033 there).
+            tick = min(float(reader.stream.time_base), 1e-3)
+            found = reader.at(max(t - 0.5 * tick - 1e-6, 0))
+            if found is None:
+                raise ValueError(f"{reader.path}: ends at {float(reader.end):.2f} s, before the wanted "
+                                 f"{t:.2f} s")
+            images.append(reader.image(found[0]))
+            true.append(float(found[1]))
     finally:
         reader.close()
-    return [image for image, _ in found], [time for _, time in found]
+    return images, true
 
 
 def read_image(path):
@@ -592,8 +663,35 @@ def read_image(path):
     return np.repeat((image >> 8).astype(np.uint8)[..., None], 3, 2) if deep else image
 
 
+class FrameFolder:
+    """A sequence of image files with the interface of Reader: number n stands n / fps seconds after the
+    first. Numbers may be nanoseconds: they stay whole."""
+
+    def __init__(self, paths, numbers, places, fps):
+        self.paths, self.numbers, self.places = paths, numbers, places      # places: in the list of all files
+        self.rate = Fraction(fps)
+
+    def at(self, t):
+        place = bisect.bisect_left(self.numbers, self.numbers[0] + math.ceil(t * self.rate))
+        if place == len(self.numbers):
+            return None
+        return place, (self.numbers[place] - self.numbers[0]) / self.rate
+
+    def last(self):
+        return (self.numbers[-1] - self.numbers[0]) / self.rate
+
+    def duration(self):
+        return self.last() + 1 / self.rate
+
+    def image(self, place):
+        try:
+            return read_image(self.paths[place])
+        except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged PNG chunk
+            raise Broken(self.places[place], error) from None
+
+
 def walk(root):
-    """Sorted paths of the files in a folder, relative to it, at any depth; links yes, hidden no."""
+    """Sorted paths of the regular files in a folder, relative to it, at any depth; links yes, hidden no."""
     files, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:      # a link to a folder above would never end
@@ -602,14 +700,15 @@ def walk(root):
         seen.add(real)
         # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite of .mp4.
         below[:] = sorted(name for name in below if not name.startswith("."))
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in names
-                  if not name.startswith(".")]
+        paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        files += [os.path.relpath(path, root) for path in paths if os.path.isfile(path)]    # no FIFOs
     return sorted(files)
 
 
 def find_files(root):
     """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden no."""
-    root = os.fspath(root)
+    root = expand(root)
+    types = " ".join(VIDEO_TYPES + IMAGE_TYPES)
     if os.path.isfile(root):
         if not root.lower().endswith(VIDEO_TYPES):
             raise ValueError(f"{root}: neither a folder nor a video ({' '.join(VIDEO_TYPES)})")
@@ -619,8 +718,11 @@ def find_files(root):
     files = walk(root)
     videos = [path for path in files if path.lower().endswith(VIDEO_TYPES)]
     images = [path for path in files if path.lower().endswith(IMAGE_TYPES)]
+    others = [path for path in files if not path.lower().endswith(VIDEO_TYPES + IMAGE_TYPES)]
+    if others:
+        kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
+        warn(f"{root}: left out {len(others)} files of other kinds: {' '.join(kinds[:8])}")
     if not videos and not images:
-        types = " ".join(VIDEO_TYPES + IMAGE_TYPES)
         raise ValueError(f"{root}: no videos and no frames in this folder or below ({types})")
     return root, videos, images
 
@@ -629,8 +731,16 @@ class Broken(Exception):
     """A file that cannot give its frames: (number of the file, why)."""
 
 
+@dataclass
+class VideoOptions:
+    gap: tuple = (0.5, 1.0)     # seconds between the frames of a pair, from and to
+    repeat: int = 5             # samples from each opening of a video
+    fps: float = 30.0           # for folders of frames: what the numbers in their names count, per second
+    stride: int = 1             # clips: every stride-th frame of the source
+
+
 class Videos(torch.utils.data.Dataset):
-    """Frame pairs (frames=2, `gap` seconds apart) or clips (`stride` source frames apart) from your videos.
+    """Frame pairs (frames=2, `gap` seconds apart) or clips (every `stride`-th frame) from your videos.
 
         videos/any/depth/a.mp4  b.MOV ...           files (or the path of a single one)
         frames/drive1/0001.jpg  0002.jpg ...        or frames: one sequence,
@@ -642,32 +752,40 @@ class Videos(torch.utils.data.Dataset):
 
     Sample i, for any i >= 0, depends on (seed, i) alone: not on workers, batches or where a run resumed.
     A video gives `repeat` samples in a row (in one opening, unless a batch ends between them), since opening
-    costs as much as decoding ten frames,
-    and each pass takes the videos in a new order. Images need no opening: there every frame that can begin a
-    sample counts as a video of its own, and `repeat` is 1. Gaps are met within half a frame.
+    costs as much as decoding ten frames, and each pass takes the videos in a new order. Images need no
+    opening: a sequence gives one sample at a time, and as many in a pass as it has frames.
+    Distances in time are those of the frames themselves, at variable rates too: a pair lies in the gap to
+    half a frame, and what does not is drawn again. A clip never crosses a hole in the numbers of frames.
 
     A sample is transform(frames, rng), of a list of T uint8 (H, W, 3) arrays and a numpy Generator of its
     own; without a transform it is dict(video=uint8 (T, 3, H, W)).
 
-    Broken and too short files are named once on stderr, counted in `broken` and replaced by other files.
-    Raises FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row fail).
+    Broken, too short and too sparse files are named once on stderr, counted in `broken` and replaced by
+    other files. Raises FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row
+    fail).
     """
 
     def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0, transform=None):
-        if not (0 < gap[0] <= gap[1] and min(frames, stride, repeat) >= 1 and fps > 0):
+        if not (0 < gap[0] <= gap[1] < math.inf and min(frames, stride, repeat) >= 1 and 0 < fps < math.inf):
             raise ValueError(f"{gap=} {frames=} {stride=} {repeat=} {fps=}: want 0 < gap[0] <= gap[1], "
                              "fps > 0, and at least 1 for the others")
-        self.frames, self.gap, self.stride, self.repeat = frames, gap, stride, repeat
-        self.fps, self.seed, self.transform = fps, seed, transform
-        self.root, (self.folder, self.files, images) = root, find_files(root)
-        self.kind, self.starts = "video", range(len(self.files))    # starts: what a pass goes through
+        self.frames, self.stride, self.repeat = frames, stride, repeat
+        self.gap = Fraction(gap[0]), Fraction(gap[1])
+        self.seed, self.transform = seed, transform
+        self.root = expand(root)
+        self.folder, self.files, images = find_files(root)
+        self.kind = "video" if self.files else "frame"
+        self.sequences = []                                 # FrameFolder
+        self.starts = np.arange(len(self.files))            # what a pass goes through: videos or sequences
         if not self.files:
-            self.kind, self.repeat = "frame", 1
-            self._sort_images(root, images)
+            self.repeat = 1
+            self.sort_images(images, fps)
+            lengths = [len(sequence.numbers) for sequence in self.sequences]
+            self.starts = np.repeat(np.arange(len(lengths)), lengths)
         # Shared memory: the workers of a loader count together and name each broken file once.
         self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
-        self._order = -1, None                              # a pass, and the order of `starts` in it
-        self._readers, self._pid = {}, os.getpid()          # open files, the last used at the end
+        self.order = -1, None                               # a pass, and the order of `starts` in it
+        self.readers, self.pid = {}, os.getpid()            # open files, the last used at the end
 
     def __len__(self):
         return len(self.starts) * self.repeat
@@ -676,7 +794,7 @@ class Videos(torch.utils.data.Dataset):
         return (self[i] for i in range(len(self)))
 
     def __getstate__(self):                 # a decoder cannot go to another process
-        return {**self.__dict__, "_readers": {}}
+        return {**self.__dict__, "readers": {}}
 
     def __getitem__(self, i):
         return self.__getitems__([i])[0]
@@ -686,161 +804,193 @@ class Videos(torch.utils.data.Dataset):
         samples = []
         for k, run in itertools.groupby(map(int, indices), lambda i: i // self.repeat):
             run = list(run)
-            for i, images in zip(run, self._opening(k, [i % self.repeat for i in run])):
+            for i, images in zip(run, self.opening(k, [i % self.repeat for i in run])):
                 if self.transform:
                     samples.append(self.transform(images, np.random.default_rng((self.seed, i, 1))))
                 else:
                     samples.append(dict(video=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)))
         return samples
 
-    def _opening(self, k, picks):
+    def opening(self, k, picks):
         """The k-th opening of the run -> a list of T frames for each number (below `repeat`) in `picks`."""
         n = len(self.starts)
         turn, place = divmod(k, n)
-        if self._order[0] != turn:
-            self._order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
+        if self.order[0] != turn:
+            self.order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
         step = 7919 if n % 7919 else 1      # a prime, so that the tries meet different files
-        read = self._read_video if self.kind == "video" else self._read_images
-        for attempt in range(10):           # another file, and where there are few, other moments of them
-            start = (int(self._order[1][place]) + attempt * step) % n
+        for attempt in range(TRIES):        # another file, and where there are few, other moments of them
+            start = self.starts[(self.order[1][place] + attempt * step) % n]
+            key = (self.seed, k, attempt, 0) if attempt else (self.seed, k)
             try:
-                return read(start, (self.seed, k, attempt, 0) if attempt else (self.seed, k), picks)
+                return self.read(int(start), key, picks)
             except Broken as error:
-                why = self._report(*error.args)
+                why = self.report(*error.args)
             if len(picks) > 1:              # half a file may be good: each sample decides as if asked alone
-                return [self._opening(k, [pick])[0] for pick in picks]
+                return [self.opening(k, [pick])[0] for pick in picks]
         raise OSError(f"{self.root}: ten {self.kind}s tried in a row give no sample; the last is {why}")
 
-    def _report(self, file, error):
+    def report(self, file, error):
         name = self.files[file]
         why = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
         why = why.splitlines()[0].removeprefix(f"{os.path.join(self.folder, name)}: ")
         if not self.broken[file]:
             self.broken[file] = True
-            so_far = int(self.broken.sum())
-            print(f"skipped broken {self.kind} {name}: {why} ({so_far} so far)", file=sys.stderr, flush=True)
+            warn(f"skipped broken {self.kind} {name}: {why} ({int(self.broken.sum())} so far)")
         return f"{name}: {why}"
 
-    # ---- videos ----
-
-    def _reader(self, file):
+    def reader(self, file):
         """An open Reader. Two stay open: a gain where all samples come from one long file."""
-        if self._pid != os.getpid():        # after a fork, parent and child would share a place in the file
-            self._readers, self._pid = {}, os.getpid()
-        reader = self._readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
-        self._readers[file] = reader
-        while len(self._readers) > 2:
-            self._readers.pop(next(iter(self._readers))).close()
+        if self.pid != os.getpid():         # after a fork, parent and child would share a place in the file
+            self.readers, self.pid = {}, os.getpid()
+        reader = self.readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
+        self.readers[file] = reader
+        while len(self.readers) > 2:
+            self.readers.pop(next(iter(self.readers))).close()
         return reader
 
-    def _read_video(self, file, key, picks):
+    def read(self, start, key, picks):
+        """Samples `picks` of a video or sequence, with what was drawn from `key` -> lists of T images."""
+        if self.sequences:
+            sequence = self.sequences[start]
+            return self.sweep(sequence, key, picks, sequence.places[0])
         import av
+        kept = start in self.readers
         try:
-            return self._decode(self._reader(file), np.random.default_rng(key), picks)
+            return self.sweep(self.reader(start), key, picks, start)
         except (av.error.FFmpegError, ValueError, OSError, IndexError) as error:
-            self._readers.pop(file, None)   # the next try begins with a fresh decoder
-            raise Broken(file, error) from None
+            self.readers.pop(start, None)   # the next try begins with a fresh decoder
+            if kept:                        # a damaged place may be in reach of an old decoder alone
+                return self.read(start, key, picks)
+            raise Broken(start, error) from None
 
-    def _decode(self, reader, rng, picks):
-        """Draws all `repeat` samples (R) of an opening, decodes those in `picks` -> T frames for each."""
-        frame, duration = 1 / reader.rate, reader.duration()
-        where, how_far = rng.random((2, self.repeat))                           # (R,)
-        steps = np.tile(np.arange(self.frames) * self.stride * frame, (self.repeat, 1))     # (R, T) in s
-        if self.frames == 2:                # a video shorter than gap[1] gives the gaps it has
-            longest = max(self.gap[0], min(self.gap[1], duration - frame))
-            steps[:, 1] = np.maximum(self.gap[0] + how_far * (longest - self.gap[0]), frame)
-        span = steps[:, -1]                                                     # (R,)
-        if span.min() > duration - 0.99 * frame:            # 0.99: headers round
-            hint = "a smaller gap" if self.frames == 2 else "fewer frames or a smaller stride"
-            raise ValueError(f"{reader.path}: lasts {duration:.2f} s, too short for frames "
-                             f"{span.min():.2f} s apart ({hint} may fit)")
-        # our choice: stay 0.2 s off the end, since the durations in headers often are a little too long
-        start = where * np.maximum(duration - span - max(0.2, 1.5 * frame), 0)  # (R,)
-        order = np.argsort(start)                           # sample r of the opening is the r-th in time
-        start, steps = start[order], steps[order]
-        # Samples overlap in short videos: frames are taken in order of time, so that decoding only goes
-        # forward. The rest of a sample counts from its first frame's true time, to the nearest frame.
-        found, wanted = {}, [(start[r], r, 0) for r in set(picks)]
-        heapq.heapify(wanted)
-        while wanted:
-            t, r, n = heapq.heappop(wanted)
-            found[r, n], true = reader.at(t)
-            for m in range(1, self.frames if n == 0 else 0):
-                heapq.heappush(wanted, (true + steps[r, m] - 0.5 * frame, r, m))
-        if len({image.shape for image in found.values()}) > 1:
-            raise ValueError(f"{reader.path}: its frames change size")
-        return [[found[r, n] for n in range(self.frames)] for r in picks]
+    def sweep(self, reader, key, picks, file):
+        """Draws samples in one sweep through a file: each asks for times, and the earliest comes first."""
+        begin = np.sort(np.random.default_rng(key).random(self.repeat))     # sample r is the r-th in time
+        draw = self.draw_pair if self.frames == 2 else self.draw_clip
+        heap, found = [], {}
+        for r in set(picks):
+            sample = draw(reader, begin[r], np.random.default_rng((*key, r, 2)))
+            heap.append((next(sample), r, sample))
+        heapq.heapify(heap)
+        while heap:
+            t, r, sample = heapq.heappop(heap)
+            try:
+                heapq.heappush(heap, (sample.send(reader.at(t)), r, sample))
+            except StopIteration as stop:
+                found[r] = stop.value
+        if None in found.values():
+            raise Broken(file, self.misfit(reader))
+        samples = [[reader.image(frame) for frame in found[r]] for r in picks]
+        if len({image.shape for images in samples for image in images}) > 1:
+            raise Broken(file, "its frames change size")
+        return samples
 
-    # ---- folders of frames ----
+    def draw_pair(self, reader, begin, rng):
+        """A generator: yields a time, is sent what reader.at() finds there, and so on; returns two frames,
+        None after TRIES moments where none are `gap` apart. begin: where in the file, 0 to 1."""
+        low, high = self.gap
+        for attempt in range(TRIES):
+            # Headers often promise too much. After a miss (not by what is known from other samples: a
+            # sample depends on its number alone) the true end counts.
+            last = reader.last() if attempt else reader.duration() - 1 / reader.rate
+            gap = low + rng.random() * (max(low, min(high, last)) - low)
+            first = yield begin * max(last - gap, 0)
+            begin = rng.random()
+            if first is None:
+                continue
+            pair, before = None, first[1] + max(low - Fraction(3, 2) / reader.rate, 0)
+            found = yield before + TINY
+            while found:                                    # the nearest to `gap` of the frames in reach
+                half = min(1 / reader.rate, found[1] - before) / 2
+                distance = found[1] - first[1]
+                nearer = pair is None or abs(distance - gap) < abs(pair[1] - gap)
+                if low - half <= distance <= high + half and nearer:
+                    pair = found[0], distance
+                if distance >= gap:
+                    break
+                before = found[1]
+                found = yield before + TINY
+            if pair:
+                return [first[0], pair[0]]
+        return None
 
-    def _sort_images(self, root, images):
-        """Names -> files and their numbers, by sequence; starts: rows (first frame, sequence's from, to)."""
+    def draw_clip(self, reader, begin, rng):
+        """The same for clips: every stride-th frame, whatever their times. The last try is from the start."""
+        count = (self.frames - 1) * self.stride
+        for attempt in range(TRIES):
+            last = reader.last() if attempt else reader.duration() - 1 / reader.rate
+            start = begin * max(last - count / reader.rate, 0)
+            found = yield start if attempt < TRIES - 1 else 0
+            begin = rng.random()
+            clip = []
+            for n in range(count):
+                if found is None:
+                    break
+                if n % self.stride == 0:
+                    clip.append(found[0])
+                found = yield found[1] + TINY
+            if found is not None:
+                return clip + [found[0]]
+        return None
+
+    def misfit(self, reader):
+        """Why a file gives no sample."""
+        length = reader.last() + 1 / reader.rate
+        short = self.frames != 2 or length <= self.gap[0]
+        hint = "fewer frames or a smaller stride" if self.frames != 2 else "another gap"
+        return (f"lasts {float(length):.2f} s at {float(reader.rate):.3g} frames a second, too "
+                f"{'short' if short else 'sparse'} for {self.wish()} ({hint} may fit)")
+
+    def wish(self):
+        if self.frames == 2:
+            return f"pairs {float(self.gap[0]):g} to {float(self.gap[1]):g} s apart"
+        return f"clips of {self.frames} frames at stride {self.stride}"
+
+    def sort_images(self, images, fps):
+        """Names -> `files`, in order, and the sequences in them that give samples."""
         found, left_out = {}, []
         for name in images:
-            match = re.fullmatch(r"(.*?)([0-9]{1,18})", os.path.splitext(name)[0], re.DOTALL)
+            match = re.fullmatch(r"(.*?)([0-9]+)", os.path.splitext(name)[0], re.DOTALL)
             if match:                       # x1.jpg and x1.png are one frame: the first by name
                 found.setdefault((match[1], int(match[2])), name)
             else:
                 left_out.append(name)
         if left_out:
-            print(f"left out {len(left_out)} images whose names end in no number, such as {left_out[0]}",
-                  file=sys.stderr, flush=True)
+            warn(f"left out {len(left_out)} images whose names end in no number, such as {left_out[0]}")
         if not found:
-            raise ValueError(f"{root}: no image name ends in a frame number, as drive_0001.jpg does")
+            raise ValueError(f"{self.root}: no image name ends in a frame number, as drive_0001.jpg does")
         keys = sorted(found)
-        self.files, self.number = [found[key] for key in keys], np.array([number for _, number in keys])
-        starts, steps, longest = [], [], 0
-        for _, sequence in itertools.groupby(range(len(keys)), lambda f: keys[f][0]):
-            sequence = list(sequence)
-            number = self.number[sequence]                                      # (n,) ascending
-            starts += [(sequence[0] + a, sequence[0], sequence[-1] + 1) for a in self._beginnings(number)]
-            steps += np.diff(number).tolist()
-            longest = max(longest, number[-1] - number[0])
-        self.starts = np.array(starts)                                          # (starts, 3)
-        if not starts:
-            wish = (f"pairs {self.gap[0]:g} to {self.gap[1]:g} s apart" if self.frames == 2 else
-                    f"clips of {self.frames} frames at stride {self.stride}")
-            have = (f"neighbours are {min(steps) / self.fps:.3g} to {max(steps) / self.fps:.3g} s apart, "
-                    f"the longest sequence lasts {longest / self.fps:.3g} s" if steps else "each is alone")
-            raise ValueError(f"{root}: frames at --fps {self.fps:g} give no {wish}: {have}; "
+        self.files = [found[key] for key in keys]
+        paths = [os.path.join(self.folder, name) for name in self.files]
+        steps, longest = set(), 0
+        for _, places in itertools.groupby(range(len(keys)), lambda place: keys[place][0]):
+            places = list(places)
+            numbers = [keys[place][1] for place in places]
+            steps |= {b - a for a, b in itertools.pairwise(numbers)}
+            longest = max(longest, numbers[-1] - numbers[0])
+            for a, b in self.pieces(numbers, Fraction(fps)):
+                piece = places[a:b]
+                self.sequences.append(FrameFolder([paths[p] for p in piece], numbers[a:b], piece, fps))
+        if not self.sequences:
+            have = (f"neighbours are {min(steps) / fps:.3g} to {max(steps) / fps:.3g} s apart, "
+                    f"the longest sequence lasts {longest / fps:.3g} s" if steps else "each is alone")
+            raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish()}: {have}; "
                              f"change --{'gap' if self.frames == 2 else 'frames, --stride'} or --fps")
 
-    def _beginnings(self, number):
-        """Frame numbers of a sequence (n,) -> the places in it that can begin a sample."""
+    def pieces(self, numbers, rate):
+        """The parts of a sequence that give samples, [(from, to)]: for pairs the whole, for clips what lies
+        between holes, which are steps other than the usual one."""
         if self.frames == 2:
-            low, high = self._partners(number, number)
-            return np.flatnonzero(low < high)
-        return np.flatnonzero(np.isin(self._clip(number, number[:, None]), number).all(1))
-
-    def _partners(self, number, first):
-        """The frames in reach of the gap from `first` are number[low:high]."""
-        lo, hi = self.gap[0] * self.fps - 0.5, self.gap[1] * self.fps + 0.5     # half a frame of tolerance
-        return np.searchsorted(number, first + max(lo, 1.0)), np.searchsorted(number, first + hi, "right")
-
-    def _clip(self, number, first):
-        """The numbers of a clip. A source frame is the sequence's usual step, so none jumps over a hole."""
-        step, count = np.unique(np.diff(number), return_counts=True)
-        step = step[count.argmax()] if len(step) else 1
-        return first + np.arange(self.frames) * self.stride * step              # (T,) or (n, T)
-
-    def _read_images(self, start, key, picks):
-        first, begin, end = self.starts[start]
-        number = self.number[begin:end]
-        if self.frames == 2:
-            low, high = self._partners(number, self.number[first])
-            places = [first, begin + np.random.default_rng(key).integers(low, high)]
-        else:
-            places = begin + np.searchsorted(number, self._clip(number, self.number[first]))
-        images = []
-        for file in places:
-            try:
-                path = os.path.join(self.folder, self.files[file])
-                images.append(read_image(path))                                     # (H, W, 3)
-            except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged PNG chunk
-                raise Broken(int(file), error) from None
-            if images[-1].shape != images[0].shape:
-                raise Broken(int(file), "not the size of the others in its sequence")
-        return [images] * len(picks)
+            low = max(math.ceil(self.gap[0] * rate - Fraction(1, 2)), 1)
+            high = math.floor(self.gap[1] * rate + Fraction(1, 2))
+            fits = any(bisect.bisect_left(numbers, n + low) < bisect.bisect_right(numbers, n + high)
+                       for n in numbers)
+            return [(0, len(numbers))] if fits else []
+        steps = [b - a for a, b in itertools.pairwise(numbers)]
+        usual = Counter(steps).most_common(1)[0][0] if steps else 1
+        cuts = [n + 1 for n, step in enumerate(steps) if step != usual]
+        pieces = itertools.pairwise([0, *cuts, len(numbers)])
+        return [(a, b) for a, b in pieces if b - a > (self.frames - 1) * self.stride]
 
 
 # ---- crops and photometric augmentation ----------------------------------------------------------
