@@ -42,6 +42,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 
 EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
@@ -1194,9 +1195,9 @@ class MultiCrop:
 
 # ---- labelled data for evaluation ----------------------------------------------------------------
 @contextlib.contextmanager
-def naming(path):
+def error_prefix(path):
     """Whatever a file does wrong inside becomes one line that begins with its path."""
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):            # neither missing, nor a FIFO, which would be waited for
         raise FileNotFoundError(f"{path}: no such file")
     try:
         yield
@@ -1207,25 +1208,35 @@ def naming(path):
 
 
 def read_bytes(path):
-    with naming(path), open(path, "rb") as file:
+    path = expand(path)
+    with error_prefix(path), open(path, "rb") as file:
         return file.read()
 
 
 def read_one_channel(path, deep=False):
     """Numbers in an image file, (H, W), 8 bits: of a palette the places, not the colours; deep: 16 bits."""
-    with naming(path), iio.imopen(path, "r", plugin="pillow") as file:
+    with error_prefix(path), iio.imopen(path, "r", plugin="pillow") as file:
         mode = file.metadata(index=0, exclude_applied=False)["mode"]
         if mode not in (("I", "I;16", "I;16B") if deep else ("L", "P", "1")):
             raise ValueError(f"is of kind {mode}, but must have one channel of {16 if deep else 8} bits: "
                              "convert it")
-        return file.read(index=0, mode=mode).astype(np.uint16 if deep else np.uint8)
+        numbers = file.read(index=0, mode=mode).astype(np.uint16 if deep else np.uint8)
+    with open(path, "rb") as file:
+        head = file.read(26)
+    if mode == "L" and head[:4] == b"\x89PNG" and head[24] < 8:     # grey of 2 or 4 bits comes spread to 255
+        numbers //= 255 // (2 ** head[24] - 1)
+    return numbers
 
 
 def read_clip(paths):
-    """Image files -> uint8 (T, H, W, 3)."""
-    images = []
+    """Image files -> uint8 (T, H, W, 3). What is known of their pixels is known of them as stored."""
+    paths, images = list(paths), []
     for path in paths:
-        with naming(path):
+        with error_prefix(path):
+            with Image.open(path) as file:
+                if file.getexif().get(0x0112, 1) != 1:
+                    raise ValueError("has an EXIF tag that turns it, but its labels are not turned: store "
+                                     "it turned, without the tag")
             images.append(read_image(path))
             if images[-1].shape != images[0].shape:
                 raise ValueError(f"is not of the size of {paths[0]}: frames of a clip must be alike")
@@ -1233,15 +1244,24 @@ def read_clip(paths):
 
 
 def check_folder(root):
+    root = expand(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{os.fspath(root)}: no such folder")
-    return os.fspath(root)
+        raise FileNotFoundError(f"{root}: no such folder")
+    return root
 
 
-def check_flow(flow):
-    if np.ndim(flow) != 3 or np.shape(flow)[2] != 2:
-        raise ValueError(f"a flow to write must be (H, W, 2), not {[*np.shape(flow)]}")
-    return np.asarray(flow)
+def folders_with(root, file):
+    """Folders, at any depth, in which there is a file of this name: their paths, and names for them."""
+    found = [os.path.dirname(path) for path in walk(root) if os.path.basename(path) == file]
+    paths = [os.path.join(root, folder) for folder in found]
+    return paths, [folder or os.path.basename(os.path.abspath(root)) for folder in found]
+
+
+def numbered(folder, pattern):
+    """Files of a folder whose whole name fits the pattern with one group of digits: {number: path}."""
+    matches = [re.fullmatch(pattern, name) for name in os.listdir(folder)]
+    found = {int(match[1]): os.path.join(folder, match[0]) for match in matches if match}
+    return dict(sorted(found.items()))
 
 
 def read_flo(path):
@@ -1251,15 +1271,15 @@ def read_flo(path):
         raise ValueError(f"{path}: does not begin as a .flo file does; is it another format?")
     width, height = np.frombuffer(raw, "<i4", 2, 4).tolist()
     if min(width, height) < 1 or len(raw) != 12 + 8 * width * height:
-        raise ValueError(f"{path}: a flow of {width} x {height} pixels has {12 + 8 * width * height} bytes, "
-                         f"the file {len(raw)}: it is damaged or cut short, get it anew")
+        raise ValueError(f"{path}: {width} x {height} pixels need {12 + 8 * width * height} bytes, there are "
+                         f"{len(raw)}: it is damaged or cut short, get it anew")
     return np.frombuffer(raw, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
 
 
 def write_flo(path, flow):
     """Flow (H, W, 2) in pixels -> Middlebury's .flo."""
-    height, width, _ = check_flow(flow).shape
-    with open(path, "wb") as file:
+    height, width, _ = np.shape(flow)
+    with open(expand(path), "wb") as file:
         file.write(b"PIEH" + np.array([width, height], "<i4").tobytes() + np.asarray(flow, "<f4").tobytes())
 
 
@@ -1269,7 +1289,7 @@ def read_kitti_flow(path):
     raw = read_bytes(path)
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[24:26] != b"\x10\x02":
         raise ValueError(f"{path}: must be a PNG of three channels of 16 bits, as KITTI's flow is")
-    with naming(path):                      # not by Pillow, which loses the low bytes without a word
+    with error_prefix(expand(path)):        # not by Pillow, which loses the low bytes without a word
         if b"IEND" not in raw[-12:]:        # FFmpeg would leave the missing rows black
             raise ValueError("is cut short: get it anew")
         with av.open(io.BytesIO(raw), format="png_pipe") as file:
@@ -1281,18 +1301,17 @@ def read_kitti_flow(path):
 def write_kitti_flow(path, flow, valid):
     """Flow (H, W, 2) in pixels, from -512 to 511.98, and valid (H, W) -> KITTI's PNG, to 1/64 pixel."""
     import av
-    valid = np.asarray(valid, bool)
-    if valid.shape != check_flow(flow).shape[:2]:
-        raise ValueError(f"valid {[*valid.shape]} does not fit a flow {[*np.shape(flow)]}")
-    steps = np.rint(np.where(valid[..., None], flow, 0) * 64.0 + 2**15)
+    valid = np.asarray(valid, bool)[..., None]
+    steps = np.rint(np.where(valid, flow, 0) * 64.0 + 2**15)
     if not (steps.min() >= 0 and steps.max() < 2**16):
         raise ValueError(f"{path}: KITTI's files hold flow from -512 to 511.98 pixels only: write a .flo")
-    pixels = np.concatenate([steps, valid[..., None]], -1).astype(np.uint16)
+    pixels = np.concatenate([steps, valid], -1).astype(np.uint16)
     encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = valid.shape
-    encoder.pix_fmt, encoder.time_base = "rgb48be", Fraction(1)
+    encoder.height, encoder.width = valid.shape[:2]
+    encoder.pix_fmt = "rgb48be"
+    encoder.time_base = Fraction(1)
     frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le").reformat(format="rgb48be", threads=1)
-    with open(path, "wb") as file:
+    with open(expand(path), "wb") as file:
         file.write(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
 
 
@@ -1308,6 +1327,22 @@ def read_pfm(path):
                          f"{body}: it is damaged or cut short, get it anew")
     rows = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end()).reshape(height, width, 3)
     return rows[::-1, :, :2].astype(np.float32)                             # stored from the bottom up
+
+
+FLOW_LAYOUTS = (        # path of a flow; kinds of images; first and second frame, mask of unknown flow, without
+    # their suffixes (n, m: numbers of the first and the second frame); what in the path marks the val split
+    (r"(?P<top>.*/|)flow/(?P<scene>[^/]+)/frame_(?P<n>\d+)\.flo", ("clean", "final"),             # Sintel
+     "{top}{kind}/{scene}/frame_{n:04d}", "{top}{kind}/{scene}/frame_{m:04d}",
+     "{top}invalid/{scene}/frame_{n:04d}", "/temple_[23]/"),
+    (r"(?P<top>.*/|)(?P<n>\d+)_flow\.flo", ("",),                                          # FlyingChairs
+     "{top}{n:05d}_img1", "{top}{n:05d}_img2", "", None),
+    (r"(?P<top>.*/|)optical_flow/(?P<scene>.+)/into_future/left/OpticalFlowIntoFuture_(?P<n>\d+)_L\.pfm",
+     ("clean", "final"),                                                                  # FlyingThings3D
+     "{top}frames_{kind}pass/{scene}/left/{n:04d}", "{top}frames_{kind}pass/{scene}/left/{m:04d}",
+     "", "/TEST/"),
+    (r"(?P<top>.*/|)flow_occ/(?P<n>\d+)_10\.png", ("image_2", "colored_0"),                       # KITTI
+     "{top}{kind}/{n:06d}_10", "{top}{kind}/{n:06d}_11", "", None),
+    (r"(?P<top>.*/|)flow\.(flo|png)", ("",), "{top}frame1", "{top}frame2", "", None))             # yours
 
 
 class FlowPairs(torch.utils.data.Dataset):
@@ -1337,18 +1372,18 @@ class FlowPairs(torch.utils.data.Dataset):
         files = [name.replace(os.sep, "/") for name in walk(self.root)]
         images = {os.path.splitext(f)[0]: f for f in files
                   if f.lower().endswith((*IMAGE_TYPES, ".ppm", ".webp"))}
-        marks = {os.path.dirname(f): read_bytes(os.path.join(self.root, f)).split()
-                 for f in files if os.path.basename(f) == "FlyingChairs_train_val.txt"}
-        found, left_out = [], []
+        chairs = [f for f in files if os.path.basename(f) == "FlyingChairs_train_val.txt"]
+        self.chairs = read_bytes(os.path.join(self.root, chairs[0])).split() if chairs else []
+        found, alone = [], []
         for flow in files:
-            pairs = list(self._pairs(flow, marks))
-            whole = [(part, name, images[a], images[b], flow, images.get(mask))
-                     for part, name, a, b, mask in pairs if a in images and b in images]
-            found += whole
-            left_out += [flow] if pairs and not whole else []
-        if left_out:                        # the last of a sequence of FlyingThings3D has no second frame
-            print(f"left out {len(left_out)} flows without both frames, such as {left_out[0]}",
-                  file=sys.stderr, flush=True)
+            pairs = self.pairs(flow)
+            whole = [pair for pair in pairs if pair[2] in images and pair[3] in images]
+            found += [(part, name, images[a], images[b], flow, images.get(mask))
+                      for part, name, a, b, mask in whole]
+            if pairs and not whole:
+                alone.append(flow)
+        if alone:                           # the last of a sequence of FlyingThings3D has no second frame
+            warn(f"left out {len(alone)} flows without both frames, such as {alone[0]}")
         if not found:
             raise ValueError(f"{self.root}: no flow with its two frames: want NAME/frame1.png, frame2.png, "
                              "flow.flo, or Sintel, FlyingChairs, FlyingThings3D or KITTI as unpacked")
@@ -1357,36 +1392,31 @@ class FlowPairs(torch.utils.data.Dataset):
         if not self.items:
             raise ValueError(f"{self.root}: no pairs of split {split!r}, only of {found[0][0]!r}")
 
-    def _pairs(self, flow, marks):
-        """A file -> (split or "", name, first frame, second, mask of unknown flow) that it may be the flow
-        of; the paths of images without their suffix."""
-        if m := re.fullmatch(r"(|.*/)flow/([^/]+)/frame_(\d+)\.flo", flow):             # Sintel
-            for kind in ("clean", "final"):
-                first, second = (f"{m[1]}{kind}/{m[2]}/frame_{int(m[3]) + t:04d}" for t in (0, 1))
-                part = "val" if m[2] in ("temple_2", "temple_3") else "train"
-                yield part, first, first, second, f"{m[1]}invalid/{m[2]}/frame_{m[3]}"
-        elif m := re.fullmatch(r"(|.*/)(\d+)_flow\.flo", flow):                         # FlyingChairs
-            lines = marks.get(os.path.dirname(m[1][:-1]), marks.get(m[1][:-1]))
-            part, number = "", int(m[2])
-            if lines is not None:
-                part = {b"1": "train", b"2": "val"}.get(dict(enumerate(lines, 1)).get(number))
-            if part is None:
-                raise ValueError(f"{self.root}: FlyingChairs_train_val.txt says nothing of pair {m[2]}: want "
-                                 "a line with 1 (train) or 2 (val) for each pair, or no such file")
-            yield part, f"{m[1]}{m[2]}_img1", f"{m[1]}{m[2]}_img1", f"{m[1]}{m[2]}_img2", ""
-        elif m := re.fullmatch(r"(|.*/)optical_flow/(TRAIN|TEST)/(.+)/into_future/left/"
-                               r"OpticalFlowIntoFuture_(\d+)_L\.pfm", flow):            # FlyingThings3D
-            for kind in ("clean", "final"):
-                first, second = (f"{m[1]}frames_{kind}pass/{m[2]}/{m[3]}/left/{int(m[4]) + t:04d}"
-                                 for t in (0, 1))
-                yield "train" if m[2] == "TRAIN" else "val", first, first, second, ""
-        elif m := re.fullmatch(r"(|.*/)flow_occ/(\d+)_10\.png", flow):                  # KITTI 2015, 2012
-            for kind in ("image_2", "colored_0"):
-                first = f"{m[1]}{kind}/{m[2]}_1"
-                yield "", f"{first}0", f"{first}0", f"{first}1", ""
-        elif m := re.fullmatch(r"(|.*/)flow\.(flo|png)", flow):                         # yours
-            name = m[1][:-1] or os.path.basename(os.path.abspath(self.root))
-            yield "", name, f"{m[1]}frame1", f"{m[1]}frame2", ""
+    def pairs(self, flow):
+        """A file -> [(split or "", name, first frame, second, mask)] that it may be the flow of."""
+        found = []
+        for pattern, kinds, first, second, mask, val in FLOW_LAYOUTS:
+            match = re.fullmatch(pattern, flow)
+            for kind in kinds if match else ():
+                parts = match.groupdict()
+                n = int(parts.get("n") or 0)
+                parts.update(kind=kind, n=n, m=n + 1)
+                name = first.format(**parts)
+                if first == "{top}frame1":
+                    name = os.path.dirname(name) or os.path.basename(os.path.abspath(self.root))
+                part = ""
+                if val:
+                    part = "val" if re.search(val, flow) else "train"
+                elif self.chairs and flow.endswith("_flow.flo"):
+                    part = self.chairs_part(n)
+                found.append((part, name, *(path.format(**parts) for path in (first, second, mask))))
+        return found
+
+    def chairs_part(self, n):
+        if not 1 <= n <= len(self.chairs) or self.chairs[n - 1] not in (b"1", b"2"):
+            raise ValueError(f"{self.root}: FlyingChairs_train_val.txt says nothing of pair {n:05d}: want a "
+                             "line with 1 (train) or 2 (val) for each pair, or no such file")
+        return "train" if self.chairs[n - 1] == b"1" else "val"
 
     def __len__(self):
         return len(self.items)
@@ -1401,8 +1431,8 @@ class FlowPairs(torch.utils.data.Dataset):
             valid = (abs(flow) <= 1e9).all(-1)                                  # nan is not
         unknown = read_one_channel(mask) > 0 if mask else np.zeros_like(valid)
         if not frames.shape[1:3] == valid.shape == unknown.shape:
-            raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are {[*frames.shape[1:3]]}"
-                             + f", the mask of unknown flow is {[*unknown.shape]}" * bool(mask))
+            raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are {[*frames.shape[1:3]]}, "
+                             f"the mask of unknown flow is {[*unknown.shape]}: want one size")
         valid = valid & ~unknown
         flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
         return dict(frames=frames, flow=np.ascontiguousarray(flow), valid=valid)
@@ -1415,7 +1445,7 @@ CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic 
               "bicycle")
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # in labelIds.png
 SPLITS = dict(train="train", training="train", val="val", validation="val", test="test", testing="test")
-SEGMENTATIONS = (       # folders of images, of labels; classes, value of the first, value ignored; names
+SEGMENTATION_LAYOUTS = (    # folders of images, of labels; classes, value of the first, value ignored; names
     ("{}", "{}annot", 11, 0, 11, CAMVID),
     ("leftImg8bit/{}", "gtFine/{}", 19, 0, 255, CITYSCAPES),
     ("images/10k/{}", "labels/sem_seg/masks/{}", 19, 0, 255, CITYSCAPES),               # BDD100K
@@ -1436,10 +1466,10 @@ class Segmentation(torch.utils.data.Dataset):
         images/train/ANY/NAME.jpg labels/train/ANY/NAME.png                             yours
         images/ANY/NAME.jpg labels/ANY/NAME.png     yours: every fifth in order of name is val, the rest train
 
-    Labels are PNGs of 8 bits and one channel; a palette's numbers count, not its colours. split: "train",
-    "val" or "test". num_classes and ignore_index: how many classes, and what value in the files is none of
-    them; by default what the data set says; yours: as many as the labels of all splits show (they are read
-    through once), and 255. [i] is
+    Labels are PNGs of 8 bits or fewer and one channel; a palette's numbers count, not its colours. split:
+    "train", "val" or "test". num_classes and ignore_index: how many classes (2 at least), and what value in
+    the files is none of them; by default what the data set says; yours: as many as the labels of all splits
+    show (they are read through once), and 255. [i] is
 
     image     (H, W, 3)  uint8
     classes   (H, W)     int64: 0 .. num_classes - 1, and 255 where ignored
@@ -1449,23 +1479,22 @@ class Segmentation(torch.utils.data.Dataset):
 
     def __init__(self, root, split="train", num_classes=None, ignore_index=None):
         self.root = check_folder(root)
-        for images, labels, classes, first, ignored, names in SEGMENTATIONS:
-            parts = {SPLITS[s]: [os.path.join(self.root, f.format(s)) for f in (images, labels)]
-                     for s in (SPLITS if "{}" in images else ("train", "val"))
-                     if all(os.path.isdir(os.path.join(self.root, f.format(s))) for f in (images, labels))}
-            if parts:
+        for images, labels, classes, first, ignored, names in SEGMENTATION_LAYOUTS:
+            splits = self.find_splits(images, labels)
+            if splits:
                 break
         else:
             raise ValueError(f"{self.root}: no labelled images in a known layout: want images/train/A.jpg "
                              "with labels/train/A.png, or CamVid, Cityscapes, BDD100K, ADE20K as unpacked")
-        if split not in parts:
-            raise ValueError(f"{self.root}: has no split {split!r}, only {', '.join(parts)}")
-        self.files = self._pairs(*parts[split])
-        self.first, self.ignore_index = first, ignored if ignore_index is None else ignore_index
-        self.num_classes = num_classes or classes or self._count(parts)
+        if split not in splits:
+            raise ValueError(f"{self.root}: has no split {split!r}, only {', '.join(splits)}")
+        self.files = self.pairs(*splits[split])
+        self.first = first
+        self.ignore_index = ignored if ignore_index is None else ignore_index
+        self.num_classes = num_classes or classes or self.count_classes(splits)
         self.names = list(names) if names and len(names) == self.num_classes else None
-        if not (1 <= self.num_classes <= 255 and 0 <= self.ignore_index <= 255):
-            raise ValueError(f"{self.root}: want --classes from 1 to 255 and --ignore-index from 0 to 255, "
+        if not (2 <= self.num_classes <= 255 and 0 <= self.ignore_index <= 255):
+            raise ValueError(f"{self.root}: want --classes from 2 to 255 and --ignore-index from 0 to 255, "
                              f"not {self.num_classes} and {self.ignore_index}")
         if "{}" not in images:
             self.files = [f for i, f in enumerate(self.files) if (i % 5 == 4) == (split == "val")]
@@ -1473,9 +1502,20 @@ class Segmentation(torch.utils.data.Dataset):
                 raise ValueError(f"{self.root}: too few images for a val split of every fifth: make "
                                  "images/train, images/val, labels/train and labels/val")
 
-    def _pairs(self, images, labels):
+    def find_splits(self, images, labels):
+        """Patterns of two folders -> {split: (folder of images, of labels)} of those that exist."""
+        found = {}
+        for name in SPLITS if "{}" in images else ("train", "val"):
+            folders = [os.path.join(self.root, pattern.format(name)) for pattern in (images, labels)]
+            if os.path.isdir(folders[0]) and os.path.isdir(folders[1]):
+                found[SPLITS[name]] = folders
+        return found
+
+    def pairs(self, images, labels):
         """Folders -> [(image, its label)]: those whose paths are alike but for the data set's endings."""
-        key = lambda name: re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", os.path.splitext(name)[0])
+        def key(name):
+            return re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", os.path.splitext(name)[0])
+
         pictures = [name for name in walk(images) if name.lower().endswith(IMAGE_TYPES)]
         truth = {key(name): name for name in walk(labels) if name.endswith(".png")}     # TrainIds come last
         found = [(os.path.join(images, name), os.path.join(labels, truth[key(name)]))
@@ -1485,19 +1525,20 @@ class Segmentation(torch.utils.data.Dataset):
                              f".png, in {labels}")
         if len(found) < len(pictures):
             alone = next(name for name in pictures if key(name) not in truth)
-            print(f"left out {len(pictures) - len(found)} images without label in {images}, such as {alone}",
-                  file=sys.stderr, flush=True)
+            warn(f"left out {len(pictures) - len(found)} images without label in {images}, such as {alone}")
         return found
 
-    def _count(self, parts):
+    def count_classes(self, splits):
         """One more than the largest class in the labels of all splits."""
         seen = np.zeros(256, bool)
-        for label in {label for folders in parts.values() for _, label in self._pairs(*folders)}:
-            seen[np.unique(read_one_channel(label))] = True
+        for folders in splits.values():
+            for _, label in self.pairs(*folders):
+                seen[np.unique(read_one_channel(label))] = True
         seen[self.ignore_index] = False
-        if not seen.any():
-            raise ValueError(f"{self.root}: all labels are {self.ignore_index}, which is ignored: set "
-                             "--ignore-index")
+        if seen.sum() < 2:                  # one class would be found by everybody: mIoU 100
+            raise ValueError(f"{self.root}: beside {self.ignore_index}, which is ignored, the labels hold only "
+                             f"{[*seen.nonzero()[0].tolist()]}: want two classes; is another value to be "
+                             "ignored (--ignore-index), or are masks of 0 and 255 meant as 0 and 1?")
         return int(seen.nonzero()[0].max()) + 1
 
     def __len__(self):
@@ -1508,10 +1549,12 @@ class Segmentation(torch.utils.data.Dataset):
         table = np.full(256, -1)                                # value in the file -> class; -1: not allowed
         table[self.first:self.first + self.num_classes] = np.arange(self.num_classes)
         if label.endswith("_gtFine_labelIds.png"):              # Cityscapes: of its 34 classes 19 count
-            table[:34] = table[255] = 255
+            table[:34] = 255
+            table[255] = 255
             table[list(CITYSCAPES_IDS)] = np.arange(19)
         table[self.ignore_index] = 255
-        [picture], values = read_clip([image]), read_one_channel(label)
+        picture = read_clip([image])[0]
+        values = read_one_channel(label)
         if picture.shape[:2] != values.shape:
             raise ValueError(f"{label}: is {[*values.shape]}, but its image is {[*picture.shape[:2]]}")
         classes = table[values]                                 # (H, W)
@@ -1523,22 +1566,54 @@ class Segmentation(torch.utils.data.Dataset):
         return dict(image=picture, classes=classes)
 
 
-def number_dtype(*args):
-    dtype = np.dtype(*args)
-    if dtype.kind not in "biuf":
-        raise ValueError(f"holds arrays of {dtype}, not of numbers: refused")
-    return dtype
+def check_dtype(code, *_):
+    if not isinstance(code, str) or np.dtype(code).kind not in "biufS":
+        raise ValueError(f"holds arrays of {code!r:.50}, not of numbers: refused")
+    return DtypeCode(code)
+
+
+class DtypeCode:
+    """A stand-in for a dtype: pickles set its byte order after they made it."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = {"<": "<", ">": ">"}.get(state[1], "") + self.code
+
+
+class PickledArray:
+    """A stand-in for an array of which pickles set shape, dtype and bytes; np.asarray() makes it one."""
+
+    def __init__(self, *_):
+        self.array = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, by_columns, raw = state
+        self.array = np.frombuffer(raw, dtype.code).reshape(shape, order="F" if by_columns else "C")
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def from_buffer(raw, dtype, shape, order):
+    return np.frombuffer(raw, dtype.code).reshape(shape, order=order)
+
+
+def from_scalar(dtype, raw):
+    return np.frombuffer(raw, dtype.code)[0]
+
+
+def to_bytes(text, encoding):
+    return text.encode("latin1")            # how protocol 2 writes bytes
 
 
 class NumpyOnly(pickle.Unpickler):
-    """Reads pickles of plain containers and arrays of numbers. A pickle may name any function to be called:
-    here it gets stand-ins for the few that rebuild arrays, and an error for all others."""
+    """Reads pickles of plain containers and arrays of numbers or bytes. A pickle may name any function to be
+    called: here it gets stand-ins for the few that rebuild arrays, and an error for all others."""
 
-    CALLS = dict(
-        _reconstruct=lambda *_: np.empty(0), ndarray=None, dtype=number_dtype,
-        scalar=lambda dtype, raw: np.frombuffer(raw, dtype)[0],
-        _frombuffer=lambda raw, dtype, shape, order: np.frombuffer(raw, dtype).reshape(shape, order=order),
-        encode=lambda text, _: text.encode("latin1"))           # how protocol 2 writes bytes
+    CALLS = dict(_reconstruct=PickledArray, ndarray=None, dtype=check_dtype, scalar=from_scalar,
+                 _frombuffer=from_buffer, encode=to_bytes)
 
     def find_class(self, module, name):
         if name in self.CALLS and module.split(".")[0] == ("_codecs" if name == "encode" else "numpy"):
@@ -1548,8 +1623,9 @@ class NumpyOnly(pickle.Unpickler):
 
 def read_arrays(path, *names):
     """Arrays of these names from an .npz."""
-    with naming(path), np.load(path) as arrays:
-        if missing := [name for name in names if name not in arrays]:
+    with error_prefix(path), np.load(path, allow_pickle=False) as arrays:
+        missing = [name for name in names if name not in arrays]
+        if missing:
             raise ValueError(f"has no array {missing[0]!r}, only {', '.join(arrays)}")
         return [arrays[name] for name in names]
 
@@ -1558,7 +1634,8 @@ class PointTracks(torch.utils.data.Dataset):
     """Videos with the paths of points. `path` is
 
         FOLDER/tracks.npz rgb_00.jpg rgb_01.jpg ... depth_00.png ...    RGB-D clips at any depth, or one
-        tapvid_davis.pkl                                                TAP-Vid: DAVIS, RGB-Stacking, Kinetics
+        tapvid_davis.pkl                                                TAP-Vid: DAVIS, RGB-Stacking
+        FOLDER/0000_of_0010.pkl ...                                     TAP-Vid: Kinetics, or one of them
         joints.npz, with `video`, the path of its clip                  joints that people marked
 
     RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,); depth of 16
@@ -1576,31 +1653,36 @@ class PointTracks(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, video=None):
-        self.path, self.video = path, video = os.fspath(path), video
+        path = expand(path)
+        self.video = expand(video) if video else None
+        self.names, self.items = [], []
+        shards = [path] if path.endswith(".pkl") else []
         if os.path.isdir(path):
-            folders = [os.path.dirname(f) for f in walk(path) if os.path.basename(f) == "tracks.npz"]
-            self.names = [f or os.path.basename(os.path.abspath(path)) for f in folders]
-            self.items, self.read = [os.path.join(path, f) for f in folders], self._rgbd
-            if not folders:
-                raise ValueError(f"{path}: no clip in it or below: want CLIP/tracks.npz with rgb_00.jpg, ...")
+            self.read = self.read_rgbd
+            self.items, self.names = folders_with(path, "tracks.npz")
+            if not self.items:
+                shards = [os.path.join(path, name) for name in walk(path) if name.endswith(".pkl")]
+                if not shards:
+                    raise ValueError(f"{path}: no clip in it or below: want CLIP/tracks.npz with rgb_00.jpg, "
+                                     "..., or the .pkl files of TAP-Vid")
         elif not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file or folder")
-        elif path.endswith(".pkl"):
-            with naming(path), open(path, "rb") as file:
-                clips = NumpyOnly(file).load()
-                clips = clips if isinstance(clips, dict) else dict(enumerate(clips))
-                if not clips or not all({"video", "points", "occluded"} <= {*c} for c in clips.values()):
-                    raise ValueError("does not hold TAP-Vid's video, points and occluded")
-            self.names, self.items, self.read = [*map(str, clips)], [*clips.values()], self._tapvid
         elif path.endswith(".npz"):
             if not video:
                 raise ValueError(f"{path}: its points need the path of the clip that they are of: give video")
-            with naming(video):
-                pass
-            self.names, self.items = [os.path.splitext(os.path.basename(path))[0]], [path]
-            self.read = self._joints
-        else:
+            self.read = self.read_joints
+            self.items, self.names = [path], [os.path.splitext(os.path.basename(path))[0]]
+        elif not shards:
             raise ValueError(f"{path}: neither a folder of clips nor a .pkl of TAP-Vid nor an .npz")
+        for shard in shards:
+            self.read = self.read_tapvid
+            with error_prefix(shard), open(shard, "rb") as file:
+                clips = NumpyOnly(file).load()
+                clips = clips if isinstance(clips, dict) else dict(enumerate(clips, len(self.items)))
+                if not clips or not all({"video", "points", "occluded"} <= {*c} for c in clips.values()):
+                    raise ValueError("does not hold TAP-Vid's video, points and occluded")
+            self.names += map(str, clips)
+            self.items += [(shard, clip) for clip in clips.values()]
 
     def __len__(self):
         return len(self.items)
@@ -1608,7 +1690,7 @@ class PointTracks(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.read(self.items[i])
 
-    def _sample(self, video, tracks, visible, valid, query=None, **more):
+    def sample(self, video, tracks, visible, valid, query=None, **more):
         """What is said of points (P, T) is checked against their video, and time comes first."""
         if video.ndim != 4 or visible.ndim != 2 or tracks.shape != (*visible.shape, 2):
             raise ValueError(f"tracks {[*tracks.shape]}, visibility {[*visible.shape]} and video "
@@ -1621,48 +1703,48 @@ class PointTracks(torch.utils.data.Dataset):
             tracks, visible, valid = tracks[seen], visible[seen], valid[seen]
             query = visible.argmax(1)
         tracks = np.where(visible[..., None], tracks, 0).astype(np.float32)
-        time_first = lambda x: np.ascontiguousarray(x.swapaxes(0, 1))
-        return dict(video=video, tracks=time_first(tracks), visible=time_first(visible),
-                    valid=time_first(valid), query_frames=query.astype(np.int64), **more)
+        return dict(video=video, tracks=np.ascontiguousarray(tracks.swapaxes(0, 1)),
+                    visible=np.ascontiguousarray(visible.T), valid=np.ascontiguousarray(valid.T),
+                    query_frames=query.astype(np.int64), **more)
 
-    def _rgbd(self, folder):
+    def read_rgbd(self, folder):
         path = os.path.join(folder, "tracks.npz")
         tracks, status, query = read_arrays(path, "tracks", "status", "query_frame")
-        files = {"rgb": {}, "depth": {}}
-        for name in os.listdir(folder):
-            if match := re.fullmatch(r"(rgb|depth)_(\d+)\.(jpg|jpeg|png)", name):
-                files[match[1]][int(match[2])] = os.path.join(folder, name)
-        images, depths = ([found[n] for n in sorted(found)] for found in files.values())
-        with naming(path):
-            if not images or depths and files["rgb"].keys() != files["depth"].keys():
+        images = numbered(folder, r"rgb_(\d+)\.(?:jpg|jpeg|png)")
+        depths = numbered(folder, r"depth_(\d+)\.png")
+        with error_prefix(path):
+            if not images or depths and images.keys() != depths.keys():
                 raise ValueError(f"beside it are {len(images)} images rgb_00.jpg, ... and {len(depths)} "
                                  "depth_00.png, ...: want as many, of the same numbers")
-            if status.shape[:1] != query.shape:
-                raise ValueError(f"query_frame {[*query.shape]} does not fit status {[*status.shape]}")
-        video, more = read_clip(images), {}
+        video = read_clip(images.values())
+        more = {}
         if depths:
-            depth = [read_one_channel(file, deep=True) for file in depths]
-            if wrong := [f for f, d in zip(depths, depth) if d.shape != video.shape[1:3]]:
-                raise ValueError(f"{wrong[0]}: is not of the size of its image, {[*video.shape[1:3]]}")
-            more = dict(depth=np.stack(depth).astype(np.float32) / 1000)
-        with naming(path):
+            depth = np.stack([read_one_channel(file, deep=True) for file in depths.values()])
+            if depth.shape != video.shape[:3]:
+                raise ValueError(f"{folder}: depth {[*depth.shape]} does not fit the images "
+                                 f"{[*video.shape[:3]]}")
+            more["depth"] = depth.astype(np.float32) / 1000
+        with error_prefix(path):
             valid = (status != 2) & (np.arange(status.shape[1]) >= query[:, None])
-            return self._sample(video, tracks, (status == 0) & valid, valid, query, **more)
+            return self.sample(video, tracks, (status == 0) & valid, valid, query, **more)
 
-    def _tapvid(self, clip):
-        with naming(self.path):
-            frames = [read_image(f) if isinstance(f, bytes) else f for f in clip["video"]]   # Kinetics: JPEGs
-            video, visible = np.stack(frames), ~np.asarray(clip["occluded"], bool)
+    def read_tapvid(self, item):
+        path, clip = item
+        with error_prefix(path):
+            video = clip["video"] if isinstance(clip["video"], list) else np.asarray(clip["video"])
+            frames = [read_image(f) if isinstance(f, bytes) else f for f in video]      # Kinetics: JPEGs
+            video = np.stack(frames)
+            visible = ~np.asarray(clip["occluded"]).astype(bool)
             # Their (0, 0) is the upper left corner of the first pixel, ours its centre.
-            tracks = clip["points"] * np.array(video.shape[2:0:-1]) - 0.5
-            return self._sample(video, tracks, visible, np.ones_like(visible))
+            tracks = np.asarray(clip["points"]) * np.array(video.shape[2:0:-1]) - 0.5
+            return self.sample(video, tracks, visible, np.ones_like(visible))
 
-    def _joints(self, path):
+    def read_joints(self, path):
         tracks, annotated = read_arrays(path, "tracks", "annotated")
-        with naming(self.video):
+        with error_prefix(self.video):
             video = read_video(self.video)
-        with naming(path):
-            return self._sample(video, tracks, annotated, annotated)
+        with error_prefix(path):
+            return self.sample(video, tracks, annotated, annotated)
 
 
 class BoxTracks(torch.utils.data.Dataset):
@@ -1673,31 +1755,28 @@ class BoxTracks(torch.utils.data.Dataset):
     """
 
     def __init__(self, root):
-        self.root = check_folder(root)
-        folders = [os.path.dirname(f) for f in walk(self.root) if os.path.basename(f) == "boxes_xyxy.txt"]
-        if not folders:
-            raise ValueError(f"{self.root}: no boxes_xyxy.txt in it or below, beside images 0001.jpg, ...")
-        self.items = [os.path.join(self.root, f) for f in folders]
-        self.names = [f or os.path.basename(os.path.abspath(self.root)) for f in folders]
+        root = check_folder(root)
+        self.items, self.names = folders_with(root, "boxes_xyxy.txt")
+        if not self.items:
+            raise ValueError(f"{root}: no boxes_xyxy.txt in it or below, beside images 0001.jpg, ...")
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
-        path, boxes, images = os.path.join(self.items[i], "boxes_xyxy.txt"), [], {}
-        for name in os.listdir(self.items[i]):
-            match = re.search(r"(\d+)\.\w+$", name)
-            if match and name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
-                images[int(match[1])] = os.path.join(self.items[i], name)
-        with naming(path), open(path) as file:
-            for number, line in enumerate(file.read().rstrip().splitlines(), 1):
+        path = os.path.join(self.items[i], "boxes_xyxy.txt")
+        images = numbered(self.items[i], r"[^.]*?(\d+)\.(?i:jpg|jpeg|png)")
+        boxes = []
+        lines = read_bytes(path).decode("utf-8", "replace").rstrip().splitlines()
+        with error_prefix(path):
+            for number, line in enumerate(lines, 1):
                 box = [float(x) for x in line.replace(",", " ").split()]
                 if len(box) != 4 or not (box[0] <= box[2] and box[1] <= box[3]):
                     raise ValueError(f"line {number} is not x1 y1 x2 y2 with x1 <= x2 and y1 <= y2: {line!r}")
                 boxes.append(box)
             if len(images) != len(boxes) or not boxes:
                 raise ValueError(f"has {len(boxes)} boxes for {len(images)} images: want a line for each")
-        return dict(video=read_clip([images[n] for n in sorted(images)]), boxes=np.array(boxes, np.float32))
+        return dict(video=read_clip(images.values()), boxes=np.array(boxes, np.float32))
 
 
 # ---- loader --------------------------------------------------------------------------------------
