@@ -35,7 +35,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 import imageio.v3 as iio
@@ -126,6 +126,20 @@ def make_textures(rng, n, size, grain):
 def similarity(m, x, y):
     """p -> a p + b in complex numbers; m = (Re a, Im a, Re b, Im b), each broadcast to the points x, y."""
     return (m[0] * x).addcmul_(m[1], y, value=-1).add_(m[2]), (m[0] * y).addcmul_(m[1], x).add_(m[3])
+
+
+@dataclass
+class SceneOptions:     # PLACEHOLDER, to be dropped by the merge
+    size: int = 64
+    sprites: int = 4
+    speed: float = 5.0
+    pan: float = 1.0
+    zoom: float = 0.01
+    roll: float = 0.01
+    radius: tuple = (0.12, 0.24)
+    grain: float = 8.0
+    textures: int = 128
+    flat: float = 0.0
 
 
 class Scenes:
@@ -1135,7 +1149,7 @@ class MultiCrop:
     Blur: sigma from 0.1 to `blur` pixels of the crop.
     """
 
-    def __init__(self, size, local_size, local_crops, blur=2.0, colours=True):
+    def __init__(self, size, local_size, local_crops, blur=2.0, colours=True, motion_colours="independent"):
         self.size, self.local_size, self.n, self.blur, self.colours = (
             size, local_size, local_crops, blur, colours)
 
@@ -1788,8 +1802,9 @@ class SquareClip:
 
     def __call__(self, frames, rng):
         height, width = frames[0].shape[:2]
-        side, corner = min(height, width), rng.uniform(size=2)
-        box = int(corner[0] * (height - side + 1)), int(corner[1] * (width - side + 1)), side, side
+        side = min(height, width)
+        top, left = (rng.uniform(size=2) * (height - side + 1, width - side + 1)).astype(int)
+        box = top, left, side, side
         return {"video": torch.stack([crop_uint8(frame, box, self.size) for frame in frames])}
 
 
@@ -1802,30 +1817,34 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, numbers):
         if isinstance(self.source, Videos):
             samples = self.source.__getitems__(numbers)
-            return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
-        clips = self.source.batch(numbers)
-        if self.crops is None:
-            return clips
-        video = clips["video"] / 255 if clips["video"].dtype == torch.uint8 else clips["video"]
-        return self.crops.batch(video, [np.random.default_rng((self.seed, i, 1)) for i in numbers])
+        else:
+            clips = self.source.batch(numbers)
+            if self.crops is None:
+                return clips
+            video = clips["video"].permute(0, 1, 3, 4, 2)                       # (B, 2, H, W, 3)
+            video = ((video * 255).round() if video.is_floating_point() else video).byte().numpy()
+            samples = [self.crops(list(pair), np.random.default_rng((self.seed, i, 1)))
+                       for pair, i in zip(video, numbers)]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True,
-                scenes=None, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0):
+def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", scenes=None,
+                videos=None, colours=True, motion_colours="independent"):
     """
     Batches on the device, in order; to be iterated over once.
 
     source    "scenes", "squares", or the path of a video, of a folder of videos, or of a folder of frames
-    inputs    what the model eats: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for
+    inputs    what the model expects: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for
               pairs cut into crops, with squares=dict(...), options of MovingSquares, for their masks and
               displacements
     batches   iterable of lists of sample numbers
     workers   processes that prepare batches; 0: in this one; -1: choose
     split     "train" or "eval": for scenes other clips with other textures; for videos other draws from the
               same files, so most of what "eval" shows was seen in training
-    colours   False leaves the photometric augmentation out
-    scenes    options of Scenes, such as dict(sprites=0); `size` may exceed the inputs' if there are crops
-    gap, stride, repeat, fps    of Videos
+    scenes    SceneOptions; their `size` counts if there are crops, else frames are rendered as the model
+              expects them; by default twice the model's size
+    videos    VideoOptions
+    colours, motion_colours    of MultiCrop
     Raises FileNotFoundError or ValueError with what to do if the source can't be read.
     """
     if split not in ("train", "eval"):
@@ -1833,37 +1852,47 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     if "squares" in inputs and source != "squares":
         raise ValueError(f"--data {source}: this model needs masks and displacements, which only "
                          "--data squares has")
-    device, synthetic = torch.device(device), source in ("scenes", "squares")
-    crops = MultiCrop(inputs["size"], **inputs["crops"], colours=colours) if "crops" in inputs else None
-    if workers < 0 and source == "squares":     # frame 0 is drawn sooner than it is sent from another process
-        workers = 0
-    if workers < 0:     # GPUs render scenes themselves; elsewhere a second process keeps a second core busy
-        most = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-        workers = 0 if synthetic and device.type != "cpu" else min(most, 1 if synthetic else 16)
+    device = torch.device(device)
+    size, frames = inputs["size"], inputs["frames"]
+    crops = None
+    if "crops" in inputs:
+        crops = MultiCrop(size, **inputs["crops"], colours=colours, motion_colours=motion_colours)
+    eval_seed = seed + EVAL * (split == "eval")
     if source == "squares":
-        dataset = MovingSquares(inputs["size"] * (2 if crops else 1), inputs["frames"], seed=seed,
-                                split=split, **inputs.get("squares", {}))
-    elif synthetic:
-        options = dict(size=2 * inputs["size"]) | (scenes or {}) | dict(frames=inputs["frames"])
-        if crops is None:                   # what isn't cropped is rendered in the size that the model eats
-            options["size"] = inputs["size"]
-        dataset = Scenes(seed=seed, split=split, device="cpu" if workers else device, **options)
-    seed = seed + EVAL * (split == "eval")
-    if not synthetic:
-        dataset = Videos(source, inputs["frames"], gap, stride, repeat, fps, seed,
-                         transform=crops or SquareClip(inputs["size"]))
+        dataset = MovingSquares(size * (2 if crops else 1), frames, seed=seed, split=split, **inputs.get("squares", {}))
+    elif source == "scenes":
+        options = scenes or SceneOptions(size=2 * size)
+        options = options if crops else replace(options, size=size)
+        dataset = Scenes(frames=frames, seed=seed, split=split, **asdict(options))
+    else:
+        dataset = Videos(source, frames, seed=eval_seed, transform=crops or SquareClip(size),
+                         **asdict(videos or VideoOptions()))
+    workers = count_workers(workers, source, device)
     loader = torch.utils.data.DataLoader(
-        Batches(dataset, crops, seed), batch_size=None, sampler=batches, num_workers=workers,
-        pin_memory=device.type == "cuda" and not (synthetic and not workers),
-        prefetch_factor=2 if workers else None, worker_init_fn=start_worker)
+        Batches(dataset, crops, eval_seed), batch_size=None, sampler=batches, num_workers=workers,
+        pin_memory=device.type == "cuda", prefetch_factor=2 if workers else None, worker_init_fn=start_worker)
     if workers:
         atexit.register(end_workers)
-    return Finished(loader, crops, device)
+    return DeviceLoader(loader, crops, device)
 
 
 def cores():
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_workers(workers, source, device):
+    """-1: as many as there are cores for each process; squares are drawn sooner than they are sent, and on a
+    CPU, which training keeps busy, one process renders scenes."""
+    most = 8 * cores()
+    if workers > most:
+        raise ValueError(f"--workers {workers}: at most {most} on {cores()} cores")
+    if workers >= 0:
+        return workers
+    if source == "squares":
+        return 0
+    share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return 1 if source == "scenes" and device.type == "cpu" else share
 
 
 def sample_loader(dataset, batches, device="cpu"):
@@ -1889,7 +1918,7 @@ def end_workers():
         process.kill()
 
 
-class Finished:
+class DeviceLoader:
     """Iterates over a loader's batches on the device, colours applied there."""
 
     def __init__(self, loader, crops, device):
@@ -1897,49 +1926,45 @@ class Finished:
 
     def __iter__(self):
         for batch in self.loader:           # `params` stay on the CPU: finish() reads which crop needs what
-            batch = {k: v if k == "params" else v.to(self.device, non_blocking=True)
-                     for k, v in batch.items()}
+            batch = {name: value if name == "params" else value.to(self.device, non_blocking=True)
+                     for name, value in batch.items()}
             yield self.crops.finish(batch) if self.crops else batch
 
 
 # ---- look at your data ---------------------------------------------------------------------------
-def show(source, path, **videos):
+def show(source, path, videos=None):
     """Writes a picture: scenes with their ground truth (not of videos), and crops like those of training."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.colors import hsv_to_rgb
 
     rows = []                               # lists of (title, image)
     if source == "scenes":
         clip = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3)).batch(range(2), truth=True)
         for b in range(2):
-            u, v = clip["flow"][b, 0].numpy()
-            speed, angle = np.hypot(u, v), np.arctan2(v, u) / (2 * np.pi) % 1
-            flow = hsv_to_rgb(np.stack([angle, speed / speed.max(), np.ones_like(u)], -1))
-            first, second = clip["video"][b].permute(0, 2, 3, 1).numpy()
-            rows.append([
-                ("frame 1", first), ("frame 2", second), (f"flow, up to {speed.max():.0f} px", flow),
-                ("occluded in frame 2", clip["occluded"][b, 0].numpy()),
-                ("class", clip["classes"][b, 0].numpy()), ("depth", clip["depth"][b, 0].numpy())])
+            first, second = clip["video"][b].permute(0, 2, 3, 1)
+            u, v = clip["flow"][b, 0]
+            rows.append([("frame 1", first), ("frame 2", second), ("flow, x", u), ("flow, y", v),
+                         ("occluded in frame 2", clip["occluded"][b, 0]), ("class", clip["classes"][b, 0]),
+                         ("depth", clip["depth"][b, 0])])
     inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
-    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=dict(size=192, pan=12.0),
-                                  **videos)))
-    image = lambda x: x.permute(1, 2, 0).numpy()
-    for motion, large, small in zip(batch["motion"], batch["globals"], batch["locals"]):
-        rows.append(
-            [("motion, frame 1", image(motion[0])), ("motion, frame 2", image(motion[1]))] +
-            [(f"global {box + 1}, frame {f + 1}", image(large[f, box]))
-             for f in range(2) for box in range(2)] +
-            [(f"local, frame {f + 1}", image(small[f, 0])) for f in range(2)])
-    columns = max(map(len, rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.55 * columns, 1.75 * len(rows)),
-                                squeeze=False, layout="constrained")
-    for axis, cell in zip(axes.flat, [cell for row in rows for cell in row + [None] * (columns - len(row))]):
+    scenes = SceneOptions(size=192, pan=12.0)
+    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=scenes, videos=videos)))
+    for b in range(2):
+        row = []
+        for f in range(2):
+            row += [(f"motion, frame {f + 1}", batch["motion"][b, f]),
+                    (f"global 1, frame {f + 1}", batch["globals"][b, f, 0]),
+                    (f"global 2, frame {f + 1}", batch["globals"][b, f, 1]),
+                    (f"local, frame {f + 1}", batch["locals"][b, f, 0])]
+        rows.append([(title, image.permute(1, 2, 0)) for title, image in row])
+    figure, axes = plt.subplots(len(rows), 8, figsize=(12.4, 1.75 * len(rows)), layout="constrained")
+    for axis in axes.flat:
         axis.axis("off")
-        if cell:
-            axis.imshow(cell[1], cmap="viridis")
-            axis.set_title(cell[0], fontsize=8)
+    for row, axis_row in zip(rows, axes):
+        for (title, image), axis in zip(row, axis_row):
+            axis.imshow(image)
+            axis.set_title(title, fontsize=8)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=90)
 
@@ -1951,7 +1976,7 @@ if __name__ == "__main__":
     parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between two frames")
     args = parser.parse_args()
     try:
-        show(args.data, "out/data.png", fps=args.fps, gap=args.gap)
+        show(args.data, "out/data.png", VideoOptions(gap=args.gap, fps=args.fps))
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: error: {error}")
     print("written: out/data.png")

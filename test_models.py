@@ -1752,7 +1752,7 @@ def broken_flow_files():
     flo, png = METRICS["flo_bytes"].tobytes(), METRICS["kitti_bytes"].tobytes()
     eight_bits = iio.imwrite("<bytes>", np.zeros((4, 4, 3), np.uint8), extension=".png")
     return {
-        "short.flo": (flo[:-1], "cut short"), "long.flo": (flo + b"x", "2572 bytes, the file 2573"),
+        "short.flo": (flo[:-1], "cut short"), "long.flo": (flo + b"x", "need 2572 bytes, there are 2573"),
         "sign.flo": (flo[:4] + b"\xff" * 4 + flo[8:], "damaged"), "magic.flo": (b"X" + flo[1:], "begin"),
         "huge.flo": (flo[:4] + b"\xff\xff\xff\x7f" * 2 + flo[12:], "2147483647"),
         "empty.flo": (b"", "begin"), "eight.png": (eight_bits, "three channels of 16 bits"),

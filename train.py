@@ -378,8 +378,8 @@ def held_out(opt, run, model, scenes, autocast):
     each = -(-8 // run.world)                                   # batches for each process, rounded up
     share = [range(i * n, (i + 1) * n) for i in range(run.rank, each * run.world, run.world)]
     loader = data.make_loader(
-        opt.data, model.cfg.inputs, share, run.device, opt.seed, split="eval", colours=False, scenes=scenes,
-        gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
+        opt.data, model.cfg.inputs, share, run.device, opt.seed, split="eval", colours=False,
+        scenes=data.SceneOptions(**scenes), videos=data.VideoOptions(opt.gap, opt.repeat, opt.fps, opt.stride))
     reports = []
     model.eval()
     for batch in loader:
@@ -476,7 +476,8 @@ def main(argv):
     # ---- data: opened before the output folder is touched, so that a wrong path leaves no trace
     loader = data.make_loader(
         opt.data, cfg.inputs, batches(opt, run, start, accum, micro), device, opt.seed, opt.workers,
-        colours=opt.colours, scenes=scenes, gap=opt.gap, repeat=opt.repeat, fps=opt.fps, stride=opt.stride)
+        colours=opt.colours, scenes=data.SceneOptions(**scenes),
+        videos=data.VideoOptions(opt.gap, opt.repeat, opt.fps, opt.stride))
     run.say(f"{opt.model} {opt.preset} on {opt.data}: "
             f"{sum(p.numel() for p in trained) / 1e6:.2f} M trained parameters, {run.world} x "
             f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, "
