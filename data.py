@@ -493,12 +493,11 @@ def expand(path):
 
 def warn(text):
     """One line on stderr, whatever the names of files in it."""
-    print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    print(text.replace("\n", " ").encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 class Reader:
-    """One open video and its decoder, for one process. Times are exact: Fractions of a second after its
-    first frame.
+    """One open video and its decoder, for one process. Times are Fractions of a second after its first frame.
 
     Why not imageio's own reader: on a variable-rate mp4 it returns wrong frames without a word, it ignores
     the rotation that phones write, and it costs about twice as much. So imageio only brings PyAV along.
@@ -525,24 +524,18 @@ class Reader:
         self.stream.thread_type = "SLICE"
         self.stream.codec_context.thread_count = 1
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(30)
-        self.first = 0
+        self.tick = self.stream.time_base
         self.frames = self.container.decode(self.stream)
         self.frame = next((frame for frame in self.frames if frame.pts is not None), None)
         if self.frame is None:
-            raise ValueError(f"{self.path}: holds no frame")
-        self.first = self.frame.pts                     # not the header's: that may be another stream's
+            raise ValueError(f"{self.path}: holds no frame that FFmpeg can decode")
+        self.start = self.frame.pts                     # not the header's: that may be another stream's
         self.time = self.asked = Fraction(0)            # of the frame; the last time that was asked for
-
-    def close(self):
-        self.container.close()
-
-    def seconds(self, frame):
-        return (frame.pts - self.first) * self.stream.time_base
 
     def duration(self):
         """Seconds from the first frame to the end of the last, as the header promises: it may be too much."""
         if self.stream.duration:
-            return self.stream.duration * self.stream.time_base
+            return self.stream.duration * self.tick
         tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))      # mkv
         if tag:
             return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
@@ -565,67 +558,56 @@ class Reader:
             if self.frame is None or t < self.time or self.keyframe_between(t):
                 self.seek(t)
             while self.time < t:
-                if not self.step():
+                frame = next((frame for frame in self.frames if frame.pts is not None), None)
+                if frame is None:
+                    self.end, self.frame = self.time, None
                     return None
+                self.take(frame)
         self.asked = t
         return self.frame, self.time
 
     def keyframe_between(self, t):
         """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats work."""
         index = self.stream.index_entries
-        wanted = self.first + math.floor(t / self.stream.time_base)
+        wanted = self.start + math.floor(t / self.tick)
         if len(index) and index[-1].timestamp >= wanted:
             key = index.search_timestamp(wanted)
-            return key >= 0 and (index[key].timestamp - self.first) * self.stream.time_base > self.time
+            return key >= 0 and (index[key].timestamp - self.start) * self.tick > self.time
         return t > self.time + 2            # mkv reads its index piece by piece: go by a usual distance
 
     def seek(self, t):
-        """Puts the decoder on a keyframe at or before t.
-
-        A file without an index (MPEG-TS) may land behind t, or behind its last keyframe: then further back,
-        at last at the start. Frames shown before the keyframe are left out: they may need earlier ones.
-        """
+        """Puts the decoder on a keyframe at or before t. A file without an index (MPEG-TS) may land behind t,
+        or behind its last keyframe: then further back, at last at the start. Frames shown before the keyframe
+        are left out: they may need earlier ones."""
         back = 0
         while t > back:
-            wanted = self.first + math.floor((t - back) / self.stream.time_base)
-            self.container.seek(wanted, stream=self.stream)
+            self.container.seek(self.start + math.floor((t - back) / self.tick), stream=self.stream)
             self.frames = self.container.decode(self.stream)
-            keyframe = next((f for f in self.frames if f.key_frame and f.pts is not None), None)
-            if keyframe is not None and self.seconds(keyframe) <= t:
-                self.take(keyframe)
-                return
+            key = next((f for f in self.frames if f.key_frame and f.pts is not None), None)
+            if key is not None and (key.pts - self.start) * self.tick <= t:
+                self.time = -math.inf
+                return self.take(key)
             back = 4 * back + 1
-        self.close()
+        self.container.close()
         self.open()
 
-    def step(self):
-        """Decodes the next frame; False behind the last."""
-        for frame in self.frames:
-            if frame.pts is not None:
-                if self.seconds(frame) < self.time:
-                    self.frame = None
-                    raise ValueError(f"{self.path}: times go backwards at {float(self.time):.2f} s")
-                self.take(frame)
-                return True
-        self.end = self.time
-        self.frame = None
-        return False
-
     def take(self, frame):
-        """Makes a frame the current one. Damaged ones depend on where decoding began: they are refused."""
-        self.time = self.seconds(frame)
-        self.frame = None if frame.is_corrupt else frame
-        if frame.is_corrupt:
-            raise ValueError(f"{self.path}: is damaged near {float(self.time):.2f} s")
+        """Makes a frame the current one. What FFmpeg paints over damage depends on where decoding began."""
+        before, self.time = self.time, (frame.pts - self.start) * self.tick
+        self.frame = None                   # after an error the next call has to seek
+        if frame.is_corrupt or self.time < before:
+            why = "is damaged" if frame.is_corrupt else "times go backwards"
+            raise ValueError(f"{self.path}: {why} near {float(self.time):.2f} s")
+        self.frame = frame
 
     def image(self, frame):
         """A decoded frame -> uint8 (H, W, 3), turned and mirrored as players show it."""
         # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
         image = frame.to_ndarray(format="rgb24", threads=1)                     # (H, W, 3)
         matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
+        if matrix is not None:              # shown x = a x + c y, y = b x + d y
             (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3).tolist()
-            if abs(b) > abs(a):             # shown x = a x + c y, y = b x + d y
+            if abs(b) > abs(a):
                 image = image.transpose(1, 0, 2)
                 a, d = c, b
             image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
@@ -636,13 +618,10 @@ def read_video(path):
     """All frames of a video file, uint8 (T, H, W, 3)."""
     reader = Reader(path)
     images = []
-    try:
-        found = reader.at(0)
-        while found:
-            images.append(reader.image(found[0]))
-            found = reader.at(found[1] + TINY)
-    finally:
-        reader.close()
+    found = reader.at(0)
+    while found:
+        images.append(reader.image(found[0]))
+        found = reader.at(found[1] + TINY)
     return np.stack(images)
 
 
@@ -655,18 +634,13 @@ def read_frames(path, times):
     """
     reader = Reader(path)
     images, true = [], []
-    try:
-        for t in times:
-            # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, 1/30 s is 0.033 there).
-            tick = min(float(reader.stream.time_base), 1e-3)
-            found = reader.at(max(t - 0.5 * tick - 1e-6, 0))
-            if found is None:
-                raise ValueError(f"{reader.path}: ends at {float(reader.end):.2f} s, before the wanted "
-                                 f"{t:.2f} s")
-            images.append(reader.image(found[0]))
-            true.append(float(found[1]))
-    finally:
-        reader.close()
+    for t in times:
+        # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, 1/30 s is 0.033 there).
+        found = reader.at(max(t - 0.5 * min(reader.tick, 1e-3) - 1e-6, 0))
+        if found is None:
+            raise ValueError(f"{reader.path}: ends at {float(reader.end):.2f} s, before the wanted {t:.2f} s")
+        images.append(reader.image(found[0]))
+        true.append(float(found[1]))
     return images, true
 
 
@@ -679,8 +653,8 @@ def read_image(path):
 
 
 class FrameFolder:
-    """A sequence of image files with the interface of Reader: number n stands n / fps seconds after the
-    first. Numbers may be nanoseconds: they stay whole."""
+    """A sequence of image files with the interface of Reader: number n stands n / fps seconds after the first.
+    Numbers may be nanoseconds: they stay whole."""
 
     def __init__(self, paths, numbers, places, fps):
         self.paths, self.numbers, self.places = paths, numbers, places      # places: in the list of all files
@@ -723,21 +697,21 @@ def walk(root):
 def find_files(root):
     """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden no."""
     root = expand(root)
-    types = " ".join(VIDEO_TYPES + IMAGE_TYPES)
     if os.path.isfile(root):
         if not root.lower().endswith(VIDEO_TYPES):
             raise ValueError(f"{root}: neither a folder nor a video ({' '.join(VIDEO_TYPES)})")
         return os.path.dirname(root), [os.path.basename(root)], []
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such file or folder")
-    files = walk(root)
-    videos = [path for path in files if path.lower().endswith(VIDEO_TYPES)]
-    images = [path for path in files if path.lower().endswith(IMAGE_TYPES)]
-    others = [path for path in files if not path.lower().endswith(VIDEO_TYPES + IMAGE_TYPES)]
+    videos, images, others = [], [], []
+    for path in walk(root):
+        kind = os.path.splitext(path)[1].lower()
+        (videos if kind in VIDEO_TYPES else images if kind in IMAGE_TYPES else others).append(path)
     if others:
         kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
         warn(f"{root}: left out {len(others)} files of other kinds: {' '.join(kinds[:8])}")
     if not videos and not images:
+        types = " ".join(VIDEO_TYPES + IMAGE_TYPES)
         raise ValueError(f"{root}: no videos and no frames in this folder or below ({types})")
     return root, videos, images
 
@@ -860,7 +834,7 @@ class Videos(torch.utils.data.Dataset):
         reader = self.readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
         self.readers[file] = reader
         while len(self.readers) > 2:
-            self.readers.pop(next(iter(self.readers))).close()
+            self.readers.pop(next(iter(self.readers))).container.close()
         return reader
 
     def read(self, start, key, picks):
@@ -874,7 +848,7 @@ class Videos(torch.utils.data.Dataset):
             return self.sweep(self.reader(start), key, picks, start)
         except (av.error.FFmpegError, ValueError, OSError, IndexError) as error:
             self.readers.pop(start, None)   # the next try begins with a fresh decoder
-            if kept:                        # a damaged place may be in reach of an old decoder alone
+            if kept:                        # the old one may have run into damage on its way
                 return self.read(start, key, picks)
             raise Broken(start, error) from None
 
@@ -900,61 +874,64 @@ class Videos(torch.utils.data.Dataset):
             raise Broken(file, "its frames change size")
         return samples
 
-    def draw_pair(self, reader, begin, rng):
-        """A generator: yields a time, is sent what reader.at() finds there, and so on; returns two frames,
-        None after TRIES moments where none are `gap` apart. begin: where in the file, 0 to 1."""
-        low, high = self.gap
-        for attempt in range(TRIES):
-            # Headers often promise too much. After a miss (not by what is known from other samples: a
-            # sample depends on its number alone) the true end counts.
-            last = reader.last() if attempt else reader.duration() - 1 / reader.rate
-            gap = low + rng.random() * (max(low, min(high, last)) - low)
-            first = yield begin * max(last - gap, 0)
+    def moments(self, reader, begin, length, rng):
+        """Where samples may begin in a file, in s: TRIES of them, the first at the share `begin` of it.
+
+        Headers often promise too much, so that after a miss the true end counts. (Not before, even if other
+        samples have found it: a sample depends on its number alone.) The last try is from the start.
+        """
+        frame = 1 / reader.rate
+        for attempt in range(TRIES - 1):
+            last = reader.last() if attempt else reader.duration() - frame
+            yield max(begin * (max(last - length, 0) + frame) - frame, 0)
             begin = rng.random()
+        yield 0
+
+    def draw_pair(self, reader, begin, rng):
+        """A generator: yields a time, is sent what reader.at() finds there, and so on. Returns two frames, or
+        None where no frames are `gap` apart."""
+        low, high = self.gap
+        longest = max(low, min(high, reader.duration() - 1 / reader.rate))
+        gap = low + rng.random() * (longest - low)
+        for start in self.moments(reader, begin, gap, rng):
+            first = yield start
             if first is None:
                 continue
-            pair, before = None, first[1] + max(low - Fraction(3, 2) / reader.rate, 0)
-            found = yield before + TINY
-            while found:                                    # the nearest to `gap` of the frames in reach
+            before = first[1] + max(low - Fraction(3, 2) / reader.rate, 0)
+            pair, distance = None, 0
+            while distance < gap:                           # the nearest to `gap` of the frames in reach
+                found = yield before + TINY
+                if found is None:
+                    break
                 half = min(1 / reader.rate, found[1] - before) / 2
-                distance = found[1] - first[1]
+                before = found[1]
+                distance = before - first[1]
                 nearer = pair is None or abs(distance - gap) < abs(pair[1] - gap)
                 if low - half <= distance <= high + half and nearer:
                     pair = found[0], distance
-                if distance >= gap:
-                    break
-                before = found[1]
-                found = yield before + TINY
             if pair:
                 return [first[0], pair[0]]
         return None
 
     def draw_clip(self, reader, begin, rng):
-        """The same for clips: every stride-th frame, whatever their times. The last try is from the start."""
+        """The same for clips: every stride-th frame, whatever their times."""
         count = (self.frames - 1) * self.stride
-        for attempt in range(TRIES):
-            last = reader.last() if attempt else reader.duration() - 1 / reader.rate
-            start = begin * max(last - count / reader.rate, 0)
-            found = yield start if attempt < TRIES - 1 else 0
-            begin = rng.random()
+        for start in self.moments(reader, begin, count / reader.rate, rng):
+            found = yield start
             clip = []
-            for n in range(count):
-                if found is None:
-                    break
-                if n % self.stride == 0:
-                    clip.append(found[0])
+            while found:
+                clip.append(found[0])
+                if len(clip) > count:
+                    return clip[::self.stride]
                 found = yield found[1] + TINY
-            if found is not None:
-                return clip + [found[0]]
         return None
 
     def misfit(self, reader):
         """Why a file gives no sample."""
-        length = reader.last() + 1 / reader.rate
-        short = self.frames != 2 or length <= self.gap[0]
-        hint = "fewer frames or a smaller stride" if self.frames != 2 else "another gap"
-        return (f"lasts {float(length):.2f} s at {float(reader.rate):.3g} frames a second, too "
-                f"{'short' if short else 'sparse'} for {self.wish()} ({hint} may fit)")
+        length = float(reader.last() + 1 / reader.rate)
+        why = "sparse" if self.frames == 2 and length > self.gap[0] else "short"
+        return (f"lasts {length:.2f} s at {float(reader.rate):.3g} frames a second, too {why} for "
+                f"{self.wish()} (others may fit)")
 
     def wish(self):
         if self.frames == 2:
@@ -996,10 +973,10 @@ class Videos(torch.utils.data.Dataset):
         """The parts of a sequence that give samples, [(from, to)]: for pairs the whole, for clips what lies
         between holes, which are steps other than the usual one."""
         if self.frames == 2:
-            low = max(math.ceil(self.gap[0] * rate - Fraction(1, 2)), 1)
-            high = math.floor(self.gap[1] * rate + Fraction(1, 2))
-            fits = any(bisect.bisect_left(numbers, n + low) < bisect.bisect_right(numbers, n + high)
-                       for n in numbers)
+            reach = max(math.ceil(self.gap[0] * rate - Fraction(1, 2)), 1)
+            most = math.floor(self.gap[1] * rate + Fraction(1, 2))
+            places = [bisect.bisect_left(numbers, n + reach) for n in numbers]      # of the next in reach
+            fits = any(place < len(numbers) and numbers[place] <= n + most for n, place in zip(numbers, places))
             return [(0, len(numbers))] if fits else []
         steps = [b - a for a, b in itertools.pairwise(numbers)]
         usual = Counter(steps).most_common(1)[0][0] if steps else 1
@@ -1505,7 +1482,10 @@ class Segmentation(torch.utils.data.Dataset):
         self.files = self.pairs(*splits[split])
         self.first = first
         self.ignore_index = ignored if ignore_index is None else ignore_index
-        self.num_classes = num_classes or classes or self.count_classes(splits)
+        self.num_classes = num_classes or classes
+        if classes is None:
+            counted = self.count_classes(splits)
+            self.num_classes = num_classes or counted
         self.names = list(names) if names and len(names) == self.num_classes else None
         if not (2 <= self.num_classes <= 255 and 0 <= self.ignore_index <= 255):
             raise ValueError(f"{self.root}: want --classes from 2 to 255 and --ignore-index from 0 to 255, "
@@ -1551,8 +1531,8 @@ class Segmentation(torch.utils.data.Dataset):
         seen[self.ignore_index] = False
         if seen.sum() < 2:                  # one class would be found by everybody: mIoU 100
             raise ValueError(f"{self.root}: beside {self.ignore_index}, which is ignored, the labels hold only "
-                             f"{[*seen.nonzero()[0].tolist()]}: want two classes; is another value to be "
-                             "ignored (--ignore-index), or are masks of 0 and 255 meant as 0 and 1?")
+                             f"{[*seen.nonzero()[0].tolist()]}: want two classes. Store masks of 0 and 255 "
+                             "as 0 and 1, or set --ignore-index")
         return int(seen.nonzero()[0].max()) + 1
 
     def __len__(self):
@@ -1580,45 +1560,37 @@ class Segmentation(torch.utils.data.Dataset):
         return dict(image=picture, classes=classes)
 
 
-def check_dtype(code, *_):
-    if not isinstance(code, str) or np.dtype(code).kind not in "biufS":
-        raise ValueError(f"holds arrays of {code!r:.50}, not of numbers: refused")
-    return DtypeCode(code)
-
-
-class DtypeCode:
+class PickledDtype:
     """A stand-in for a dtype: pickles set its byte order after they made it."""
 
-    def __init__(self, code):
+    def __init__(self, code, *_):
+        if not isinstance(code, str) or np.dtype(code).kind not in "biufS":
+            raise ValueError(f"holds arrays of {code!r:.50}, not of numbers: refused")
         self.code = code
 
     def __setstate__(self, state):
-        self.code = {"<": "<", ">": ">"}.get(state[1], "") + self.code
+        self.code = state[1].strip("|=") + self.code
 
 
 class PickledArray:
-    """A stand-in for an array of which pickles set shape, dtype and bytes; np.asarray() makes it one."""
+    """A stand-in for an array, of which pickles set shape, dtype and bytes; np.asarray() makes it one."""
 
     def __init__(self, *_):
         self.array = None
 
     def __setstate__(self, state):
         _, shape, dtype, by_columns, raw = state
-        self.array = np.frombuffer(raw, dtype.code).reshape(shape, order="F" if by_columns else "C")
+        self.array = pickled_buffer(raw, dtype, shape, "F" if by_columns else "C")
 
     def __array__(self, dtype=None, copy=None):
         return self.array
 
 
-def from_buffer(raw, dtype, shape, order):
+def pickled_buffer(raw, dtype, shape, order):
     return np.frombuffer(raw, dtype.code).reshape(shape, order=order)
 
 
-def from_scalar(dtype, raw):
-    return np.frombuffer(raw, dtype.code)[0]
-
-
-def to_bytes(text, encoding):
+def pickled_bytes(text, encoding):
     return text.encode("latin1")            # how protocol 2 writes bytes
 
 
@@ -1626,8 +1598,8 @@ class NumpyOnly(pickle.Unpickler):
     """Reads pickles of plain containers and arrays of numbers or bytes. A pickle may name any function to be
     called: here it gets stand-ins for the few that rebuild arrays, and an error for all others."""
 
-    CALLS = dict(_reconstruct=PickledArray, ndarray=None, dtype=check_dtype, scalar=from_scalar,
-                 _frombuffer=from_buffer, encode=to_bytes)
+    CALLS = dict(_reconstruct=PickledArray, ndarray=None, dtype=PickledDtype, _frombuffer=pickled_buffer,
+                 encode=pickled_bytes)
 
     def find_class(self, module, name):
         if name in self.CALLS and module.split(".")[0] == ("_codecs" if name == "encode" else "numpy"):
