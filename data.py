@@ -7,7 +7,7 @@ Videos in, batches out: synthetic scenes with exact truth, your own videos, and 
     MultiCrop   a pair of frames -> dense crops, DINO's global and local crops, photometric augmentation
     make_loader ties them together: index lists in, batches on the device out
     FlowPairs, Segmentation, PointTracks, BoxTracks     what others have labelled, as they unpack it
-    read_flo, write_flo, read_kitti_flow, write_kitti_flow, read_pfm    files of optical flow
+    read_flo, write_flo, read_kitti_flow, read_pfm    files of optical flow
 
 Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i) and
 (seed, i, 1), for videos also (seed, pass) and (seed, opening), never from a worker's or a device's generator.
@@ -493,15 +493,17 @@ def expand(path):
 
 def warn(text):
     """One line on stderr, whatever the names of files in it."""
-    print(text.replace("\n", " ").encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    line = text.replace("\n", " ").encode("utf-8", "backslashreplace").decode()
+    print(line, file=sys.stderr, flush=True)
 
 
 class Reader:
-    """One open video and its decoder, for one process. Times are Fractions of a second after its first frame.
+    """One open video and its decoder, for one process. Times are Fractions of a second after its
+    first frame.
 
-    Why not imageio's own reader: on a variable-rate mp4 it returns wrong frames without a word, it ignores
-    the rotation that phones write, and it costs about twice as much. So imageio only brings PyAV along.
-    """
+    Why not imageio's own reader: on a variable-rate mp4 it returns wrong frames without a word, it
+    ignores the rotation that phones write, and it costs about twice as much. So imageio only brings
+    PyAV along. """
 
     def __init__(self, path):
         self.path = expand(path)
@@ -514,14 +516,15 @@ class Reader:
         """Opens the file and decodes its first frame, at time 0."""
         import av                                       # here: synthetic scenes need no FFmpeg
         self.container = av.open(os.path.abspath(self.path))
-        streams = [stream for stream in self.container.streams.video if stream.codec_context is not None]
+        streams = [stream for stream in self.container.streams.video if stream.codec_context]
         if not streams:
             raise ValueError(f"{self.path}: holds no video stream that FFmpeg can decode")
         self.stream = max(streams, key=self.rank)
         if self.container.format.name == "avi" and self.stream.codec_context.has_b_frames:
-            raise ValueError(f"{self.path}: AVI keeps no times for B-frames, so that frames would come too "
-                             "early; convert it once: ffmpeg -i in.avi out.mkv")
-        # One thread: the loader's workers are the parallelism; threads below them cost 10 % more CPU.
+            raise ValueError(f"{self.path}: AVI keeps no times for B-frames: frames would be too early; "
+                             "convert it once: ffmpeg -i in.avi out.mkv")
+        # One thread: the loader's workers are the parallelism; threads below them cost 10 % more
+        # CPU.
         self.stream.thread_type = "SLICE"
         self.stream.codec_context.thread_count = 1
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(30)
@@ -530,25 +533,25 @@ class Reader:
         self.frame = next((frame for frame in self.frames if frame.pts is not None), None)
         if self.frame is None:
             raise ValueError(f"{self.path}: holds no frame that FFmpeg can decode")
-        self.start = self.frame.pts                     # not the header's: that may be another stream's
-        self.time = self.asked = Fraction(0)            # of the frame; the last time that was asked for
+        self.start = self.frame.pts                 # not the header's: that may be another stream's
+        self.time = self.asked = Fraction(0)        # of the frame; the last time that was asked for
 
     def rank(self, stream):
-        """Of several streams ffmpeg and players take no cover picture, the default one, the largest."""
-        flags = type(stream.disposition)
-        return (not stream.disposition & flags.attached_pic, bool(stream.disposition & flags.default),
-                stream.width * stream.height)
+        """Of several streams ffmpeg and players take no cover picture, the default one, the
+        largest."""
+        kinds = type(stream.disposition)
+        cover = bool(stream.disposition & kinds.attached_pic)
+        return not cover, bool(stream.disposition & kinds.default), stream.width * stream.height
 
     def duration(self):
-        """Seconds from the first frame to the end of the last, as the header promises: it may be too much."""
+        """Seconds from the first frame to the end of the last, as the header promises: it may be
+        too much."""
         if self.stream.duration:
             return self.stream.duration * self.tick
-        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))      # mkv
-        if tag:
-            return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
         if self.container.duration:
             return Fraction(self.container.duration, 10**6)
-        raise ValueError(f"{self.path}: no duration in its header; remux it (ffmpeg -i old -c copy new.mp4)")
+        raise ValueError(f"{self.path}: no duration in its header; remux it: "
+                         "ffmpeg -i old -c copy new.mp4")
 
     def last(self):
         """Time of the last frame, found by decoding the end of the file."""
@@ -558,7 +561,8 @@ class Reader:
         return self.end
 
     def at(self, t):
-        """The first frame at or after t -> (frame, its time), None behind the last. Cheap if t ascends."""
+        """The first frame at or after t -> (frame, its time), None behind the last. Cheap if t
+        ascends."""
         if self.end is not None and t > self.end:
             return None
         if self.frame is None or not self.asked <= t <= self.time:
@@ -574,18 +578,19 @@ class Reader:
         return self.frame, self.time
 
     def keyframe_between(self, t):
-        """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats work."""
+        """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats
+        work."""
         index = self.stream.index_entries
         wanted = self.start + math.floor(t / self.tick)
         if len(index) and index[-1].timestamp >= wanted:
             key = index.search_timestamp(wanted)
             return key >= 0 and (index[key].timestamp - self.start) * self.tick > self.time
-        return t > self.time + 2            # mkv reads its index piece by piece: go by a usual distance
+        return t > self.time + 2        # mkv reads its index piece by piece: go by a usual distance
 
     def seek(self, t):
-        """Puts the decoder on a keyframe at or before t. A file without an index (MPEG-TS) may land behind t,
-        or behind its last keyframe: then further back, at last at the start. Frames shown before the keyframe
-        are left out: they may need earlier ones."""
+        """Puts the decoder on a keyframe at or before t. A file without an index (MPEG-TS) may land
+        behind t, or behind its last keyframe: then further back, at last at the start. Frames shown
+        before the keyframe are left out: they may need earlier ones."""
         back = 0
         while t > back:
             self.container.seek(self.start + math.floor((t - back) / self.tick), stream=self.stream)
@@ -599,7 +604,8 @@ class Reader:
         self.open()
 
     def take(self, frame):
-        """Makes a frame the current one. What FFmpeg paints over damage depends on where decoding began."""
+        """Makes a frame the current one. What FFmpeg paints over damage depends on where decoding
+        began."""
         before, self.time = self.time, (frame.pts - self.start) * self.tick
         self.frame = None                   # after an error the next call has to seek
         if frame.is_corrupt or self.time < before:
@@ -609,7 +615,8 @@ class Reader:
 
     def image(self, frame):
         """A decoded frame -> uint8 (H, W, 3), turned and mirrored as players show it."""
-        # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
+        # threads=1: the converter's own threads would not outlive a fork, and freeing it there
+        # would hang.
         image = frame.to_ndarray(format="rgb24", threads=1)                     # (H, W, 3)
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is not None:              # shown x = a x + c y, y = b x + d y
@@ -635,24 +642,27 @@ def read_video(path):
 def read_frames(path, times):
     """Frames of a video file at `times` (ascending, in seconds after its first frame).
 
-    Returns (list of uint8 (H, W, 3) arrays, list of their true times in s). Each is the first frame at or
-    after the time asked for, within the rounding of the file's clock, at variable frame rates too. Phone
-    clips come upright. Raises ValueError if the file ends before, av.error.FFmpegError if it is damaged.
-    """
+    Returns (list of uint8 (H, W, 3) arrays, list of their true times in s). Each is the first frame
+    at or after the time asked for, within the rounding of the file's clock, at variable frame rates
+    too. Phone clips come upright. Raises ValueError if the file ends before, av.error.FFmpegError
+    if it is damaged. """
     reader = Reader(path)
     images, true = [], []
     for t in times:
-        # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, 1/30 s is 0.033 there).
+        # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, 1/30 s is 0.033
+        # there).
         found = reader.at(max(t - 0.5 * min(reader.tick, 1e-3) - 1e-6, 0))
         if found is None:
-            raise ValueError(f"{reader.path}: ends at {float(reader.end):.2f} s, before the wanted {t:.2f} s")
+            raise ValueError(f"{reader.path}: ends at {float(reader.end):.2f} s, before the wanted "
+                             f"{t:.2f} s")
         images.append(reader.image(found[0]))
         true.append(float(found[1]))
     return images, true
 
 
 def read_image(path):
-    """First image of a file, uint8 (H, W, 3) RGB, upright by its Exif tag; 16-bit grey by its high byte."""
+    """First image of a file, uint8 (H, W, 3) RGB, upright by its Exif tag; 16-bit grey by its high
+    byte."""
     with iio.imopen(path, "r", plugin="pillow") as file:
         deep = file.metadata(index=0, exclude_applied=False).get("mode", "").startswith("I")
         image = file.read(index=0, rotate=True, mode=None if deep else "RGB")
@@ -660,11 +670,12 @@ def read_image(path):
 
 
 class FrameFolder:
-    """A sequence of image files with the interface of Reader: number n stands n / fps seconds after the first.
-    Numbers may be nanoseconds: they stay whole."""
+    """A sequence of image files with the interface of Reader: number n stands n / fps seconds after
+    the first. Numbers may be nanoseconds: they stay whole."""
 
     def __init__(self, paths, numbers, places, fps):
-        self.paths, self.numbers, self.places = paths, numbers, places      # places: in the list of all files
+        self.paths, self.numbers = paths, numbers
+        self.places = places                # in the list of all files
         self.rate = Fraction(fps)
 
     def at(self, t):
@@ -682,27 +693,30 @@ class FrameFolder:
     def image(self, place):
         try:
             return read_image(self.paths[place])
-        except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged PNG chunk
+        except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged chunk
             raise Broken(self.places[place], error) from None
 
 
 def walk(root):
-    """Sorted paths of the regular files in a folder, relative to it, at any depth; links yes, hidden no."""
+    """Sorted paths of the regular files in a folder, relative to it, at any depth; links yes,
+    hidden no."""
     files, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:      # a link to a folder above would never end
+        if (real := os.path.realpath(folder)) in seen:    # a link to a folder above would never end
             below.clear()
             continue
         seen.add(real)
-        # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite of .mp4.
+        # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite
+        # of .mp4.
         below[:] = sorted(name for name in below if not name.startswith("."))
         paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
-        files += [os.path.relpath(path, root) for path in paths if os.path.isfile(path)]    # no FIFOs
+        files += [os.path.relpath(path, root) for path in paths if os.path.isfile(path)]  # no FIFOs
     return sorted(files)
 
 
 def find_files(root):
-    """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden no."""
+    """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden
+    no."""
     root = expand(root)
     if os.path.isfile(root):
         if not root.lower().endswith(VIDEO_TYPES):
@@ -731,40 +745,43 @@ class Broken(Exception):
 class VideoOptions:
     gap: tuple = (0.5, 1.0)     # seconds between the frames of a pair, from and to
     repeat: int = 5             # samples from each opening of a video
-    fps: float = 30.0           # for folders of frames: what the numbers in their names count, per second
+    fps: float = 30.0     # for folders of frames: what the numbers in their names count, per second
     stride: int = 1             # clips: every stride-th frame of the source
 
 
 class Videos(torch.utils.data.Dataset):
-    """Frame pairs (frames=2, `gap` seconds apart) or clips (every `stride`-th frame) from your videos.
+    """Frame pairs (frames=2, `gap` seconds apart) or clips (every `stride`-th frame) from your
+    videos.
 
         videos/any/depth/a.mp4  b.MOV ...           files (or the path of a single one)
         frames/drive1/0001.jpg  0002.jpg ...        or frames: one sequence,
         frames/drive2_0001.png  drive2_0002.png     and another
 
-    Frames: the digits that end a name are its number, counted at `fps` per second; what stands before them,
-    with the folder, is its sequence. Images without a number are left out, with one line on stderr. Where
-    there are both, the videos win (the images are then thumbnails or labels).
+    Frames: the digits that end a name are its number, counted at `fps` per second; what stands
+    before them, with the folder, is its sequence. Images without a number are left out, with one
+    line on stderr. Where there are both, the videos win (the images are then thumbnails or labels).
 
-    Sample i, for any i >= 0, depends on (seed, i) alone: not on workers, batches or where a run resumed.
-    A video gives `repeat` samples in a row (in one opening, unless a batch ends between them), since opening
-    costs as much as decoding ten frames, and each pass takes the videos in a new order. Images need no
-    opening: a sequence gives one sample at a time, and as many in a pass as it has frames.
-    Distances in time are those of the frames themselves, at variable rates too: a pair lies in the gap to
-    half a frame, and what does not is drawn again. A clip never crosses a hole in the numbers of frames.
+    Sample i, for any i >= 0, depends on (seed, i) alone: not on workers, batches or where a run
+    resumed. A video gives `repeat` samples in a row (in one opening, unless a batch ends between
+    them), since opening costs as much as decoding ten frames, and each pass takes the videos in a
+    new order. Images need no opening: a sequence gives one sample at a time, and as many in a pass
+    as it has frames. Distances in time are those of the frames themselves, at variable rates too: a
+    pair lies in the gap to half a frame, and what does not is drawn again. A clip never crosses a
+    hole in the numbers of frames.
 
-    A sample is transform(frames, rng), of a list of T uint8 (H, W, 3) arrays and a numpy Generator of its
-    own; without a transform it is dict(video=uint8 (T, 3, H, W)).
+    A sample is transform(frames, rng), of a list of T uint8 (H, W, 3) arrays and a numpy Generator
+    of its own; without a transform it is dict(video=uint8 (T, 3, H, W)).
 
-    Broken, too short and too sparse files are named once on stderr, counted in `broken` and replaced by
-    other files. Raises FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row
-    fail).
-    """
+    Broken, too short and too sparse files are named once on stderr, counted in `broken` and
+    replaced by other files. Raises FileNotFoundError (no root), ValueError (nothing in it fits),
+    OSError (ten in a row fail). """
 
-    def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0, transform=None):
-        if not (0 < gap[0] <= gap[1] < math.inf and min(frames, stride, repeat) >= 1 and 0 < fps < math.inf):
-            raise ValueError(f"{gap=} {frames=} {stride=} {repeat=} {fps=}: want 0 < gap[0] <= gap[1], "
-                             "fps > 0, and at least 1 for the others")
+    def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0,
+                 transform=None):
+        if not 0 < gap[0] <= gap[1] < math.inf:
+            raise ValueError(f"{gap=}: want two rising numbers above 0")
+        if min(frames, stride, repeat) < 1 or not 0 < fps < math.inf:
+            raise ValueError(f"{frames=} {stride=} {repeat=} {fps=}: want fps > 0, the others from 1")
         self.frames, self.stride, self.repeat = frames, stride, repeat
         self.gap = Fraction(gap[0]), Fraction(gap[1])
         self.seed, self.transform = seed, transform
@@ -772,7 +789,7 @@ class Videos(torch.utils.data.Dataset):
         self.folder, self.files, images = find_files(root)
         self.kind = "video" if self.files else "frame"
         self.sequences = []                                 # FrameFolder
-        self.starts = np.arange(len(self.files))            # what a pass goes through: videos or sequences
+        self.starts = np.arange(len(self.files))     # what a pass goes through: videos or sequences
         if not self.files:
             self.repeat = 1
             self.sort_images(images, fps)
@@ -780,7 +797,7 @@ class Videos(torch.utils.data.Dataset):
             self.starts = np.repeat(np.arange(len(lengths)), lengths)
         # Shared memory: the workers of a loader count together and name each broken file once.
         self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
-        self.order = -1, None                               # a pass, and the order of `starts` in it
+        self.order = -1, None                              # a pass, and the order of `starts` in it
         self.readers, self.pid = {}, os.getpid()            # open files, the last used at the end
 
     def __len__(self):
@@ -796,7 +813,8 @@ class Videos(torch.utils.data.Dataset):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices):
-        """Sample numbers -> samples (the batched fetch of DataLoader); neighbours share an open video."""
+        """Sample numbers -> samples (the batched fetch of DataLoader); neighbours share an open
+        video."""
         samples = []
         for k, run in itertools.groupby(map(int, indices), lambda i: i // self.repeat):
             run = list(run)
@@ -804,26 +822,28 @@ class Videos(torch.utils.data.Dataset):
                 if self.transform:
                     samples.append(self.transform(images, np.random.default_rng((self.seed, i, 1))))
                 else:
-                    samples.append(dict(video=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)))
+                    video = torch.from_numpy(np.stack(images))
+                    samples.append(dict(video=video.permute(0, 3, 1, 2)))
         return samples
 
     def opening(self, k, picks):
-        """The k-th opening of the run -> a list of T frames for each number (below `repeat`) in `picks`."""
+        """The k-th opening of the run -> a list of T frames for each number (below `repeat`) in
+        `picks`."""
         n = len(self.starts)
         turn, place = divmod(k, n)
         if self.order[0] != turn:
             self.order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
         step = 7919 if n % 7919 else 1      # a prime, so that the tries meet different files
-        for attempt in range(TRIES):        # another file, and where there are few, other moments of them
+        for attempt in range(TRIES):  # another file, and where there are few, other moments of them
             start = self.starts[(self.order[1][place] + attempt * step) % n]
             key = (self.seed, k, attempt, 0) if attempt else (self.seed, k)
             try:
                 return self.read(int(start), key, picks)
             except Broken as error:
                 why = self.report(*error.args)
-            if len(picks) > 1:              # half a file may be good: each sample decides as if asked alone
+            if len(picks) > 1:      # half a file may be good: each sample decides as if asked alone
                 return [self.opening(k, [pick])[0] for pick in picks]
-        raise OSError(f"{self.root}: ten {self.kind}s tried in a row give no sample; the last is {why}")
+        raise OSError(f"{self.root}: ten {self.kind}s tried in a row give no sample; the last: {why}")
 
     def report(self, file, error):
         name = self.files[file]
@@ -836,7 +856,7 @@ class Videos(torch.utils.data.Dataset):
 
     def reader(self, file):
         """An open Reader. Two stay open: a gain where all samples come from one long file."""
-        if self.pid != os.getpid():         # after a fork, parent and child would share a place in the file
+        if self.pid != os.getpid():         # after a fork both would share a place in the file
             self.readers, self.pid = {}, os.getpid()
         reader = self.readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
         self.readers[file] = reader
@@ -845,7 +865,8 @@ class Videos(torch.utils.data.Dataset):
         return reader
 
     def read(self, start, key, picks):
-        """Samples `picks` of a video or sequence, with what was drawn from `key` -> lists of T images."""
+        """Samples `picks` of a video or sequence, with what was drawn from `key` -> lists of T
+        images."""
         if self.sequences:
             sequence = self.sequences[start]
             return self.sweep(sequence, key, picks, sequence.places[0])
@@ -860,8 +881,9 @@ class Videos(torch.utils.data.Dataset):
             raise Broken(start, error) from None
 
     def sweep(self, reader, key, picks, file):
-        """Draws samples in one sweep through a file: each asks for times, and the earliest comes first."""
-        begin = np.sort(np.random.default_rng(key).random(self.repeat))     # sample r is the r-th in time
+        """Draws samples in one sweep through a file: each asks for times, and the earliest comes
+        first."""
+        begin = np.sort(np.random.default_rng(key).random(self.repeat))     # about in order of time
         draw = self.draw_pair if self.frames == 2 else self.draw_clip
         heap, found = [], {}
         for r in set(picks):
@@ -875,18 +897,22 @@ class Videos(torch.utils.data.Dataset):
             except StopIteration as stop:
                 found[r] = stop.value
         if None in found.values():
-            raise Broken(file, self.misfit(reader))
+            length = float(reader.last() + 1 / reader.rate)
+            why = "sparse" if self.frames == 2 and length > self.gap[0] else "short"
+            raise Broken(file, f"lasts {length:.2f} s at {float(reader.rate):.3g} frames a second, "
+                               f"too {why} for {self.wish()}")
         samples = [[reader.image(frame) for frame in found[r]] for r in picks]
         if len({image.shape for images in samples for image in images}) > 1:
             raise Broken(file, "its frames change size")
         return samples
 
     def moments(self, reader, begin, length, rng):
-        """Where samples may begin in a file, in s: TRIES of them, the first at the share `begin` of it.
+        """Where samples may begin in a file, in s: TRIES of them, the first at the share `begin` of
+        it.
 
-        Headers often promise too much, so that after a miss the true end counts. (Not before, even if other
-        samples have found it: a sample depends on its number alone.) The last try is from the start.
-        """
+        Headers often promise too much, so that after a miss the true end counts. (Not before, even
+        if other samples have found it: a sample depends on its number alone.) The last try is from
+        the start. """
         frame = 1 / reader.rate
         for attempt in range(TRIES - 1):
             last = reader.last() if attempt else reader.duration() - frame
@@ -895,8 +921,8 @@ class Videos(torch.utils.data.Dataset):
         yield 0
 
     def draw_pair(self, reader, begin, rng):
-        """A generator: yields a time, is sent what reader.at() finds there, and so on. Returns two frames, or
-        None where no frames are `gap` apart."""
+        """A generator: yields a time, is sent what reader.at() finds there, and so on. Returns two
+        frames, or None where no frames are `gap` apart."""
         low, high = self.gap
         longest = max(low, min(high, reader.duration() - 1 / reader.rate))
         gap = low + rng.random() * (longest - low)
@@ -906,7 +932,7 @@ class Videos(torch.utils.data.Dataset):
                 continue
             before = first[1] + max(low - Fraction(3, 2) / reader.rate, 0)
             pair, distance = None, 0
-            while distance < gap:                           # the nearest to `gap` of the frames in reach
+            while distance < gap:                      # the nearest to `gap` of the frames in reach
                 found = yield before + TINY
                 if found is None:
                     break
@@ -933,13 +959,6 @@ class Videos(torch.utils.data.Dataset):
                 found = yield found[1] + TINY
         return None
 
-    def misfit(self, reader):
-        """Why a file gives no sample."""
-        length = float(reader.last() + 1 / reader.rate)
-        why = "sparse" if self.frames == 2 and length > self.gap[0] else "short"
-        return (f"lasts {length:.2f} s at {float(reader.rate):.3g} frames a second, too {why} for "
-                f"{self.wish()} (others may fit)")
-
     def wish(self):
         if self.frames == 2:
             return f"pairs {float(self.gap[0]):g} to {float(self.gap[1]):g} s apart"
@@ -955,9 +974,9 @@ class Videos(torch.utils.data.Dataset):
             else:
                 left_out.append(name)
         if left_out:
-            warn(f"left out {len(left_out)} images whose names end in no number, such as {left_out[0]}")
+            warn(f"left out {len(left_out)} images without a number, such as {left_out[0]}")
         if not found:
-            raise ValueError(f"{self.root}: no image name ends in a frame number, as drive_0001.jpg does")
+            raise ValueError(f"{self.root}: no image name ends in a frame number, as a_0001.jpg does")
         keys = sorted(found)
         self.files = [found[key] for key in keys]
         paths = [os.path.join(self.folder, name) for name in self.files]
@@ -969,16 +988,20 @@ class Videos(torch.utils.data.Dataset):
             longest = max(longest, numbers[-1] - numbers[0])
             for a, b in self.pieces(numbers, Fraction(fps)):
                 piece = places[a:b]
-                self.sequences.append(FrameFolder([paths[p] for p in piece], numbers[a:b], piece, fps))
+                images = [paths[place] for place in piece]
+                self.sequences.append(FrameFolder(images, numbers[a:b], piece, fps))
         if not self.sequences:
-            have = (f"neighbours are {min(steps) / fps:.3g} to {max(steps) / fps:.3g} s apart, "
-                    f"the longest sequence lasts {longest / fps:.3g} s" if steps else "each is alone")
+            have = "each is alone"
+            if steps:
+                have = (f"neighbours are {min(steps) / fps:.3g} to {max(steps) / fps:.3g} s apart, "
+                        f"the longest sequence lasts {longest / fps:.3g} s")
+            flags = "--gap" if self.frames == 2 else "--frames, --stride"
             raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish()}: {have}; "
-                             f"change --{'gap' if self.frames == 2 else 'frames, --stride'} or --fps")
+                             f"change {flags} or --fps")
 
     def pieces(self, numbers, rate):
-        """The parts of a sequence that give samples, [(from, to)]: for pairs the whole, for clips what lies
-        between holes, which are steps other than the usual one."""
+        """The parts of a sequence that give samples, [(from, to)]: for pairs the whole, for clips
+        what lies between holes, which are steps other than the usual one."""
         if self.frames == 2:
             reach = max(math.ceil(self.gap[0] * rate - Fraction(1, 2)), 1)
             most = math.floor(self.gap[1] * rate + Fraction(1, 2))
@@ -1212,32 +1235,34 @@ def read_bytes(path):
 
 
 def read_one_channel(path, deep=False):
-    """Numbers in an image file, (H, W), 8 bits: of a palette the places, not the colours; deep: 16 bits."""
+    """Numbers in an image file, (H, W), 8 bits: of a palette the places, not the colours; deep: 16
+    bits."""
     with error_prefix(path), iio.imopen(path, "r", plugin="pillow") as file:
         mode = file.metadata(index=0, exclude_applied=False)["mode"]
         if mode not in (("I", "I;16", "I;16B") if deep else ("L", "P", "1")):
-            raise ValueError(f"is of kind {mode}, but must have one channel of {16 if deep else 8} bits: "
-                             "convert it")
+            bits = 16 if deep else 8
+            raise ValueError(f"is of kind {mode}, but must have one channel of {bits} bits")
         numbers = file.read(index=0, mode=mode).astype(np.uint16 if deep else np.uint8)
     with open(path, "rb") as file:
         head = file.read(26)
-    if mode == "L" and head[:4] == b"\x89PNG" and head[24] < 8:     # grey of 2 or 4 bits comes spread to 255
+    if mode == "L" and head[:4] == b"\x89PNG" and head[24] < 8:     # 2 or 4 bits come spread to 255
         numbers //= 255 // (2 ** head[24] - 1)
     return numbers
 
 
 def read_clip(paths):
-    """Image files -> uint8 (T, H, W, 3). What is known of their pixels is known of them as stored."""
+    """Image files -> uint8 (T, H, W, 3). What is known of their pixels is known of them as
+    stored."""
     paths, images = list(paths), []
     for path in paths:
         with error_prefix(path):
             with Image.open(path) as file:
                 if file.getexif().get(0x0112, 1) != 1:
-                    raise ValueError("has an EXIF tag that turns it, but its labels are not turned: store "
-                                     "it turned, without the tag")
+                    raise ValueError("is turned by an EXIF tag, but its labels are not: store it "
+                                     "turned, without the tag")
             images.append(read_image(path))
             if images[-1].shape != images[0].shape:
-                raise ValueError(f"is not of the size of {paths[0]}: frames of a clip must be alike")
+                raise ValueError(f"is not of the size of {paths[0]}")
     return np.stack(images)
 
 
@@ -1249,36 +1274,41 @@ def check_folder(root):
 
 
 def folders_with(root, file):
-    """Folders, at any depth, in which there is a file of this name: their paths, and names for them."""
+    """Folders, at any depth, in which there is a file of this name: their paths, and names for
+    them."""
     found = [os.path.dirname(path) for path in walk(root) if os.path.basename(path) == file]
     paths = [os.path.join(root, folder) for folder in found]
     return paths, [folder or os.path.basename(os.path.abspath(root)) for folder in found]
 
 
 def numbered(folder, pattern):
-    """Files of a folder whose whole name fits the pattern with one group of digits: {number: path}."""
+    """Files of a folder whose whole name fits the pattern with one group of digits: {number:
+    path}."""
     matches = [re.fullmatch(pattern, name) for name in os.listdir(folder)]
     found = {int(match[1]): os.path.join(folder, match[0]) for match in matches if match}
     return dict(sorted(found.items()))
 
 
 def read_flo(path):
-    """Middlebury's .flo -> flow (H, W, 2) float32 as stored: (x, y) in pixels, above 1e9 where unknown."""
+    """Middlebury's .flo -> flow (H, W, 2) float32 as stored: (x, y) in pixels, above 1e9 where
+    unknown."""
     raw = read_bytes(path)
     if raw[:4] != b"PIEH" or len(raw) < 12:                 # the bytes of float32 202021.25
         raise ValueError(f"{path}: does not begin as a .flo file does; is it another format?")
     width, height = np.frombuffer(raw, "<i4", 2, 4).tolist()
-    if min(width, height) < 1 or len(raw) != 12 + 8 * width * height:
-        raise ValueError(f"{path}: {width} x {height} pixels need {12 + 8 * width * height} bytes, there are "
-                         f"{len(raw)}: it is damaged or cut short, get it anew")
+    need = 12 + 8 * width * height
+    if min(width, height) < 1 or len(raw) != need:
+        raise ValueError(f"{path}: {width} x {height} pixels need {need} bytes, there are {len(raw)}: it "
+                         "is damaged or cut short, get it anew")
     return np.frombuffer(raw, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
 
 
 def write_flo(path, flow):
     """Flow (H, W, 2) in pixels -> Middlebury's .flo."""
     height, width, _ = np.shape(flow)
+    head = b"PIEH" + np.array([width, height], "<i4").tobytes()
     with open(expand(path), "wb") as file:
-        file.write(b"PIEH" + np.array([width, height], "<i4").tobytes() + np.asarray(flow, "<f4").tobytes())
+        file.write(head + np.asarray(flow, "<f4").tobytes())
 
 
 def read_kitti_flow(path):
@@ -1287,30 +1317,13 @@ def read_kitti_flow(path):
     raw = read_bytes(path)
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[24:26] != b"\x10\x02":
         raise ValueError(f"{path}: must be a PNG of three channels of 16 bits, as KITTI's flow is")
-    with error_prefix(expand(path)):        # not by Pillow, which loses the low bytes without a word
+    with error_prefix(expand(path)):       # not by Pillow, which loses the low bytes without a word
         if b"IEND" not in raw[-12:]:        # FFmpeg would leave the missing rows black
             raise ValueError("is cut short: get it anew")
         with av.open(io.BytesIO(raw), format="png_pipe") as file:
-            pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)     # (H, W, 3)
+            pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)  # (H, W, 3)
     valid = pixels[..., 2] > 0
     return np.where(valid[..., None], (pixels[..., :2].astype(np.float32) - 2**15) / 64, 0), valid
-
-
-def write_kitti_flow(path, flow, valid):
-    """Flow (H, W, 2) in pixels, from -512 to 511.98, and valid (H, W) -> KITTI's PNG, to 1/64 pixel."""
-    import av
-    valid = np.asarray(valid, bool)[..., None]
-    steps = np.rint(np.where(valid, flow, 0) * 64.0 + 2**15)
-    if not (steps.min() >= 0 and steps.max() < 2**16):
-        raise ValueError(f"{path}: KITTI's files hold flow from -512 to 511.98 pixels only: write a .flo")
-    pixels = np.concatenate([steps, valid], -1).astype(np.uint16)
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = valid.shape[:2]
-    encoder.pix_fmt = "rgb48be"
-    encoder.time_base = Fraction(1)
-    frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le").reformat(format="rgb48be", threads=1)
-    with open(expand(path), "wb") as file:
-        file.write(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
 
 
 def read_pfm(path):
@@ -1324,40 +1337,42 @@ def read_pfm(path):
         raise ValueError(f"{path}: {width} x {height} pixels need {12 * width * height} bytes, there are "
                          f"{body}: it is damaged or cut short, get it anew")
     rows = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end()).reshape(height, width, 3)
-    return rows[::-1, :, :2].astype(np.float32)                             # stored from the bottom up
+    return rows[::-1, :, :2].astype(np.float32)                          # stored from the bottom up
 
 
-FLOW_LAYOUTS = (        # path of a flow; kinds of images; first and second frame, mask of unknown flow, without
-    # their suffixes (n, m: numbers of the first and the second frame); what in the path marks the val split
-    (r"(?P<top>.*/|)flow/(?P<scene>[^/]+)/frame_(?P<n>\d+)\.flo", ("clean", "final"),             # Sintel
+FLOW_LAYOUTS = (        # path of a flow; kinds of images; first frame, second, mask of unknown flow without
+    # their suffixes (n, m: numbers of the first and the second frame); what in the path marks the
+    # val split
+    (r"(?P<top>.*/|)flow/(?P<scene>[^/]+)/frame_(?P<n>\d+)\.flo", ("clean", "final"),       # Sintel
      "{top}{kind}/{scene}/frame_{n:04d}", "{top}{kind}/{scene}/frame_{m:04d}",
      "{top}invalid/{scene}/frame_{n:04d}", "/temple_[23]/"),
-    (r"(?P<top>.*/|)(?P<n>\d+)_flow\.flo", ("",),                                          # FlyingChairs
+    (r"(?P<top>.*/|)(?P<n>\d+)_flow\.flo", ("",),                                     # FlyingChairs
      "{top}{n:05d}_img1", "{top}{n:05d}_img2", "", None),
     (r"(?P<top>.*/|)optical_flow/(?P<scene>.+)/into_future/left/OpticalFlowIntoFuture_(?P<n>\d+)_L\.pfm",
-     ("clean", "final"),                                                                  # FlyingThings3D
+     ("clean", "final"),                                                            # FlyingThings3D
      "{top}frames_{kind}pass/{scene}/left/{n:04d}", "{top}frames_{kind}pass/{scene}/left/{m:04d}",
      "", "/TEST/"),
-    (r"(?P<top>.*/|)flow_occ/(?P<n>\d+)_10\.png", ("image_2", "colored_0"),                       # KITTI
+    (r"(?P<top>.*/|)flow_occ/(?P<n>\d+)_10\.png", ("image_2", "colored_0"),                  # KITTI
      "{top}{kind}/{n:06d}_10", "{top}{kind}/{n:06d}_11", "", None),
-    (r"(?P<top>.*/|)flow\.(flo|png)", ("",), "{top}frame1", "{top}frame2", "", None))             # yours
+    (r"(?P<top>.*/|)flow\.(flo|png)", ("",), "{top}frame1", "{top}frame2", "", None))        # yours
 
 
 class FlowPairs(torch.utils.data.Dataset):
-    """Pairs of frames with the true flow between them. `root`, or a folder below it, is laid out as one of
+    """Pairs of frames with the true flow between them. `root`, or a folder below it, is laid out as
+    one of
 
         NAME/frame1.png frame2.png flow.flo             yours, at any depth; flow.png is KITTI's kind
-        clean/alley_1/frame_0001.png flow/alley_1/frame_0001.flo, final/..., invalid/...            Sintel
-        data/00001_img1.ppm 00001_img2.ppm 00001_flow.flo, FlyingChairs_train_val.txt               Chairs
-        frames_cleanpass/TRAIN/A/0000/left/0006.png, frames_finalpass/...                           Things
+        clean/alley_1/frame_0001.png flow/alley_1/frame_0001.flo, final/..., invalid/...  Sintel
+        data/00001_img1.ppm 00001_img2.ppm 00001_flow.flo, FlyingChairs_train_val.txt     Chairs
+        frames_cleanpass/TRAIN/A/0000/left/0006.png, frames_finalpass/...                 Things
             optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_0006_L.pfm
-        image_2/000000_10.png 000000_11.png flow_occ/000000_10.png; or colored_0                    KITTI
+        image_2/000000_10.png 000000_11.png flow_occ/000000_10.png; or colored_0          KITTI
 
-    split: "train", "val" or "all". Sintel's val are temple_2 and temple_3, as in CroCo v2; KITTI, yours and
-    Chairs without its list have no splits: there each split is everything. [i] is
+    split: "train", "val" or "all". Sintel's val are temple_2 and temple_3, as in CroCo v2; KITTI,
+    yours and Chairs without its list have no splits: there each split is everything. [i] is
 
     frames    (2, H, W, 3)  uint8
-    flow      (2, H, W)     float32, (x, y) in pixels, from the first frame to the second; 0 where unknown
+    flow      (2, H, W)     float32, (x, y) in pixels, from the first frame on; 0 where unknown
     valid     (H, W)        bool: the flow is known
 
     `names` are those of the folders that are yours, else of the first frames.
@@ -1380,11 +1395,12 @@ class FlowPairs(torch.utils.data.Dataset):
                       for part, name, a, b, mask in whole]
             if pairs and not whole:
                 alone.append(flow)
-        if alone:                           # the last of a sequence of FlyingThings3D has no second frame
+        if alone:                     # the last of a sequence of FlyingThings3D has no second frame
             warn(f"left out {len(alone)} flows without both frames, such as {alone[0]}")
         if not found:
-            raise ValueError(f"{self.root}: no flow with its two frames: want NAME/frame1.png, frame2.png, "
-                             "flow.flo, or Sintel, FlyingChairs, FlyingThings3D or KITTI as unpacked")
+            raise ValueError(f"{self.root}: no flow with its two frames: want NAME/frame1.png, "
+                             "frame2.png, flow.flo, or Sintel, FlyingChairs, FlyingThings3D or KITTI "
+                             "as unpacked")
         self.items = [item for item in found if split == "all" or item[0] in (split, "")]
         self.names = [item[1] for item in self.items]
         if not self.items:
@@ -1406,21 +1422,21 @@ class FlowPairs(torch.utils.data.Dataset):
                 if val:
                     part = "val" if re.search(val, flow) else "train"
                 elif self.chairs and flow.endswith("_flow.flo"):
-                    part = self.chairs_part(n)
-                found.append((part, name, *(path.format(**parts) for path in (first, second, mask))))
+                    mark = self.chairs[n - 1] if 0 < n <= len(self.chairs) else b""
+                    if mark not in (b"1", b"2"):
+                        raise ValueError(f"{self.root}: FlyingChairs_train_val.txt has neither 1 nor 2 "
+                                         f"for pair {n:05d}")
+                    part = "train" if mark == b"1" else "val"
+                paths = [path.format(**parts) for path in (first, second, mask)]
+                found.append((part, name, *paths))
         return found
-
-    def chairs_part(self, n):
-        if not 1 <= n <= len(self.chairs) or self.chairs[n - 1] not in (b"1", b"2"):
-            raise ValueError(f"{self.root}: FlyingChairs_train_val.txt says nothing of pair {n:05d}: want a "
-                             "line with 1 (train) or 2 (val) for each pair, or no such file")
-        return "train" if self.chairs[n - 1] == b"1" else "val"
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
-        first, second, file, mask = (os.path.join(self.root, f) if f else "" for f in self.items[i][2:])
+        paths = [os.path.join(self.root, path) if path else "" for path in self.items[i][2:]]
+        first, second, file, mask = paths
         frames = read_clip([first, second])                                     # (2, H, W, 3)
         if file.endswith(".png"):
             flow, valid = read_kitti_flow(file)
@@ -1429,21 +1445,23 @@ class FlowPairs(torch.utils.data.Dataset):
             valid = (abs(flow) <= 1e9).all(-1)                                  # nan is not
         unknown = read_one_channel(mask) > 0 if mask else np.zeros_like(valid)
         if not frames.shape[1:3] == valid.shape == unknown.shape:
-            raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are {[*frames.shape[1:3]]}, "
-                             f"the mask of unknown flow is {[*unknown.shape]}")
+            raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are "
+                             f"{[*frames.shape[1:3]]}, the mask is {[*unknown.shape]}")
         valid = valid & ~unknown
         flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
         return dict(frames=frames, flow=np.ascontiguousarray(flow), valid=valid)
 
 
-CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
-          "bicyclist")
-CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
-              "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
-              "bicycle")
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # in labelIds.png
-SPLITS = dict(train="train", training="train", val="val", validation="val", test="test", testing="test")
-SEGMENTATION_LAYOUTS = (    # folders of images, of labels; classes, value of the first, value ignored; names
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+          "pedestrian", "bicyclist")
+CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
+              "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus",
+              "train", "motorcycle", "bicycle")
+CITYSCAPES_IDS = (          # in labelIds.png
+    7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+SPLITS = dict(train="train", training="train", val="val", validation="val", test="test",
+              testing="test")
+SEGMENTATION_LAYOUTS = (    # folders of images, of labels; classes, first value, value ignored; names
     ("{}", "{}annot", 11, 0, 11, CAMVID),
     ("leftImg8bit/{}", "gtFine/{}", 19, 0, 255, CITYSCAPES),
     ("images/10k/{}", "labels/sem_seg/masks/{}", 19, 0, 255, CITYSCAPES),               # BDD100K
@@ -1457,17 +1475,18 @@ SEGMENTATION_LAYOUTS = (    # folders of images, of labels; classes, value of th
 class Segmentation(torch.utils.data.Dataset):
     """Images with a class for each pixel, from what lies in the folder `root`:
 
-        train/NAME.png trainannot/NAME.png                                              CamVid, SegNet's
-        leftImg8bit/train/CITY/X_leftImg8bit.png gtFine/train/CITY/X_gtFine_labelTrainIds.png, or labelIds
-        images/10k/train/NAME.jpg labels/sem_seg/masks/train/NAME.png                   BDD100K
-        images/training/NAME.jpg annotations/training/NAME.png                          ADE20K
-        images/train/ANY/NAME.jpg labels/train/ANY/NAME.png                             yours
-        images/ANY/NAME.jpg labels/ANY/NAME.png     yours: every fifth in order of name is val, the rest train
+        train/NAME.png trainannot/NAME.png                                    CamVid, SegNet's
+        leftImg8bit/train/CITY/X_leftImg8bit.png gtFine/train/CITY/X_gtFine_labelTrainIds.png, or
+        labelIds
+        images/10k/train/NAME.jpg labels/sem_seg/masks/train/NAME.png         BDD100K
+        images/training/NAME.jpg annotations/training/NAME.png                ADE20K
+        images/train/ANY/NAME.jpg labels/train/ANY/NAME.png                   yours
+        images/ANY/NAME.jpg labels/ANY/NAME.png     yours: every fifth by name is val, the rest train
 
-    Labels are PNGs of 8 bits or fewer and one channel; a palette's numbers count, not its colours. split:
-    "train", "val" or "test". num_classes and ignore_index: how many classes (2 at least), and what value in
-    the files is none of them; by default what the data set says; yours: as many as the labels of all splits
-    show (they are read through once), and 255. [i] is
+    Labels are PNGs of 8 bits or fewer and one channel; a palette's numbers count, not its colours.
+    split: "train", "val" or "test". num_classes and ignore_index: how many classes (2 at least),
+    and what value in the files is none of them; by default what the data set says; yours: as many
+    as the labels of all splits show (they are read through once), and 255. [i] is
 
     image     (H, W, 3)  uint8
     classes   (H, W)     int64: 0 .. num_classes - 1, and 255 where ignored
@@ -1482,8 +1501,9 @@ class Segmentation(torch.utils.data.Dataset):
             if splits:
                 break
         else:
-            raise ValueError(f"{self.root}: no labelled images in a known layout: want images/train/A.jpg "
-                             "with labels/train/A.png, or CamVid, Cityscapes, BDD100K, ADE20K as unpacked")
+            raise ValueError(f"{self.root}: no labelled images in a known layout: want "
+                             "images/train/A.jpg with labels/train/A.png, or CamVid, Cityscapes, "
+                             "BDD100K, ADE20K as unpacked")
         if split not in splits:
             raise ValueError(f"{self.root}: has no split {split!r}, only {', '.join(splits)}")
         self.files = self.pairs(*splits[split])
@@ -1495,38 +1515,41 @@ class Segmentation(torch.utils.data.Dataset):
             self.num_classes = num_classes or counted
         self.names = list(names) if names and len(names) == self.num_classes else None
         if not (2 <= self.num_classes <= 255 and 0 <= self.ignore_index <= 255):
-            raise ValueError(f"{self.root}: want --classes from 2 to 255 and --ignore-index from 0 to 255, "
-                             f"not {self.num_classes} and {self.ignore_index}")
+            raise ValueError(f"{self.root}: --classes {self.num_classes} --ignore-index "
+                             f"{self.ignore_index}: want 2 to 255 classes, an index from 0 to 255")
         if "{}" not in images:
             self.files = [f for i, f in enumerate(self.files) if (i % 5 == 4) == (split == "val")]
             if not self.files:
-                raise ValueError(f"{self.root}: too few images for a val split of every fifth: make "
-                                 "images/train, images/val, labels/train and labels/val")
+                raise ValueError(f"{self.root}: too few images for a val split of every fifth")
 
     def find_splits(self, images, labels):
         """Patterns of two folders -> {split: (folder of images, of labels)} of those that exist."""
         found = {}
         for name in SPLITS if "{}" in images else ("train", "val"):
-            folders = [os.path.join(self.root, pattern.format(name)) for pattern in (images, labels)]
+            folders = [os.path.join(self.root, path.format(name)) for path in (images, labels)]
             if os.path.isdir(folders[0]) and os.path.isdir(folders[1]):
                 found[SPLITS[name]] = folders
         return found
 
     def pairs(self, images, labels):
-        """Folders -> [(image, its label)]: those whose paths are alike but for the data set's endings."""
+        """Folders -> [(image, its label)]: those whose paths are alike but for the data set's
+        endings."""
         def key(name):
-            return re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", os.path.splitext(name)[0])
+            stem = os.path.splitext(name)[0]
+            return re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", stem)
 
         pictures = [name for name in walk(images) if name.lower().endswith(IMAGE_TYPES)]
-        truth = {key(name): name for name in walk(labels) if name.endswith(".png")}     # TrainIds come last
+        truth = {key(name): name for name in walk(labels)           # of Cityscapes TrainIds come last
+                 if name.endswith(".png")}
         found = [(os.path.join(images, name), os.path.join(labels, truth[key(name)]))
                  for name in pictures if key(name) in truth]
         if not found:
-            raise ValueError(f"{images}: none of its {len(pictures)} images has a label of the same name, "
-                             f".png, in {labels}")
+            raise ValueError(f"{images}: none of its {len(pictures)} images has a label of the same "
+                             f"name, .png, in {labels}")
         if len(found) < len(pictures):
             alone = next(name for name in pictures if key(name) not in truth)
-            warn(f"left out {len(pictures) - len(found)} images without label in {images}, such as {alone}")
+            warn(f"left out {len(pictures) - len(found)} images without label in {images}, such as "
+                 f"{alone}")
         return found
 
     def count_classes(self, splits):
@@ -1537,9 +1560,9 @@ class Segmentation(torch.utils.data.Dataset):
                 seen[np.unique(read_one_channel(label))] = True
         seen[self.ignore_index] = False
         if seen.sum() < 2:                  # one class would be found by everybody: mIoU 100
-            raise ValueError(f"{self.root}: beside {self.ignore_index}, which is ignored, the labels hold only "
-                             f"{[*seen.nonzero()[0].tolist()]}: want two classes. Store masks of 0 and 255 "
-                             "as 0 and 1, or set --ignore-index")
+            raise ValueError(f"{self.root}: beside {self.ignore_index}, which is ignored, the labels "
+                             f"hold only {seen.nonzero()[0].tolist()}: want two classes. Store masks "
+                             "of 0 and 255 as 0 and 1, or set --ignore-index")
         return int(seen.nonzero()[0].max()) + 1
 
     def __len__(self):
@@ -1547,9 +1570,9 @@ class Segmentation(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         image, label = self.files[i]
-        table = np.full(256, -1)                                # value in the file -> class; -1: not allowed
+        table = np.full(256, -1)                       # value in the file -> class; -1: not allowed
         table[self.first:self.first + self.num_classes] = np.arange(self.num_classes)
-        if label.endswith("_gtFine_labelIds.png"):              # Cityscapes: of its 34 classes 19 count
+        if label.endswith("_gtFine_labelIds.png"):          # Cityscapes: of its 34 classes 19 count
             table[:34] = 255
             table[255] = 255
             table[list(CITYSCAPES_IDS)] = np.arange(19)
@@ -1557,7 +1580,7 @@ class Segmentation(torch.utils.data.Dataset):
         picture = read_clip([image])[0]
         values = read_one_channel(label)
         if picture.shape[:2] != values.shape:
-            raise ValueError(f"{label}: is {[*values.shape]}, but its image is {[*picture.shape[:2]]}")
+            raise ValueError(f"{label}: is {[*values.shape]}, its image is {[*picture.shape[:2]]}")
         classes = table[values]                                 # (H, W)
         if classes.min() < 0:
             raise ValueError(
@@ -1580,7 +1603,8 @@ class PickledDtype:
 
 
 class PickledArray:
-    """A stand-in for an array, of which pickles set shape, dtype and bytes; np.asarray() makes it one."""
+    """A stand-in for an array, of which pickles set shape, dtype and bytes; np.asarray() makes it
+    one."""
 
     def __init__(self, *_):
         self.array = None
@@ -1602,16 +1626,18 @@ def pickled_bytes(text, encoding):
 
 
 class NumpyOnly(pickle.Unpickler):
-    """Reads pickles of plain containers and arrays of numbers or bytes. A pickle may name any function to be
-    called: here it gets stand-ins for the few that rebuild arrays, and an error for all others."""
+    """Reads pickles of plain containers and arrays of numbers or bytes. A pickle may name any
+    function to be called: here it gets stand-ins for the few that rebuild arrays, and an error for
+    all others."""
 
-    CALLS = dict(_reconstruct=PickledArray, ndarray=None, dtype=PickledDtype, _frombuffer=pickled_buffer,
-                 encode=pickled_bytes)
+    CALLS = dict(_reconstruct=PickledArray, ndarray=None, dtype=PickledDtype,
+                 _frombuffer=pickled_buffer, encode=pickled_bytes)
 
     def find_class(self, module, name):
-        if name in self.CALLS and module.split(".")[0] == ("_codecs" if name == "encode" else "numpy"):
+        package = "_codecs" if name == "encode" else "numpy"
+        if name in self.CALLS and module.split(".")[0] == package:
             return self.CALLS[name]
-        raise ValueError(f"wants {module}.{name} to be called: refused, arrays of numbers have no need of it")
+        raise ValueError(f"wants {module}.{name} to be called: refused, arrays have no need of it")
 
 
 def read_arrays(path, *names):
@@ -1631,15 +1657,15 @@ class PointTracks(torch.utils.data.Dataset):
         FOLDER/0000_of_0010.pkl ...                                     TAP-Vid: Kinetics, or one of them
         joints.npz, with `video`, the path of its clip                  joints that people marked
 
-    RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,); depth of 16
-    bits in millimetres. Joints: tracks (P, T, 2) in pixels, annotated (P, T). Points that are never visible
-    are left out there and of TAP-Vid. [i] is
+    RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,);
+    depth of 16 bits in millimetres. Joints: tracks (P, T, 2) in pixels, annotated (P, T). Points
+    that are never visible are left out there and of TAP-Vid. [i] is
 
     video          (T, H, W, 3)  uint8
-    tracks         (T, P, 2)     float32, (x, y) in pixels, whose centres lie at integers; 0 unless visible
+    tracks         (T, P, 2)     float32, (x, y) in pixels, centres at integers; 0 unless visible
     visible        (T, P)        bool
     valid          (T, P)        bool: it is known whether the point is visible
-    query_frames   (P,)          int64, where each point is given: by default the first in which it is visible
+    query_frames   (P,)          int64, where each point is given: by default where first visible
     depth          (T, H, W)     float32 in metres, 0 where not measured; only of clips that have it
 
     `names` are those of the clips. RGB-D and joints are read when asked for, a .pkl as a whole.
@@ -1656,13 +1682,13 @@ class PointTracks(torch.utils.data.Dataset):
             if not self.items:
                 shards = [os.path.join(path, name) for name in walk(path) if name.endswith(".pkl")]
                 if not shards:
-                    raise ValueError(f"{path}: no clip in it or below: want CLIP/tracks.npz with rgb_00.jpg, "
-                                     "..., or the .pkl files of TAP-Vid")
+                    raise ValueError(f"{path}: no clip in it or below: want CLIP/tracks.npz with "
+                                     "rgb_00.jpg, ..., or the .pkl files of TAP-Vid")
         elif not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file or folder")
         elif path.endswith(".npz"):
             if not video:
-                raise ValueError(f"{path}: its points need the path of the clip that they are of: give video")
+                raise ValueError(f"{path}: its points need the path of their clip: give video")
             self.read = self.read_joints
             self.items, self.names = [path], [os.path.splitext(os.path.basename(path))[0]]
         elif not shards:
@@ -1671,8 +1697,10 @@ class PointTracks(torch.utils.data.Dataset):
             self.read = self.read_tapvid
             with error_prefix(shard), open(shard, "rb") as file:
                 clips = NumpyOnly(file).load()
-                clips = clips if isinstance(clips, dict) else dict(enumerate(clips, len(self.items)))
-                if not clips or not all({"video", "points", "occluded"} <= {*c} for c in clips.values()):
+                if not isinstance(clips, dict):
+                    clips = dict(enumerate(clips, len(self.items)))
+                wanted = {"video", "points", "occluded"}
+                if not clips or not all(wanted <= {*clip} for clip in clips.values()):
                     raise ValueError("does not hold TAP-Vid's video, points and occluded")
             self.names += map(str, clips)
             self.items += [(shard, clip) for clip in clips.values()]
@@ -1689,8 +1717,8 @@ class PointTracks(torch.utils.data.Dataset):
             raise ValueError(f"tracks {[*tracks.shape]}, visibility {[*visible.shape]} and video "
                              f"{[*video.shape]} do not fit: want (P, T, 2), (P, T) and (T, H, W, 3)")
         if len(video) != visible.shape[1]:
-            raise ValueError(f"points are tracked through {visible.shape[1]} frames, but the video has "
-                             f"{len(video)}: is it the right one?")
+            raise ValueError(f"points are tracked through {visible.shape[1]} frames, but the video "
+                             f"has {len(video)}: is it the right one?")
         if query is None:
             seen = visible.any(1)
             tracks, visible, valid = tracks[seen], visible[seen], valid[seen]
@@ -1707,8 +1735,8 @@ class PointTracks(torch.utils.data.Dataset):
         depths = numbered(folder, r"depth_(\d+)\.png")
         with error_prefix(path):
             if not images or depths and images.keys() != depths.keys():
-                raise ValueError(f"beside it are {len(images)} images rgb_00.jpg, ... and {len(depths)} "
-                                 "depth_00.png, ...: want as many, of the same numbers")
+                raise ValueError(f"beside it are {len(images)} images rgb_00.jpg, ... and "
+                                 f"{len(depths)} depth_00.png, ...: want the same numbers")
         video = read_clip(images.values())
         more = {}
         if depths:
@@ -1725,7 +1753,7 @@ class PointTracks(torch.utils.data.Dataset):
         path, clip = item
         with error_prefix(path):
             video = clip["video"] if isinstance(clip["video"], list) else np.asarray(clip["video"])
-            frames = [read_image(f) if isinstance(f, bytes) else f for f in video]      # Kinetics: JPEGs
+            frames = [read_image(f) if isinstance(f, bytes) else f for f in video]      # or JPEGs
             video = np.stack(frames)
             visible = ~np.asarray(clip["occluded"]).astype(bool)
             # Their (0, 0) is the upper left corner of the first pixel, ours its centre.
@@ -1741,8 +1769,9 @@ class PointTracks(torch.utils.data.Dataset):
 
 
 class BoxTracks(torch.utils.data.Dataset):
-    """Clips with the box of one thing: a folder of numbered images (0001.jpg, ...) and boxes_xyxy.txt, whose
-    lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each image; or such folders, at any depth.
+    """Clips with the box of one thing: a folder of numbered images (0001.jpg, ...) and
+    boxes_xyxy.txt, whose lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each
+    image; or such folders, at any depth.
 
     [i] is dict(video=(T, H, W, 3) uint8, boxes=(T, 4) float32); `names` are those of the folders.
     """
@@ -1751,7 +1780,7 @@ class BoxTracks(torch.utils.data.Dataset):
         root = check_folder(root)
         self.items, self.names = folders_with(root, "boxes_xyxy.txt")
         if not self.items:
-            raise ValueError(f"{root}: no boxes_xyxy.txt in it or below, beside images 0001.jpg, ...")
+            raise ValueError(f"{root}: no boxes_xyxy.txt in it or below, beside images")
 
     def __len__(self):
         return len(self.items)
@@ -1765,16 +1794,17 @@ class BoxTracks(torch.utils.data.Dataset):
             for number, line in enumerate(lines, 1):
                 box = [float(x) for x in line.replace(",", " ").split()]
                 if len(box) != 4 or not (box[0] <= box[2] and box[1] <= box[3]):
-                    raise ValueError(f"line {number} is not x1 y1 x2 y2 with x1 <= x2 and y1 <= y2: {line!r}")
+                    raise ValueError(f"line {number} is not x1 y1 x2 y2, rising: {line!r}")
                 boxes.append(box)
             if len(images) != len(boxes) or not boxes:
-                raise ValueError(f"has {len(boxes)} boxes for {len(images)} images: want a line for each")
+                raise ValueError(f"has {len(boxes)} boxes for {len(images)} images")
         return dict(video=read_clip(images.values()), boxes=np.array(boxes, np.float32))
 
 
 # ---- loader --------------------------------------------------------------------------------------
 class SquareClip:
-    """Frames (H, W, 3) -> `video` (T, 3, size, size), uint8: one random square of the short side, resized."""
+    """Frames (H, W, 3) -> `video` (T, 3, size, size), uint8: one random square of the short side,
+    resized."""
 
     def __init__(self, size):
         self.size = size
@@ -1807,21 +1837,21 @@ class Batches(torch.utils.data.Dataset):
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", scenes=None,
-                videos=None, colours=True, motion_colours="independent"):
+def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train",
+                scenes=None, videos=None, colours=True, motion_colours="independent"):
     """
     Batches on the device, in order; to be iterated over once.
 
-    source    "scenes", "squares", or the path of a video, of a folder of videos, or of a folder of frames
-    inputs    what the model expects: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for
-              pairs cut into crops, with squares=dict(...), options of MovingSquares, for their masks and
-              displacements
+    source    "scenes", "squares", or the path of a video, of a folder of videos, or of frames
+    inputs    what the model expects: dict(frames=T, size=S), with crops=dict(local_size=,
+              local_crops=) for pairs cut into crops, with squares=dict(...), options of
+              MovingSquares, for their masks and displacements
     batches   iterable of lists of sample numbers
     workers   processes that prepare batches; 0: in this one; -1: choose
-    split     "train" or "eval": for scenes other clips with other textures; for videos other draws from the
-              same files, so most of what "eval" shows was seen in training
-    scenes    SceneOptions; their `size` counts if there are crops, else frames are rendered as the model
-              expects them; by default twice the model's size
+    split     "train" or "eval": for scenes other clips with other textures; for videos other draws
+              from the same files, so most of what "eval" shows was seen in training
+    scenes    SceneOptions; their `size` counts if there are crops, else frames are rendered as the
+              model expects them; by default twice the model's size
     videos    VideoOptions
     colours, motion_colours    of MultiCrop
     Raises FileNotFoundError or ValueError with what to do if the source can't be read.
@@ -1838,7 +1868,8 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
         crops = MultiCrop(size, **inputs["crops"], colours=colours, motion_colours=motion_colours)
     eval_seed = seed + EVAL * (split == "eval")
     if source == "squares":
-        dataset = MovingSquares(size * (2 if crops else 1), frames, seed=seed, split=split, **inputs.get("squares", {}))
+        dataset = MovingSquares(size * (2 if crops else 1), frames, seed=seed, split=split,
+                                **inputs.get("squares", {}))
     elif source == "scenes":
         options = scenes or SceneOptions(size=2 * size)
         options = options if crops else replace(options, size=size)
@@ -1849,7 +1880,8 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     workers = count_workers(workers, source, device)
     loader = torch.utils.data.DataLoader(
         Batches(dataset, crops, eval_seed), batch_size=None, sampler=batches, num_workers=workers,
-        pin_memory=device.type == "cuda", prefetch_factor=2 if workers else None, worker_init_fn=start_worker)
+        pin_memory=device.type == "cuda", prefetch_factor=2 if workers else None,
+        worker_init_fn=start_worker)
     if workers:
         atexit.register(end_workers)
     return DeviceLoader(loader, crops, device)
@@ -1861,8 +1893,8 @@ def cores():
 
 
 def count_workers(workers, source, device):
-    """-1: as many as there are cores for each process; squares are drawn sooner than they are sent, and on a
-    CPU, which training keeps busy, one process renders scenes."""
+    """-1: as many as there are cores for each process; squares are drawn sooner than they are sent,
+    and on a CPU, which training keeps busy, one process renders scenes."""
     most = 8 * cores()
     if workers > most:
         raise ValueError(f"--workers {workers}: at most {most} on {cores()} cores")
@@ -1875,24 +1907,26 @@ def count_workers(workers, source, device):
 
 
 def sample_loader(dataset, batches, device="cpu"):
-    """Loads a dataset's samples in batches of numbers, in order, by processes that end with this one."""
+    """Loads a dataset's samples in batches of numbers, in order, by processes that end with this
+    one."""
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores() - 1)), worker_init_fn=start_worker,
-        pin_memory=torch.device(device).type == "cuda")
+        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores() - 1)),
+        pin_memory=torch.device(device).type == "cuda", worker_init_fn=start_worker)
     atexit.register(end_workers)
     return loader
 
 
 def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
-    for number in (signal.SIGINT, signal.SIGTERM):      # a signal to the whole group: when to leave is for
-        signal.signal(number, signal.SIG_IGN)           # the main process to say, which still wants its batch
+    # A signal goes to the whole group: the main process, which still wants its batch, says when to leave.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers():
     """At exit, after an error: workers that ignore SIGTERM would be waited for without end."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # DataLoader's handler would call it a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # DataLoader's would call it a failure
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -1904,7 +1938,7 @@ class DeviceLoader:
         self.loader, self.crops, self.device = loader, crops, device
 
     def __iter__(self):
-        for batch in self.loader:           # `params` stay on the CPU: finish() reads which crop needs what
+        for batch in self.loader:   # `params` stay on the CPU: finish() reads which crop needs what
             batch = {name: value if name == "params" else value.to(self.device, non_blocking=True)
                      for name, value in batch.items()}
             yield self.crops.finish(batch) if self.crops else batch
@@ -1912,7 +1946,8 @@ class DeviceLoader:
 
 # ---- look at your data ---------------------------------------------------------------------------
 def show(source, path, videos=None):
-    """Writes a picture: scenes with their ground truth (not of videos), and crops like those of training."""
+    """Writes a picture: scenes with their ground truth (not of videos), and crops like those of
+    training."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1924,11 +1959,12 @@ def show(source, path, videos=None):
             first, second = clip["video"][b].permute(0, 2, 3, 1)
             u, v = clip["flow"][b, 0]
             rows.append([("frame 1", first), ("frame 2", second), ("flow, x", u), ("flow, y", v),
-                         ("occluded in frame 2", clip["occluded"][b, 0]), ("class", clip["classes"][b, 0]),
-                         ("depth", clip["depth"][b, 0])])
+                         ("occluded in frame 2", clip["occluded"][b, 0]),
+                         ("class", clip["classes"][b, 0]), ("depth", clip["depth"][b, 0])])
     inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
     scenes = SceneOptions(size=192, pan=12.0)
-    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=scenes, videos=videos)))
+    loader = make_loader(source, inputs, [range(2)], workers=0, scenes=scenes, videos=videos)
+    batch = next(iter(loader))
     for b in range(2):
         row = []
         for f in range(2):
@@ -1937,7 +1973,8 @@ def show(source, path, videos=None):
                     (f"global 2, frame {f + 1}", batch["globals"][b, f, 1]),
                     (f"local, frame {f + 1}", batch["locals"][b, f, 0])]
         rows.append([(title, image.permute(1, 2, 0)) for title, image in row])
-    figure, axes = plt.subplots(len(rows), 8, figsize=(12.4, 1.75 * len(rows)), layout="constrained")
+    size = 12.4, 1.75 * len(rows)
+    figure, axes = plt.subplots(len(rows), 8, figsize=size, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for row, axis_row in zip(rows, axes):
@@ -1949,10 +1986,10 @@ def show(source, path, videos=None):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes out/data.png: scenes with their truth, and crops.")
-    parser.add_argument("data", nargs="?", default="scenes", help="a video, or a folder of videos or frames")
-    parser.add_argument("--fps", type=float, default=30.0, help="rate of the numbers in frame names")
-    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between two frames")
+    parser = argparse.ArgumentParser(description="Writes out/data.png: scenes with truth, and crops.")
+    parser.add_argument("data", nargs="?", default="scenes", help="a video, or a folder")
+    parser.add_argument("--fps", type=float, default=30.0, help="rate of numbers in frame names")
+    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="s between two frames")
     args = parser.parse_args()
     try:
         show(args.data, "out/data.png", VideoOptions(gap=args.gap, fps=args.fps))
