@@ -7,7 +7,7 @@ Videos in, batches out: synthetic scenes with exact truth, your own videos, and 
     MultiCrop       a pair of frames -> dense crops, DINO's global and local crops, colours
     make_loader     ties them together: index lists in, batches on the device out
     FlowPairs, Segmentation, PointTracks, BoxTracks     what others have labelled, as they unpack it
-    read_flo, write_flo, read_kitti_flow, write_kitti_flow, read_pfm    files of optical flow
+    read_flo, write_flo, read_kitti_flow, read_pfm    files of optical flow
 
 Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i)
 and (seed, i, 1), for videos also (seed, pass) and (seed, opening), never a worker's or a device's.
@@ -21,6 +21,7 @@ Boxes of crops are (top, left, height, width).
 """
 import argparse
 import atexit
+import bisect
 import contextlib
 import functools
 import heapq
@@ -33,13 +34,15 @@ import pickle
 import re
 import signal
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 
 EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
@@ -498,163 +501,257 @@ class MovingSquares:
 
 
 # ---- your own videos -----------------------------------------------------------------------------
-VIDEO_TYPES = (".mp4", ".mkv", ".mov", ".avi", ".webm")
+VIDEO_TYPES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
+TINY = Fraction(1, 10**12)              # s: what is later than a frame by this is the next frame
+TRIES = 10                              # moments drawn in a file, and files drawn in a row
+
+
+def expand(path):
+    """A path as the user gave it -> str, with ~ for the home folder."""
+    return os.path.expanduser(os.fspath(path))
+
+
+def warn(text):
+    """One line on stderr, whatever the names of files in it."""
+    line = text.replace("\n", " ").encode("utf-8", "backslashreplace").decode()
+    print(line, file=sys.stderr, flush=True)
 
 
 class Reader:
-    """One open video and its decoder, for one process. Times are seconds after the stream's first frame.
+    """One open video and its decoder, for one process. Times are Fractions of a second after its
+    first frame.
 
-    Why not imageio's own reader: on a variable-rate mp4 it returns wrong frames without a word, it ignores
-    the rotation that phones write, and it costs about twice as much. So imageio only brings PyAV along.
-    """
+    Why not imageio's own reader: on a variable-rate mp4 it returns wrong frames without a word, it
+    ignores the rotation that phones write, and it costs about twice as much. So imageio only brings
+    PyAV along. """
 
     def __init__(self, path):
-        import av                           # here, so that synthetic scenes need no FFmpeg
-        self.path, self.container = path, av.open(path)
-        self.stream = next(iter(self.container.streams.video), None)
-        if self.stream is None or self.stream.codec_context is None:
-            self.container.close()
-            raise ValueError(f"{path}: holds no video stream that FFmpeg can decode")
-        # One thread: the loader's workers are the parallelism; threads below them cost 10 % more CPU.
-        self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
-        self.tick = float(self.stream.time_base)
-        self.start = (self.stream.start_time or 0) * self.tick
-        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 30)
-        self.frames, self.frame = self.container.decode(self.stream), None
-        self.time, self.asked = 0.0, 0.0    # where the decoder stands; the last time asked for
-        if "444" in (self.stream.codec_context.pix_fmt or ""):
-            # Old x264 wrote 4:4:4 wrongly, and the decoder mends it by the version in the first packet: a
-            # seek past that gives green garbage without an error.
-            self._next(0.0)
+        self.path = expand(path)
+        if not os.path.isfile(self.path):               # opening a FIFO would wait without end
+            raise FileNotFoundError(f"{self.path}: no such file")
+        self.end = None                                 # time of the last frame, once it is known
+        self.open()
 
-    def close(self):
-        self.container.close()
+    def open(self):
+        """Opens the file and decodes its first frame, at time 0."""
+        import av                                       # here: synthetic scenes need no FFmpeg
+        self.container = av.open(os.path.abspath(self.path))
+        streams = [stream for stream in self.container.streams.video if stream.codec_context]
+        if not streams:
+            raise ValueError(f"{self.path}: holds no video stream that FFmpeg can decode")
+        self.stream = max(streams, key=self.rank)
+        if self.container.format.name == "avi" and self.stream.codec_context.has_b_frames:
+            raise ValueError(f"{self.path}: AVI keeps no times for B-frames: frames would be too early; "
+                             "convert it once: ffmpeg -i in.avi out.mkv")
+        # One thread: the loader's workers are the parallelism; threads below them cost 10 % more
+        # CPU.
+        self.stream.thread_type = "SLICE"
+        self.stream.codec_context.thread_count = 1
+        self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(30)
+        self.tick = self.stream.time_base
+        self.frames = self.container.decode(self.stream)
+        self.frame = next((frame for frame in self.frames if frame.pts is not None), None)
+        if self.frame is None:
+            raise ValueError(f"{self.path}: holds no frame that FFmpeg can decode")
+        self.start = self.frame.pts                 # not the header's: that may be another stream's
+        self.time = self.asked = Fraction(0)        # of the frame; the last time that was asked for
+
+    def rank(self, stream):
+        """Of several streams ffmpeg and players take no cover picture, the default one, the
+        largest."""
+        kinds = type(stream.disposition)
+        cover = bool(stream.disposition & kinds.attached_pic)
+        return not cover, bool(stream.disposition & kinds.default), stream.width * stream.height
 
     def duration(self):
-        """Seconds of video, by the headers (mkv and webm: by a tag; their own may be that of the sound)."""
+        """Seconds from the first frame to the end of the last, as the header promises: it may be
+        too much."""
         if self.stream.duration:
             return self.stream.duration * self.tick
-        if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", "")):
-            return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
         if self.container.duration:
-            return self.container.duration / 1e6
-        raise ValueError(f"{self.path}: no duration in its header; remux it (ffmpeg -i old -c copy new.mp4)")
+            return Fraction(self.container.duration, 10**6)
+        raise ValueError(f"{self.path}: no duration in its header; remux it: "
+                         "ffmpeg -i old -c copy new.mp4")
+
+    def last(self):
+        """Time of the last frame, found by decoding the end of the file."""
+        found = self.at(self.duration()) if self.end is None else None
+        while found:
+            found = self.at(found[1] + TINY)
+        return self.end
 
     def at(self, t):
-        """The first frame at or after t -> (uint8 (H, W, 3), its true time). Cheap if t ascends."""
-        # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, so 1/30 s is 0.033 there).
-        t = max(t - 0.5 * min(self.tick, 1e-3) - 1e-6, 0.0)
+        """The first frame at or after t -> (frame, its time), None behind the last. Cheap if t
+        ascends."""
+        if self.end is not None and t > self.end:
+            return None
         if self.frame is None or not self.asked <= t <= self.time:
-            if self.time > t or self._keyframe_between(t):
-                self._seek(t)
-            while self.frame is None or self.time < t:
-                self._next(t)
+            if self.frame is None or t < self.time or self.keyframe_between(t):
+                self.seek(t)
+            while self.time < t:
+                frame = next((frame for frame in self.frames if frame.pts is not None), None)
+                if frame is None:
+                    self.end, self.frame = self.time, None
+                    return None
+                self.take(frame)
         self.asked = t
-        return upright(self.frame), self.time
+        return self.frame, self.time
 
-    def _keyframe_between(self, t):
-        """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats work."""
+    def keyframe_between(self, t):
+        """Is there a keyframe between the decoder and t? If so a seek saves work, if not it repeats
+        work."""
         index = self.stream.index_entries
-        if len(index) and index[-1].timestamp * self.tick - self.start >= t:
-            key = index.search_timestamp(round((self.start + t) / self.tick))
-            return key >= 0 and index[key].timestamp * self.tick - self.start > self.time
-        return t > self.time + 2.0          # mkv reads its index piece by piece: go by a usual distance
+        wanted = self.start + math.floor(t / self.tick)
+        if len(index) and index[-1].timestamp >= wanted:
+            key = index.search_timestamp(wanted)
+            return key >= 0 and (index[key].timestamp - self.start) * self.tick > self.time
+        return t > self.time + 2        # mkv reads its index piece by piece: go by a usual distance
 
-    def _seek(self, t):
-        """Put the decoder on the last keyframe at or before t."""
-        for back in (0.0, 2.0, 10.0, math.inf):             # some files land on the keyframe after t
-            target = max(t - back, 0.0)
-            self.container.seek(round((self.start + target) / self.tick), stream=self.stream)
-            self.frames, self.frame = self.container.decode(self.stream), None
-            self._next(t)
-            if self.time <= t or target == 0.0:
-                return
+    def seek(self, t):
+        """Puts the decoder on a keyframe at or before t. A file without an index (MPEG-TS) may land
+        behind t, or behind its last keyframe: then further back, at last at the start. Frames shown
+        before the keyframe are left out: they may need earlier ones."""
+        back = 0
+        while t > back:
+            self.container.seek(self.start + math.floor((t - back) / self.tick), stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+            key = next((f for f in self.frames if f.key_frame and f.pts is not None), None)
+            if key is not None and (key.pts - self.start) * self.tick <= t:
+                self.time = -math.inf
+                return self.take(key)
+            back = 4 * back + 1
+        self.container.close()
+        self.open()
 
-    def _next(self, t):
-        for frame in self.frames:
-            if frame.is_corrupt:            # what FFmpeg paints over gaps depends on where it began to decode
-                self.frame, self.time = None, math.inf
-                raise ValueError(f"{self.path}: is damaged near {t:.2f} s")
-            if frame.pts is not None:
-                self.frame, self.time = frame, frame.pts * self.tick - self.start
-                return
-        end, self.frame, self.time = self.time, None, math.inf      # inf: the next call has to seek
-        raise ValueError(f"{self.path}: ends at {end:.2f} s, before the wanted {t:.2f} s")
+    def take(self, frame):
+        """Makes a frame the current one. What FFmpeg paints over damage depends on where decoding
+        began."""
+        before, self.time = self.time, (frame.pts - self.start) * self.tick
+        self.frame = None                   # after an error the next call has to seek
+        if frame.is_corrupt or self.time < before:
+            why = "is damaged" if frame.is_corrupt else "times go backwards"
+            raise ValueError(f"{self.path}: {why} near {float(self.time):.2f} s")
+        self.frame = frame
 
-
-def upright(frame):
-    """A decoded frame -> uint8 (H, W, 3), turned as the camera was held."""
-    # threads=1: the converter's own threads would not outlive a fork, and freeing it there would hang.
-    image = frame.to_ndarray(format="rgb24", threads=1)                         # (H, W, 3)
-    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+    def image(self, frame):
+        """A decoded frame -> uint8 (H, W, 3), turned and mirrored as players show it."""
+        # threads=1: the converter's own threads would not outlive a fork, and freeing it there
+        # would hang.
+        image = frame.to_ndarray(format="rgb24", threads=1)                     # (H, W, 3)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:              # shown x = a x + c y, y = b x + d y
+            (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3).tolist()
+            if abs(b) > abs(a):
+                image = image.transpose(1, 0, 2)
+                a, d = c, b
+            image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+        return np.ascontiguousarray(image)
 
 
 def read_video(path):
     """All frames of a video file, uint8 (T, H, W, 3)."""
     reader = Reader(path)
-    try:
-        images = []
-        for frame in itertools.chain([reader.frame] if reader.frame else [], reader.frames):
-            if frame.is_corrupt:
-                raise ValueError(f"{path}: is damaged near frame {len(images)}")
-            images.append(upright(frame))
-        return np.stack(images)
-    finally:
-        reader.close()
+    images = []
+    found = reader.at(0)
+    while found:
+        images.append(reader.image(found[0]))
+        found = reader.at(found[1] + TINY)
+    return np.stack(images)
 
 
 def read_frames(path, times):
     """Frames of a video file at `times` (ascending, in seconds after its first frame).
 
-    Returns (list of uint8 (H, W, 3) arrays, list of their true times in s). Each is the first frame at or
-    after the time asked for, within the rounding of the file's clock, at variable frame rates too. Phone
-    clips come upright. Raises ValueError if the file ends before, av.error.FFmpegError if it is damaged.
-    AVI files with B-frames carry no times of presentation: there a frame may be one or two too early.
-    """
+    Returns (list of uint8 (H, W, 3) arrays, list of their true times in s). Each is the first frame
+    at or after the time asked for, within the rounding of the file's clock, at variable frame rates
+    too. Phone clips come upright. Raises ValueError if the file ends before, av.error.FFmpegError
+    if it is damaged. """
     reader = Reader(path)
-    try:
-        found = [reader.at(t) for t in times]
-    finally:
-        reader.close()
-    return [image for image, _ in found], [time for _, time in found]
+    images, true = [], []
+    for t in times:
+        # Half a tick is what rounding to the file's clock may cost (mkv: 1 ms, 1/30 s is 0.033
+        # there).
+        found = reader.at(max(t - 0.5 * min(reader.tick, 1e-3) - 1e-6, 0))
+        if found is None:
+            raise ValueError(f"{reader.path}: ends at {float(reader.end):.2f} s, before the wanted "
+                             f"{t:.2f} s")
+        images.append(reader.image(found[0]))
+        true.append(float(found[1]))
+    return images, true
 
 
 def read_image(path):
-    """First image of a file, uint8 (H, W, 3) RGB, upright by its Exif tag; 16-bit grey by its high byte."""
+    """First image of a file, uint8 (H, W, 3) RGB, upright by its Exif tag; 16-bit grey by its high
+    byte."""
     with iio.imopen(path, "r", plugin="pillow") as file:
         deep = file.metadata(index=0, exclude_applied=False).get("mode", "").startswith("I")
         image = file.read(index=0, rotate=True, mode=None if deep else "RGB")
     return np.repeat((image >> 8).astype(np.uint8)[..., None], 3, 2) if deep else image
 
 
+class FrameFolder:
+    """A sequence of image files with the interface of Reader: number n stands n / fps seconds after
+    the first. Numbers may be nanoseconds: they stay whole."""
+
+    def __init__(self, paths, numbers, places, fps):
+        self.paths, self.numbers = paths, numbers
+        self.places = places                # in the list of all files
+        self.rate = Fraction(fps)
+
+    def at(self, t):
+        place = bisect.bisect_left(self.numbers, self.numbers[0] + math.ceil(t * self.rate))
+        if place == len(self.numbers):
+            return None
+        return place, (self.numbers[place] - self.numbers[0]) / self.rate
+
+    def last(self):
+        return (self.numbers[-1] - self.numbers[0]) / self.rate
+
+    def duration(self):
+        return self.last() + 1 / self.rate
+
+    def image(self, place):
+        try:
+            return read_image(self.paths[place])
+        except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged chunk
+            raise Broken(self.places[place], error) from None
+
+
 def walk(root):
-    """Sorted paths of the files in a folder, relative to it, at any depth; links yes, hidden no."""
+    """Sorted paths of the regular files in a folder, relative to it, at any depth; links yes,
+    hidden no."""
     files, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:      # a link to a folder above would never end
+        if (real := os.path.realpath(folder)) in seen:    # a link to a folder above would never end
             below.clear()
             continue
         seen.add(real)
-        # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite of .mp4.
+        # A leading dot hides a name. macOS leaves a ._x beside each x it copies: no video, in spite
+        # of .mp4.
         below[:] = sorted(name for name in below if not name.startswith("."))
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in names
-                  if not name.startswith(".")]
+        paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        files += [os.path.relpath(path, root) for path in paths if os.path.isfile(path)]  # no FIFOs
     return sorted(files)
 
 
 def find_files(root):
-    """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden no."""
-    root = os.fspath(root)
+    """Path -> (folder, sorted names of its videos, of its images), at any depth; links yes, hidden
+    no."""
+    root = expand(root)
     if os.path.isfile(root):
         if not root.lower().endswith(VIDEO_TYPES):
             raise ValueError(f"{root}: neither a folder nor a video ({' '.join(VIDEO_TYPES)})")
         return os.path.dirname(root), [os.path.basename(root)], []
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such file or folder")
-    files = walk(root)
-    videos = [path for path in files if path.lower().endswith(VIDEO_TYPES)]
-    images = [path for path in files if path.lower().endswith(IMAGE_TYPES)]
+    videos, images, others = [], [], []
+    for path in walk(root):
+        kind = os.path.splitext(path)[1].lower()
+        (videos if kind in VIDEO_TYPES else images if kind in IMAGE_TYPES else others).append(path)
+    if others:
+        kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
+        warn(f"{root}: left out {len(others)} files of other kinds: {' '.join(kinds[:8])}")
     if not videos and not images:
         types = " ".join(VIDEO_TYPES + IMAGE_TYPES)
         raise ValueError(f"{root}: no videos and no frames in this folder or below ({types})")
@@ -665,45 +762,64 @@ class Broken(Exception):
     """A file that cannot give its frames: (number of the file, why)."""
 
 
+@dataclass
+class VideoOptions:
+    gap: tuple = (0.5, 1.0)     # seconds between the frames of a pair, from and to
+    repeat: int = 5             # samples from each opening of a video
+    fps: float = 30.0     # for folders of frames: what the numbers in their names count, per second
+    stride: int = 1             # clips: every stride-th frame of the source
+
+
 class Videos(torch.utils.data.Dataset):
-    """Frame pairs (frames=2, `gap` seconds apart) or clips (`stride` source frames apart) from your videos.
+    """Frame pairs (frames=2, `gap` seconds apart) or clips (every `stride`-th frame) from your
+    videos.
 
         videos/any/depth/a.mp4  b.MOV ...           files (or the path of a single one)
         frames/drive1/0001.jpg  0002.jpg ...        or frames: one sequence,
         frames/drive2_0001.png  drive2_0002.png     and another
 
-    Frames: the digits that end a name are its number, counted at `fps` per second; what stands before them,
-    with the folder, is its sequence. Images without a number are left out, with one line on stderr. Where
-    there are both, the videos win (the images are then thumbnails or labels).
+    Frames: the digits that end a name are its number, counted at `fps` per second; what stands
+    before them, with the folder, is its sequence. Images without a number are left out, with one
+    line on stderr. Where there are both, the videos win (the images are then thumbnails or labels).
 
-    Sample i, for any i >= 0, depends on (seed, i) alone: not on workers, batches or where a run resumed.
-    A video gives `repeat` samples in a row (in one opening, unless a batch ends between them), since opening
-    costs as much as decoding ten frames,
-    and each pass takes the videos in a new order. Images need no opening: there every frame that can begin a
-    sample counts as a video of its own, and `repeat` is 1. Gaps are met within half a frame.
+    Sample i, for any i >= 0, depends on (seed, i) alone: not on workers, batches or where a run
+    resumed. A video gives `repeat` samples in a row (in one opening, unless a batch ends between
+    them), since opening costs as much as decoding ten frames, and each pass takes the videos in a
+    new order. Images need no opening: a sequence gives one sample at a time, and as many in a pass
+    as it has frames. Distances in time are those of the frames themselves, at variable rates too: a
+    pair lies in the gap to half a frame, and what does not is drawn again. A clip never crosses a
+    hole in the numbers of frames.
 
-    A sample is transform(frames, rng), of a list of T uint8 (H, W, 3) arrays and a numpy Generator of its
-    own; without a transform it is dict(video=uint8 (T, 3, H, W)).
+    A sample is transform(frames, rng), of a list of T uint8 (H, W, 3) arrays and a numpy Generator
+    of its own; without a transform it is dict(video=uint8 (T, 3, H, W)).
 
-    Broken and too short files are named once on stderr, counted in `broken` and replaced by other files.
-    Raises FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row fail).
-    """
+    Broken, too short and too sparse files are named once on stderr, counted in `broken` and
+    replaced by other files. Raises FileNotFoundError (no root), ValueError (nothing in it fits),
+    OSError (ten in a row fail). """
 
-    def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0, transform=None):
-        if not (0 < gap[0] <= gap[1] and min(frames, stride, repeat) >= 1 and fps > 0):
-            raise ValueError(f"{gap=} {frames=} {stride=} {repeat=} {fps=}: want 0 < gap[0] <= gap[1], "
-                             "fps > 0, and at least 1 for the others")
-        self.frames, self.gap, self.stride, self.repeat = frames, gap, stride, repeat
-        self.fps, self.seed, self.transform = fps, seed, transform
-        self.root, (self.folder, self.files, images) = root, find_files(root)
-        self.kind, self.starts = "video", range(len(self.files))    # starts: what a pass goes through
+    def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0,
+                 transform=None):
+        if not 0 < gap[0] <= gap[1] < math.inf:
+            raise ValueError(f"{gap=}: want two rising numbers above 0")
+        if min(frames, stride, repeat) < 1 or not 0 < fps < math.inf:
+            raise ValueError(f"{frames=} {stride=} {repeat=} {fps=}: want fps > 0, the others from 1")
+        self.frames, self.stride, self.repeat = frames, stride, repeat
+        self.gap = Fraction(gap[0]), Fraction(gap[1])
+        self.seed, self.transform = seed, transform
+        self.root = expand(root)
+        self.folder, self.files, images = find_files(root)
+        self.kind = "video" if self.files else "frame"
+        self.sequences = []                                 # FrameFolder
+        self.starts = np.arange(len(self.files))     # what a pass goes through: videos or sequences
         if not self.files:
-            self.kind, self.repeat = "frame", 1
-            self._sort_images(root, images)
+            self.repeat = 1
+            self.sort_images(images, fps)
+            lengths = [len(sequence.numbers) for sequence in self.sequences]
+            self.starts = np.repeat(np.arange(len(lengths)), lengths)
         # Shared memory: the workers of a loader count together and name each broken file once.
         self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
-        self._order = -1, None                              # a pass, and the order of `starts` in it
-        self._readers, self._pid = {}, os.getpid()          # open files, the last used at the end
+        self.order = -1, None                              # a pass, and the order of `starts` in it
+        self.readers, self.pid = {}, os.getpid()            # open files, the last used at the end
 
     def __len__(self):
         return len(self.starts) * self.repeat
@@ -712,171 +828,212 @@ class Videos(torch.utils.data.Dataset):
         return (self[i] for i in range(len(self)))
 
     def __getstate__(self):                 # a decoder cannot go to another process
-        return {**self.__dict__, "_readers": {}}
+        return {**self.__dict__, "readers": {}}
 
     def __getitem__(self, i):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices):
-        """Sample numbers -> samples (the batched fetch of DataLoader); neighbours share an open video."""
+        """Sample numbers -> samples (the batched fetch of DataLoader); neighbours share an open
+        video."""
         samples = []
         for k, run in itertools.groupby(map(int, indices), lambda i: i // self.repeat):
             run = list(run)
-            for i, images in zip(run, self._opening(k, [i % self.repeat for i in run])):
+            for i, images in zip(run, self.opening(k, [i % self.repeat for i in run])):
                 if self.transform:
                     samples.append(self.transform(images, np.random.default_rng((self.seed, i, 1))))
                 else:
-                    samples.append(dict(video=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)))
+                    video = torch.from_numpy(np.stack(images))
+                    samples.append(dict(video=video.permute(0, 3, 1, 2)))
         return samples
 
-    def _opening(self, k, picks):
-        """The k-th opening of the run -> a list of T frames for each number (below `repeat`) in `picks`."""
+    def opening(self, k, picks):
+        """The k-th opening of the run -> a list of T frames for each number (below `repeat`) in
+        `picks`."""
         n = len(self.starts)
         turn, place = divmod(k, n)
-        if self._order[0] != turn:
-            self._order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
+        if self.order[0] != turn:
+            self.order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
         step = 7919 if n % 7919 else 1      # a prime, so that the tries meet different files
-        read = self._read_video if self.kind == "video" else self._read_images
-        for attempt in range(10):           # another file, and where there are few, other moments of them
-            start = (int(self._order[1][place]) + attempt * step) % n
+        for attempt in range(TRIES):  # another file, and where there are few, other moments of them
+            start = self.starts[(self.order[1][place] + attempt * step) % n]
+            key = (self.seed, k, attempt, 0) if attempt else (self.seed, k)
             try:
-                return read(start, (self.seed, k, attempt, 0) if attempt else (self.seed, k), picks)
+                return self.read(int(start), key, picks)
             except Broken as error:
-                why = self._report(*error.args)
-            if len(picks) > 1:              # half a file may be good: each sample decides as if asked alone
-                return [self._opening(k, [pick])[0] for pick in picks]
-        raise OSError(f"{self.root}: ten {self.kind}s tried in a row give no sample; the last is {why}")
+                why = self.report(*error.args)
+            if len(picks) > 1:      # half a file may be good: each sample decides as if asked alone
+                return [self.opening(k, [pick])[0] for pick in picks]
+        raise OSError(f"{self.root}: ten {self.kind}s tried in a row give no sample; the last: {why}")
 
-    def _report(self, file, error):
+    def report(self, file, error):
         name = self.files[file]
         why = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
         why = why.splitlines()[0].removeprefix(f"{os.path.join(self.folder, name)}: ")
         if not self.broken[file]:
             self.broken[file] = True
-            so_far = int(self.broken.sum())
-            print(f"skipped broken {self.kind} {name}: {why} ({so_far} so far)", file=sys.stderr, flush=True)
+            warn(f"skipped broken {self.kind} {name}: {why} ({int(self.broken.sum())} so far)")
         return f"{name}: {why}"
 
-    # ---- videos ----
-
-    def _reader(self, file):
+    def reader(self, file):
         """An open Reader. Two stay open: a gain where all samples come from one long file."""
-        if self._pid != os.getpid():        # after a fork, parent and child would share a place in the file
-            self._readers, self._pid = {}, os.getpid()
-        reader = self._readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
-        self._readers[file] = reader
-        while len(self._readers) > 2:
-            self._readers.pop(next(iter(self._readers))).close()
+        if self.pid != os.getpid():         # after a fork both would share a place in the file
+            self.readers, self.pid = {}, os.getpid()
+        reader = self.readers.pop(file, None) or Reader(os.path.join(self.folder, self.files[file]))
+        self.readers[file] = reader
+        while len(self.readers) > 2:
+            self.readers.pop(next(iter(self.readers))).container.close()
         return reader
 
-    def _read_video(self, file, key, picks):
+    def read(self, start, key, picks):
+        """Samples `picks` of a video or sequence, with what was drawn from `key` -> lists of T
+        images."""
+        if self.sequences:
+            sequence = self.sequences[start]
+            return self.sweep(sequence, key, picks, sequence.places[0])
         import av
+        kept = start in self.readers
         try:
-            return self._decode(self._reader(file), np.random.default_rng(key), picks)
+            return self.sweep(self.reader(start), key, picks, start)
         except (av.error.FFmpegError, ValueError, OSError, IndexError) as error:
-            self._readers.pop(file, None)   # the next try begins with a fresh decoder
-            raise Broken(file, error) from None
+            self.readers.pop(start, None)   # the next try begins with a fresh decoder
+            if kept:                        # the old one may have run into damage on its way
+                return self.read(start, key, picks)
+            raise Broken(start, error) from None
 
-    def _decode(self, reader, rng, picks):
-        """Draws all `repeat` samples (R) of an opening, decodes those in `picks` -> T frames for each."""
-        frame, duration = 1 / reader.rate, reader.duration()
-        where, how_far = rng.random((2, self.repeat))                           # (R,)
-        steps = np.tile(np.arange(self.frames) * self.stride * frame, (self.repeat, 1))     # (R, T) in s
-        if self.frames == 2:                # a video shorter than gap[1] gives the gaps it has
-            longest = max(self.gap[0], min(self.gap[1], duration - frame))
-            steps[:, 1] = np.maximum(self.gap[0] + how_far * (longest - self.gap[0]), frame)
-        span = steps[:, -1]                                                     # (R,)
-        if span.min() > duration - 0.99 * frame:            # 0.99: headers round
-            hint = "a smaller gap" if self.frames == 2 else "fewer frames or a smaller stride"
-            raise ValueError(f"{reader.path}: lasts {duration:.2f} s, too short for frames "
-                             f"{span.min():.2f} s apart ({hint} may fit)")
-        # our choice: stay 0.2 s off the end, since the durations in headers often are a little too long
-        start = where * np.maximum(duration - span - max(0.2, 1.5 * frame), 0)  # (R,)
-        order = np.argsort(start)                           # sample r of the opening is the r-th in time
-        start, steps = start[order], steps[order]
-        # Samples overlap in short videos: frames are taken in order of time, so that decoding only goes
-        # forward. The rest of a sample counts from its first frame's true time, to the nearest frame.
-        found, wanted = {}, [(start[r], r, 0) for r in set(picks)]
-        heapq.heapify(wanted)
-        while wanted:
-            t, r, n = heapq.heappop(wanted)
-            found[r, n], true = reader.at(t)
-            for m in range(1, self.frames if n == 0 else 0):
-                heapq.heappush(wanted, (true + steps[r, m] - 0.5 * frame, r, m))
-        if len({image.shape for image in found.values()}) > 1:
-            raise ValueError(f"{reader.path}: its frames change size")
-        return [[found[r, n] for n in range(self.frames)] for r in picks]
+    def sweep(self, reader, key, picks, file):
+        """Draws samples in one sweep through a file: each asks for times, and the earliest comes
+        first."""
+        begin = np.sort(np.random.default_rng(key).random(self.repeat))     # about in order of time
+        draw = self.draw_pair if self.frames == 2 else self.draw_clip
+        heap, found = [], {}
+        for r in set(picks):
+            sample = draw(reader, begin[r], np.random.default_rng((*key, r, 2)))
+            heap.append((next(sample), r, sample))
+        heapq.heapify(heap)
+        while heap:
+            t, r, sample = heapq.heappop(heap)
+            try:
+                heapq.heappush(heap, (sample.send(reader.at(t)), r, sample))
+            except StopIteration as stop:
+                found[r] = stop.value
+        if None in found.values():
+            length = float(reader.last() + 1 / reader.rate)
+            why = "sparse" if self.frames == 2 and length > self.gap[0] else "short"
+            raise Broken(file, f"lasts {length:.2f} s at {float(reader.rate):.3g} frames a second, "
+                               f"too {why} for {self.wish()}")
+        samples = [[reader.image(frame) for frame in found[r]] for r in picks]
+        if len({image.shape for images in samples for image in images}) > 1:
+            raise Broken(file, "its frames change size")
+        return samples
 
-    # ---- folders of frames ----
+    def moments(self, reader, begin, length, rng):
+        """Where samples may begin in a file, in s: TRIES of them, the first at the share `begin` of
+        it.
 
-    def _sort_images(self, root, images):
-        """Names -> files and their numbers, by sequence; starts: rows (first frame, sequence's from, to)."""
+        Headers often promise too much, so that after a miss the true end counts. (Not before, even
+        if other samples have found it: a sample depends on its number alone.) The last try is from
+        the start. """
+        frame = 1 / reader.rate
+        for attempt in range(TRIES - 1):
+            last = reader.last() if attempt else reader.duration() - frame
+            yield max(begin * (max(last - length, 0) + frame) - frame, 0)
+            begin = rng.random()
+        yield 0
+
+    def draw_pair(self, reader, begin, rng):
+        """A generator: yields a time, is sent what reader.at() finds there, and so on. Returns two
+        frames, or None where no frames are `gap` apart."""
+        low, high = self.gap
+        longest = max(low, min(high, reader.duration() - 1 / reader.rate))
+        gap = low + rng.random() * (longest - low)
+        for start in self.moments(reader, begin, gap, rng):
+            first = yield start
+            if first is None:
+                continue
+            before = first[1] + max(low - Fraction(3, 2) / reader.rate, 0)
+            pair, distance = None, 0
+            while distance < gap:                      # the nearest to `gap` of the frames in reach
+                found = yield before + TINY
+                if found is None:
+                    break
+                half = min(1 / reader.rate, found[1] - before) / 2
+                before = found[1]
+                distance = before - first[1]
+                nearer = pair is None or abs(distance - gap) < abs(pair[1] - gap)
+                if low - half <= distance <= high + half and nearer:
+                    pair = found[0], distance
+            if pair:
+                return [first[0], pair[0]]
+        return None
+
+    def draw_clip(self, reader, begin, rng):
+        """The same for clips: every stride-th frame, whatever their times."""
+        count = (self.frames - 1) * self.stride
+        for start in self.moments(reader, begin, count / reader.rate, rng):
+            found = yield start
+            clip = []
+            while found:
+                clip.append(found[0])
+                if len(clip) > count:
+                    return clip[::self.stride]
+                found = yield found[1] + TINY
+        return None
+
+    def wish(self):
+        if self.frames == 2:
+            return f"pairs {float(self.gap[0]):g} to {float(self.gap[1]):g} s apart"
+        return f"clips of {self.frames} frames at stride {self.stride}"
+
+    def sort_images(self, images, fps):
+        """Names -> `files`, in order, and the sequences in them that give samples."""
         found, left_out = {}, []
         for name in images:
-            match = re.fullmatch(r"(.*?)([0-9]{1,18})", os.path.splitext(name)[0], re.DOTALL)
+            match = re.fullmatch(r"(.*?)([0-9]+)", os.path.splitext(name)[0], re.DOTALL)
             if match:                       # x1.jpg and x1.png are one frame: the first by name
                 found.setdefault((match[1], int(match[2])), name)
             else:
                 left_out.append(name)
         if left_out:
-            print(f"left out {len(left_out)} images whose names end in no number, such as {left_out[0]}",
-                  file=sys.stderr, flush=True)
+            warn(f"left out {len(left_out)} images without a number, such as {left_out[0]}")
         if not found:
-            raise ValueError(f"{root}: no image name ends in a frame number, as drive_0001.jpg does")
+            raise ValueError(f"{self.root}: no image name ends in a frame number, as a_0001.jpg does")
         keys = sorted(found)
-        self.files, self.number = [found[key] for key in keys], np.array([number for _, number in keys])
-        starts, steps, longest = [], [], 0
-        for _, sequence in itertools.groupby(range(len(keys)), lambda f: keys[f][0]):
-            sequence = list(sequence)
-            number = self.number[sequence]                                      # (n,) ascending
-            starts += [(sequence[0] + a, sequence[0], sequence[-1] + 1) for a in self._beginnings(number)]
-            steps += np.diff(number).tolist()
-            longest = max(longest, number[-1] - number[0])
-        self.starts = np.array(starts)                                          # (starts, 3)
-        if not starts:
-            wish = (f"pairs {self.gap[0]:g} to {self.gap[1]:g} s apart" if self.frames == 2 else
-                    f"clips of {self.frames} frames at stride {self.stride}")
-            have = (f"neighbours are {min(steps) / self.fps:.3g} to {max(steps) / self.fps:.3g} s apart, "
-                    f"the longest sequence lasts {longest / self.fps:.3g} s" if steps else "each is alone")
-            raise ValueError(f"{root}: frames at --fps {self.fps:g} give no {wish}: {have}; "
-                             f"change --{'gap' if self.frames == 2 else 'frames, --stride'} or --fps")
+        self.files = [found[key] for key in keys]
+        paths = [os.path.join(self.folder, name) for name in self.files]
+        steps, longest = set(), 0
+        for _, places in itertools.groupby(range(len(keys)), lambda place: keys[place][0]):
+            places = list(places)
+            numbers = [keys[place][1] for place in places]
+            steps |= {b - a for a, b in itertools.pairwise(numbers)}
+            longest = max(longest, numbers[-1] - numbers[0])
+            for a, b in self.pieces(numbers, Fraction(fps)):
+                piece = places[a:b]
+                images = [paths[place] for place in piece]
+                self.sequences.append(FrameFolder(images, numbers[a:b], piece, fps))
+        if not self.sequences:
+            have = "each is alone"
+            if steps:
+                have = (f"neighbours are {min(steps) / fps:.3g} to {max(steps) / fps:.3g} s apart, "
+                        f"the longest sequence lasts {longest / fps:.3g} s")
+            flags = "--gap" if self.frames == 2 else "--frames, --stride"
+            raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish()}: {have}; "
+                             f"change {flags} or --fps")
 
-    def _beginnings(self, number):
-        """Frame numbers of a sequence (n,) -> the places in it that can begin a sample."""
+    def pieces(self, numbers, rate):
+        """The parts of a sequence that give samples, [(from, to)]: for pairs the whole, for clips
+        what lies between holes, which are steps other than the usual one."""
         if self.frames == 2:
-            low, high = self._partners(number, number)
-            return np.flatnonzero(low < high)
-        return np.flatnonzero(np.isin(self._clip(number, number[:, None]), number).all(1))
-
-    def _partners(self, number, first):
-        """The frames in reach of the gap from `first` are number[low:high]."""
-        lo, hi = self.gap[0] * self.fps - 0.5, self.gap[1] * self.fps + 0.5     # half a frame of tolerance
-        return np.searchsorted(number, first + max(lo, 1.0)), np.searchsorted(number, first + hi, "right")
-
-    def _clip(self, number, first):
-        """The numbers of a clip. A source frame is the sequence's usual step, so none jumps over a hole."""
-        step, count = np.unique(np.diff(number), return_counts=True)
-        step = step[count.argmax()] if len(step) else 1
-        return first + np.arange(self.frames) * self.stride * step              # (T,) or (n, T)
-
-    def _read_images(self, start, key, picks):
-        first, begin, end = self.starts[start]
-        number = self.number[begin:end]
-        if self.frames == 2:
-            low, high = self._partners(number, self.number[first])
-            places = [first, begin + np.random.default_rng(key).integers(low, high)]
-        else:
-            places = begin + np.searchsorted(number, self._clip(number, self.number[first]))
-        images = []
-        for file in places:
-            try:
-                path = os.path.join(self.folder, self.files[file])
-                images.append(read_image(path))                                     # (H, W, 3)
-            except (ValueError, OSError, IndexError, SyntaxError) as error:     # Pillow: a damaged PNG chunk
-                raise Broken(int(file), error) from None
-            if images[-1].shape != images[0].shape:
-                raise Broken(int(file), "not the size of the others in its sequence")
-        return [images] * len(picks)
+            reach = max(math.ceil(self.gap[0] * rate - Fraction(1, 2)), 1)
+            most = math.floor(self.gap[1] * rate + Fraction(1, 2))
+            places = [bisect.bisect_left(numbers, n + reach) for n in numbers]      # of the next in reach
+            fits = any(place < len(numbers) and numbers[place] <= n + most for n, place in zip(numbers, places))
+            return [(0, len(numbers))] if fits else []
+        steps = [b - a for a, b in itertools.pairwise(numbers)]
+        usual = Counter(steps).most_common(1)[0][0] if steps else 1
+        cuts = [n + 1 for n, step in enumerate(steps) if step != usual]
+        pieces = itertools.pairwise([0, *cuts, len(numbers)])
+        return [(a, b) for a, b in pieces if b - a > (self.frames - 1) * self.stride]
 
 
 # ---- crops and photometric augmentation ----------------------------------------------------------
@@ -1102,9 +1259,9 @@ class MultiCrop:
 
 # ---- labelled data for evaluation ----------------------------------------------------------------
 @contextlib.contextmanager
-def naming(path):
+def error_prefix(path):
     """Whatever a file does wrong inside becomes one line that begins with its path."""
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):            # neither missing, nor a FIFO, which would be waited for
         raise FileNotFoundError(f"{path}: no such file")
     try:
         yield
@@ -1115,60 +1272,86 @@ def naming(path):
 
 
 def read_bytes(path):
-    with naming(path), open(path, "rb") as file:
+    path = expand(path)
+    with error_prefix(path), open(path, "rb") as file:
         return file.read()
 
 
 def read_one_channel(path, deep=False):
-    """Numbers in an image file, (H, W), 8 bits: of a palette the places, not the colours; deep: 16 bits."""
-    with naming(path), iio.imopen(path, "r", plugin="pillow") as file:
+    """Numbers in an image file, (H, W), 8 bits: of a palette the places, not the colours; deep: 16
+    bits."""
+    with error_prefix(path), iio.imopen(path, "r", plugin="pillow") as file:
         mode = file.metadata(index=0, exclude_applied=False)["mode"]
         if mode not in (("I", "I;16", "I;16B") if deep else ("L", "P", "1")):
-            raise ValueError(f"is of kind {mode}, but must have one channel of {16 if deep else 8} bits: "
-                             "convert it")
-        return file.read(index=0, mode=mode).astype(np.uint16 if deep else np.uint8)
+            bits = 16 if deep else 8
+            raise ValueError(f"is of kind {mode}, but must have one channel of {bits} bits")
+        numbers = file.read(index=0, mode=mode).astype(np.uint16 if deep else np.uint8)
+    with open(path, "rb") as file:
+        head = file.read(26)
+    if mode == "L" and head[:4] == b"\x89PNG" and head[24] < 8:     # 2 or 4 bits come spread to 255
+        numbers //= 255 // (2 ** head[24] - 1)
+    return numbers
 
 
 def read_clip(paths):
-    """Image files -> uint8 (T, H, W, 3)."""
-    images = []
+    """Image files -> uint8 (T, H, W, 3). What is known of their pixels is known of them as
+    stored."""
+    paths, images = list(paths), []
     for path in paths:
-        with naming(path):
+        with error_prefix(path):
+            with Image.open(path) as file:
+                if file.getexif().get(0x0112, 1) != 1:
+                    raise ValueError("is turned by an EXIF tag, but its labels are not: store it "
+                                     "turned, without the tag")
             images.append(read_image(path))
             if images[-1].shape != images[0].shape:
-                raise ValueError(f"is not of the size of {paths[0]}: frames of a clip must be alike")
+                raise ValueError(f"is not of the size of {paths[0]}")
     return np.stack(images)
 
 
 def check_folder(root):
+    root = expand(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{os.fspath(root)}: no such folder")
-    return os.fspath(root)
+        raise FileNotFoundError(f"{root}: no such folder")
+    return root
 
 
-def check_flow(flow):
-    if np.ndim(flow) != 3 or np.shape(flow)[2] != 2:
-        raise ValueError(f"a flow to write must be (H, W, 2), not {[*np.shape(flow)]}")
-    return np.asarray(flow)
+def folders_with(root, file):
+    """Folders, at any depth, in which there is a file of this name: their paths, and names for
+    them."""
+    found = [os.path.dirname(path) for path in walk(root) if os.path.basename(path) == file]
+    paths = [os.path.join(root, folder) for folder in found]
+    return paths, [folder or os.path.basename(os.path.abspath(root)) for folder in found]
+
+
+def numbered(folder, pattern):
+    """Files of a folder whose whole name fits the pattern with one group of digits: {number:
+    path}."""
+    matches = [re.fullmatch(pattern, name) for name in os.listdir(folder)]
+    found = {int(match[1]): os.path.join(folder, match[0]) for match in matches if match}
+    return dict(sorted(found.items()))
 
 
 def read_flo(path):
-    """Middlebury's .flo -> flow (H, W, 2) float32 as stored: (x, y) in pixels, above 1e9 where unknown."""
+    """Middlebury's .flo -> flow (H, W, 2) float32 as stored: (x, y) in pixels, above 1e9 where
+    unknown."""
     raw = read_bytes(path)
     if raw[:4] != b"PIEH" or len(raw) < 12:                 # the bytes of float32 202021.25
         raise ValueError(f"{path}: does not begin as a .flo file does; is it another format?")
     width, height = np.frombuffer(raw, "<i4", 2, 4).tolist()
-    if min(width, height) < 1 or len(raw) != 12 + 8 * width * height:
-        raise ValueError(f"{path}: a flow of {width} x {height} pixels has {12 + 8 * width * height} bytes, "
-                         f"the file {len(raw)}: it is damaged or cut short, get it anew")
+    need = 12 + 8 * width * height
+    if min(width, height) < 1 or len(raw) != need:
+        raise ValueError(f"{path}: {width} x {height} pixels need {need} bytes, there are {len(raw)}: it "
+                         "is damaged or cut short, get it anew")
     return np.frombuffer(raw, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
 
 
 def write_flo(path, flow):
     """Flow (H, W, 2) in pixels -> Middlebury's .flo."""
-    height, width, _ = check_flow(flow).shape
-    with open(path, "wb") as file:
-        file.write(b"PIEH" + np.array([width, height], "<i4").tobytes() + np.asarray(flow, "<f4").tobytes())
+    height, width, _ = np.shape(flow)
+    head = b"PIEH" + np.array([width, height], "<i4").tobytes()
+    with open(expand(path), "wb") as file:
+        file.write(head + np.asarray(flow, "<f4").tobytes())
 
 
 def read_kitti_flow(path):
@@ -1177,31 +1360,13 @@ def read_kitti_flow(path):
     raw = read_bytes(path)
     if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[24:26] != b"\x10\x02":
         raise ValueError(f"{path}: must be a PNG of three channels of 16 bits, as KITTI's flow is")
-    with naming(path):                      # not by Pillow, which loses the low bytes without a word
+    with error_prefix(expand(path)):       # not by Pillow, which loses the low bytes without a word
         if b"IEND" not in raw[-12:]:        # FFmpeg would leave the missing rows black
             raise ValueError("is cut short: get it anew")
         with av.open(io.BytesIO(raw), format="png_pipe") as file:
-            pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)     # (H, W, 3)
+            pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)  # (H, W, 3)
     valid = pixels[..., 2] > 0
     return np.where(valid[..., None], (pixels[..., :2].astype(np.float32) - 2**15) / 64, 0), valid
-
-
-def write_kitti_flow(path, flow, valid):
-    """Flow (H, W, 2) in pixels, from -512 to 511.98, and valid (H, W) -> KITTI's PNG, to 1/64 pixel."""
-    import av
-    valid = np.asarray(valid, bool)
-    if valid.shape != check_flow(flow).shape[:2]:
-        raise ValueError(f"valid {[*valid.shape]} does not fit a flow {[*np.shape(flow)]}")
-    steps = np.rint(np.where(valid[..., None], flow, 0) * 64.0 + 2**15)
-    if not (steps.min() >= 0 and steps.max() < 2**16):
-        raise ValueError(f"{path}: KITTI's files hold flow from -512 to 511.98 pixels only: write a .flo")
-    pixels = np.concatenate([steps, valid[..., None]], -1).astype(np.uint16)
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = valid.shape
-    encoder.pix_fmt, encoder.time_base = "rgb48be", Fraction(1)
-    frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le").reformat(format="rgb48be", threads=1)
-    with open(path, "wb") as file:
-        file.write(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
 
 
 def read_pfm(path):
@@ -1215,24 +1380,42 @@ def read_pfm(path):
         raise ValueError(f"{path}: {width} x {height} pixels need {12 * width * height} bytes, there are "
                          f"{body}: it is damaged or cut short, get it anew")
     rows = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end()).reshape(height, width, 3)
-    return rows[::-1, :, :2].astype(np.float32)                             # stored from the bottom up
+    return rows[::-1, :, :2].astype(np.float32)                          # stored from the bottom up
+
+
+FLOW_LAYOUTS = (        # path of a flow; kinds of images; first frame, second, mask of unknown flow without
+    # their suffixes (n, m: numbers of the first and the second frame); what in the path marks the
+    # val split
+    (r"(?P<top>.*/|)flow/(?P<scene>[^/]+)/frame_(?P<n>\d+)\.flo", ("clean", "final"),       # Sintel
+     "{top}{kind}/{scene}/frame_{n:04d}", "{top}{kind}/{scene}/frame_{m:04d}",
+     "{top}invalid/{scene}/frame_{n:04d}", "/temple_[23]/"),
+    (r"(?P<top>.*/|)(?P<n>\d+)_flow\.flo", ("",),                                     # FlyingChairs
+     "{top}{n:05d}_img1", "{top}{n:05d}_img2", "", None),
+    (r"(?P<top>.*/|)optical_flow/(?P<scene>.+)/into_future/left/OpticalFlowIntoFuture_(?P<n>\d+)_L\.pfm",
+     ("clean", "final"),                                                            # FlyingThings3D
+     "{top}frames_{kind}pass/{scene}/left/{n:04d}", "{top}frames_{kind}pass/{scene}/left/{m:04d}",
+     "", "/TEST/"),
+    (r"(?P<top>.*/|)flow_occ/(?P<n>\d+)_10\.png", ("image_2", "colored_0"),                  # KITTI
+     "{top}{kind}/{n:06d}_10", "{top}{kind}/{n:06d}_11", "", None),
+    (r"(?P<top>.*/|)flow\.(flo|png)", ("",), "{top}frame1", "{top}frame2", "", None))        # yours
 
 
 class FlowPairs(torch.utils.data.Dataset):
-    """Pairs of frames with the true flow between them. `root`, or a folder below it, is laid out as one of
+    """Pairs of frames with the true flow between them. `root`, or a folder below it, is laid out as
+    one of
 
         NAME/frame1.png frame2.png flow.flo             yours, at any depth; flow.png is KITTI's kind
-        clean/alley_1/frame_0001.png flow/alley_1/frame_0001.flo, final/..., invalid/...            Sintel
-        data/00001_img1.ppm 00001_img2.ppm 00001_flow.flo, FlyingChairs_train_val.txt               Chairs
-        frames_cleanpass/TRAIN/A/0000/left/0006.png, frames_finalpass/...                           Things
+        clean/alley_1/frame_0001.png flow/alley_1/frame_0001.flo, final/..., invalid/...  Sintel
+        data/00001_img1.ppm 00001_img2.ppm 00001_flow.flo, FlyingChairs_train_val.txt     Chairs
+        frames_cleanpass/TRAIN/A/0000/left/0006.png, frames_finalpass/...                 Things
             optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_0006_L.pfm
-        image_2/000000_10.png 000000_11.png flow_occ/000000_10.png; or colored_0                    KITTI
+        image_2/000000_10.png 000000_11.png flow_occ/000000_10.png; or colored_0          KITTI
 
-    split: "train", "val" or "all". Sintel's val are temple_2 and temple_3, as in CroCo v2; KITTI, yours and
-    Chairs without its list have no splits: there each split is everything. [i] is
+    split: "train", "val" or "all". Sintel's val are temple_2 and temple_3, as in CroCo v2; KITTI,
+    yours and Chairs without its list have no splits: there each split is everything. [i] is
 
     frames    (2, H, W, 3)  uint8
-    flow      (2, H, W)     float32, (x, y) in pixels, from the first frame to the second; 0 where unknown
+    flow      (2, H, W)     float32, (x, y) in pixels, from the first frame on; 0 where unknown
     valid     (H, W)        bool: the flow is known
 
     `names` are those of the folders that are yours, else of the first frames.
@@ -1245,62 +1428,58 @@ class FlowPairs(torch.utils.data.Dataset):
         files = [name.replace(os.sep, "/") for name in walk(self.root)]
         images = {os.path.splitext(f)[0]: f for f in files
                   if f.lower().endswith((*IMAGE_TYPES, ".ppm", ".webp"))}
-        marks = {os.path.dirname(f): read_bytes(os.path.join(self.root, f)).split()
-                 for f in files if os.path.basename(f) == "FlyingChairs_train_val.txt"}
-        found, left_out = [], []
+        chairs = [f for f in files if os.path.basename(f) == "FlyingChairs_train_val.txt"]
+        self.chairs = read_bytes(os.path.join(self.root, chairs[0])).split() if chairs else []
+        found, alone = [], []
         for flow in files:
-            pairs = list(self._pairs(flow, marks))
-            whole = [(part, name, images[a], images[b], flow, images.get(mask))
-                     for part, name, a, b, mask in pairs if a in images and b in images]
-            found += whole
-            left_out += [flow] if pairs and not whole else []
-        if left_out:                        # the last of a sequence of FlyingThings3D has no second frame
-            print(f"left out {len(left_out)} flows without both frames, such as {left_out[0]}",
-                  file=sys.stderr, flush=True)
+            pairs = self.pairs(flow)
+            whole = [pair for pair in pairs if pair[2] in images and pair[3] in images]
+            found += [(part, name, images[a], images[b], flow, images.get(mask))
+                      for part, name, a, b, mask in whole]
+            if pairs and not whole:
+                alone.append(flow)
+        if alone:                     # the last of a sequence of FlyingThings3D has no second frame
+            warn(f"left out {len(alone)} flows without both frames, such as {alone[0]}")
         if not found:
-            raise ValueError(f"{self.root}: no flow with its two frames: want NAME/frame1.png, frame2.png, "
-                             "flow.flo, or Sintel, FlyingChairs, FlyingThings3D or KITTI as unpacked")
+            raise ValueError(f"{self.root}: no flow with its two frames: want NAME/frame1.png, "
+                             "frame2.png, flow.flo, or Sintel, FlyingChairs, FlyingThings3D or KITTI "
+                             "as unpacked")
         self.items = [item for item in found if split == "all" or item[0] in (split, "")]
         self.names = [item[1] for item in self.items]
         if not self.items:
             raise ValueError(f"{self.root}: no pairs of split {split!r}, only of {found[0][0]!r}")
 
-    def _pairs(self, flow, marks):
-        """A file -> (split or "", name, first frame, second, mask of unknown flow) that it may be the flow
-        of; the paths of images without their suffix."""
-        if m := re.fullmatch(r"(|.*/)flow/([^/]+)/frame_(\d+)\.flo", flow):             # Sintel
-            for kind in ("clean", "final"):
-                first, second = (f"{m[1]}{kind}/{m[2]}/frame_{int(m[3]) + t:04d}" for t in (0, 1))
-                part = "val" if m[2] in ("temple_2", "temple_3") else "train"
-                yield part, first, first, second, f"{m[1]}invalid/{m[2]}/frame_{m[3]}"
-        elif m := re.fullmatch(r"(|.*/)(\d+)_flow\.flo", flow):                         # FlyingChairs
-            lines = marks.get(os.path.dirname(m[1][:-1]), marks.get(m[1][:-1]))
-            part, number = "", int(m[2])
-            if lines is not None:
-                part = {b"1": "train", b"2": "val"}.get(dict(enumerate(lines, 1)).get(number))
-            if part is None:
-                raise ValueError(f"{self.root}: FlyingChairs_train_val.txt says nothing of pair {m[2]}: want "
-                                 "a line with 1 (train) or 2 (val) for each pair, or no such file")
-            yield part, f"{m[1]}{m[2]}_img1", f"{m[1]}{m[2]}_img1", f"{m[1]}{m[2]}_img2", ""
-        elif m := re.fullmatch(r"(|.*/)optical_flow/(TRAIN|TEST)/(.+)/into_future/left/"
-                               r"OpticalFlowIntoFuture_(\d+)_L\.pfm", flow):            # FlyingThings3D
-            for kind in ("clean", "final"):
-                first, second = (f"{m[1]}frames_{kind}pass/{m[2]}/{m[3]}/left/{int(m[4]) + t:04d}"
-                                 for t in (0, 1))
-                yield "train" if m[2] == "TRAIN" else "val", first, first, second, ""
-        elif m := re.fullmatch(r"(|.*/)flow_occ/(\d+)_10\.png", flow):                  # KITTI 2015, 2012
-            for kind in ("image_2", "colored_0"):
-                first = f"{m[1]}{kind}/{m[2]}_1"
-                yield "", f"{first}0", f"{first}0", f"{first}1", ""
-        elif m := re.fullmatch(r"(|.*/)flow\.(flo|png)", flow):                         # yours
-            name = m[1][:-1] or os.path.basename(os.path.abspath(self.root))
-            yield "", name, f"{m[1]}frame1", f"{m[1]}frame2", ""
+    def pairs(self, flow):
+        """A file -> [(split or "", name, first frame, second, mask)] that it may be the flow of."""
+        found = []
+        for pattern, kinds, first, second, mask, val in FLOW_LAYOUTS:
+            match = re.fullmatch(pattern, flow)
+            for kind in kinds if match else ():
+                parts = match.groupdict()
+                n = int(parts.get("n") or 0)
+                parts.update(kind=kind, n=n, m=n + 1)
+                name = first.format(**parts)
+                if first == "{top}frame1":
+                    name = os.path.dirname(name) or os.path.basename(os.path.abspath(self.root))
+                part = ""
+                if val:
+                    part = "val" if re.search(val, flow) else "train"
+                elif self.chairs and flow.endswith("_flow.flo"):
+                    mark = self.chairs[n - 1] if 0 < n <= len(self.chairs) else b""
+                    if mark not in (b"1", b"2"):
+                        raise ValueError(f"{self.root}: FlyingChairs_train_val.txt has neither 1 nor 2 "
+                                         f"for pair {n:05d}")
+                    part = "train" if mark == b"1" else "val"
+                paths = [path.format(**parts) for path in (first, second, mask)]
+                found.append((part, name, *paths))
+        return found
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
-        first, second, file, mask = (os.path.join(self.root, f) if f else "" for f in self.items[i][2:])
+        paths = [os.path.join(self.root, path) if path else "" for path in self.items[i][2:]]
+        first, second, file, mask = paths
         frames = read_clip([first, second])                                     # (2, H, W, 3)
         if file.endswith(".png"):
             flow, valid = read_kitti_flow(file)
@@ -1309,21 +1488,23 @@ class FlowPairs(torch.utils.data.Dataset):
             valid = (abs(flow) <= 1e9).all(-1)                                  # nan is not
         unknown = read_one_channel(mask) > 0 if mask else np.zeros_like(valid)
         if not frames.shape[1:3] == valid.shape == unknown.shape:
-            raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are {[*frames.shape[1:3]]}"
-                             + f", the mask of unknown flow is {[*unknown.shape]}" * bool(mask))
+            raise ValueError(f"{file}: the flow is {[*valid.shape]}, its frames are "
+                             f"{[*frames.shape[1:3]]}, the mask is {[*unknown.shape]}")
         valid = valid & ~unknown
         flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
         return dict(frames=frames, flow=np.ascontiguousarray(flow), valid=valid)
 
 
-CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
-          "bicyclist")
-CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
-              "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
-              "bicycle")
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # in labelIds.png
-SPLITS = dict(train="train", training="train", val="val", validation="val", test="test", testing="test")
-SEGMENTATIONS = (       # folders of images, of labels; classes, value of the first, value ignored; names
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+          "pedestrian", "bicyclist")
+CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
+              "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus",
+              "train", "motorcycle", "bicycle")
+CITYSCAPES_IDS = (          # in labelIds.png
+    7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+SPLITS = dict(train="train", training="train", val="val", validation="val", test="test",
+              testing="test")
+SEGMENTATION_LAYOUTS = (    # folders of images, of labels; classes, first value, value ignored; names
     ("{}", "{}annot", 11, 0, 11, CAMVID),
     ("leftImg8bit/{}", "gtFine/{}", 19, 0, 255, CITYSCAPES),
     ("images/10k/{}", "labels/sem_seg/masks/{}", 19, 0, 255, CITYSCAPES),               # BDD100K
@@ -1337,17 +1518,18 @@ SEGMENTATIONS = (       # folders of images, of labels; classes, value of the fi
 class Segmentation(torch.utils.data.Dataset):
     """Images with a class for each pixel, from what lies in the folder `root`:
 
-        train/NAME.png trainannot/NAME.png                                              CamVid, SegNet's
-        leftImg8bit/train/CITY/X_leftImg8bit.png gtFine/train/CITY/X_gtFine_labelTrainIds.png, or labelIds
-        images/10k/train/NAME.jpg labels/sem_seg/masks/train/NAME.png                   BDD100K
-        images/training/NAME.jpg annotations/training/NAME.png                          ADE20K
-        images/train/ANY/NAME.jpg labels/train/ANY/NAME.png                             yours
-        images/ANY/NAME.jpg labels/ANY/NAME.png     yours: every fifth in order of name is val, the rest train
+        train/NAME.png trainannot/NAME.png                                    CamVid, SegNet's
+        leftImg8bit/train/CITY/X_leftImg8bit.png gtFine/train/CITY/X_gtFine_labelTrainIds.png, or
+        labelIds
+        images/10k/train/NAME.jpg labels/sem_seg/masks/train/NAME.png         BDD100K
+        images/training/NAME.jpg annotations/training/NAME.png                ADE20K
+        images/train/ANY/NAME.jpg labels/train/ANY/NAME.png                   yours
+        images/ANY/NAME.jpg labels/ANY/NAME.png     yours: every fifth by name is val, the rest train
 
-    Labels are PNGs of 8 bits and one channel; a palette's numbers count, not its colours. split: "train",
-    "val" or "test". num_classes and ignore_index: how many classes, and what value in the files is none of
-    them; by default what the data set says; yours: as many as the labels of all splits show (they are read
-    through once), and 255. [i] is
+    Labels are PNGs of 8 bits or fewer and one channel; a palette's numbers count, not its colours.
+    split: "train", "val" or "test". num_classes and ignore_index: how many classes (2 at least),
+    and what value in the files is none of them; by default what the data set says; yours: as many
+    as the labels of all splits show (they are read through once), and 255. [i] is
 
     image     (H, W, 3)  uint8
     classes   (H, W)     int64: 0 .. num_classes - 1, and 255 where ignored
@@ -1357,55 +1539,73 @@ class Segmentation(torch.utils.data.Dataset):
 
     def __init__(self, root, split="train", num_classes=None, ignore_index=None):
         self.root = check_folder(root)
-        for images, labels, classes, first, ignored, names in SEGMENTATIONS:
-            parts = {SPLITS[s]: [os.path.join(self.root, f.format(s)) for f in (images, labels)]
-                     for s in (SPLITS if "{}" in images else ("train", "val"))
-                     if all(os.path.isdir(os.path.join(self.root, f.format(s))) for f in (images, labels))}
-            if parts:
+        for images, labels, classes, first, ignored, names in SEGMENTATION_LAYOUTS:
+            splits = self.find_splits(images, labels)
+            if splits:
                 break
         else:
-            raise ValueError(f"{self.root}: no labelled images in a known layout: want images/train/A.jpg "
-                             "with labels/train/A.png, or CamVid, Cityscapes, BDD100K, ADE20K as unpacked")
-        if split not in parts:
-            raise ValueError(f"{self.root}: has no split {split!r}, only {', '.join(parts)}")
-        self.files = self._pairs(*parts[split])
-        self.first, self.ignore_index = first, ignored if ignore_index is None else ignore_index
-        self.num_classes = num_classes or classes or self._count(parts)
+            raise ValueError(f"{self.root}: no labelled images in a known layout: want "
+                             "images/train/A.jpg with labels/train/A.png, or CamVid, Cityscapes, "
+                             "BDD100K, ADE20K as unpacked")
+        if split not in splits:
+            raise ValueError(f"{self.root}: has no split {split!r}, only {', '.join(splits)}")
+        self.files = self.pairs(*splits[split])
+        self.first = first
+        self.ignore_index = ignored if ignore_index is None else ignore_index
+        self.num_classes = num_classes or classes
+        if classes is None:
+            counted = self.count_classes(splits)
+            self.num_classes = num_classes or counted
         self.names = list(names) if names and len(names) == self.num_classes else None
-        if not (1 <= self.num_classes <= 255 and 0 <= self.ignore_index <= 255):
-            raise ValueError(f"{self.root}: want --classes from 1 to 255 and --ignore-index from 0 to 255, "
-                             f"not {self.num_classes} and {self.ignore_index}")
+        if not (2 <= self.num_classes <= 255 and 0 <= self.ignore_index <= 255):
+            raise ValueError(f"{self.root}: --classes {self.num_classes} --ignore-index "
+                             f"{self.ignore_index}: want 2 to 255 classes, an index from 0 to 255")
         if "{}" not in images:
             self.files = [f for i, f in enumerate(self.files) if (i % 5 == 4) == (split == "val")]
             if not self.files:
-                raise ValueError(f"{self.root}: too few images for a val split of every fifth: make "
-                                 "images/train, images/val, labels/train and labels/val")
+                raise ValueError(f"{self.root}: too few images for a val split of every fifth")
 
-    def _pairs(self, images, labels):
-        """Folders -> [(image, its label)]: those whose paths are alike but for the data set's endings."""
-        key = lambda name: re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", os.path.splitext(name)[0])
+    def find_splits(self, images, labels):
+        """Patterns of two folders -> {split: (folder of images, of labels)} of those that exist."""
+        found = {}
+        for name in SPLITS if "{}" in images else ("train", "val"):
+            folders = [os.path.join(self.root, path.format(name)) for path in (images, labels)]
+            if os.path.isdir(folders[0]) and os.path.isdir(folders[1]):
+                found[SPLITS[name]] = folders
+        return found
+
+    def pairs(self, images, labels):
+        """Folders -> [(image, its label)]: those whose paths are alike but for the data set's
+        endings."""
+        def key(name):
+            stem = os.path.splitext(name)[0]
+            return re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", stem)
+
         pictures = [name for name in walk(images) if name.lower().endswith(IMAGE_TYPES)]
-        truth = {key(name): name for name in walk(labels) if name.endswith(".png")}     # TrainIds come last
+        truth = {key(name): name for name in walk(labels)           # of Cityscapes TrainIds come last
+                 if name.endswith(".png")}
         found = [(os.path.join(images, name), os.path.join(labels, truth[key(name)]))
                  for name in pictures if key(name) in truth]
         if not found:
-            raise ValueError(f"{images}: none of its {len(pictures)} images has a label of the same name, "
-                             f".png, in {labels}")
+            raise ValueError(f"{images}: none of its {len(pictures)} images has a label of the same "
+                             f"name, .png, in {labels}")
         if len(found) < len(pictures):
             alone = next(name for name in pictures if key(name) not in truth)
-            print(f"left out {len(pictures) - len(found)} images without label in {images}, such as {alone}",
-                  file=sys.stderr, flush=True)
+            warn(f"left out {len(pictures) - len(found)} images without label in {images}, such as "
+                 f"{alone}")
         return found
 
-    def _count(self, parts):
+    def count_classes(self, splits):
         """One more than the largest class in the labels of all splits."""
         seen = np.zeros(256, bool)
-        for label in {label for folders in parts.values() for _, label in self._pairs(*folders)}:
-            seen[np.unique(read_one_channel(label))] = True
+        for folders in splits.values():
+            for _, label in self.pairs(*folders):
+                seen[np.unique(read_one_channel(label))] = True
         seen[self.ignore_index] = False
-        if not seen.any():
-            raise ValueError(f"{self.root}: all labels are {self.ignore_index}, which is ignored: set "
-                             "--ignore-index")
+        if seen.sum() < 2:                  # one class would be found by everybody: mIoU 100
+            raise ValueError(f"{self.root}: beside {self.ignore_index}, which is ignored, the labels "
+                             f"hold only {seen.nonzero()[0].tolist()}: want two classes. Store masks "
+                             "of 0 and 255 as 0 and 1, or set --ignore-index")
         return int(seen.nonzero()[0].max()) + 1
 
     def __len__(self):
@@ -1413,15 +1613,17 @@ class Segmentation(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         image, label = self.files[i]
-        table = np.full(256, -1)                                # value in the file -> class; -1: not allowed
+        table = np.full(256, -1)                       # value in the file -> class; -1: not allowed
         table[self.first:self.first + self.num_classes] = np.arange(self.num_classes)
-        if label.endswith("_gtFine_labelIds.png"):              # Cityscapes: of its 34 classes 19 count
-            table[:34] = table[255] = 255
+        if label.endswith("_gtFine_labelIds.png"):          # Cityscapes: of its 34 classes 19 count
+            table[:34] = 255
+            table[255] = 255
             table[list(CITYSCAPES_IDS)] = np.arange(19)
         table[self.ignore_index] = 255
-        [picture], values = read_clip([image]), read_one_channel(label)
+        picture = read_clip([image])[0]
+        values = read_one_channel(label)
         if picture.shape[:2] != values.shape:
-            raise ValueError(f"{label}: is {[*values.shape]}, but its image is {[*picture.shape[:2]]}")
+            raise ValueError(f"{label}: is {[*values.shape]}, its image is {[*picture.shape[:2]]}")
         classes = table[values]                                 # (H, W)
         if classes.min() < 0:
             raise ValueError(
@@ -1431,33 +1633,61 @@ class Segmentation(torch.utils.data.Dataset):
         return dict(image=picture, classes=classes)
 
 
-def number_dtype(*args):
-    dtype = np.dtype(*args)
-    if dtype.kind not in "biuf":
-        raise ValueError(f"holds arrays of {dtype}, not of numbers: refused")
-    return dtype
+class PickledDtype:
+    """A stand-in for a dtype: pickles set its byte order after they made it."""
+
+    def __init__(self, code, *_):
+        if not isinstance(code, str) or np.dtype(code).kind not in "biufS":
+            raise ValueError(f"holds arrays of {code!r:.50}, not of numbers: refused")
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = state[1].strip("|=") + self.code
+
+
+class PickledArray:
+    """A stand-in for an array, of which pickles set shape, dtype and bytes; np.asarray() makes it
+    one."""
+
+    def __init__(self, *_):
+        self.array = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, by_columns, raw = state
+        self.array = pickled_buffer(raw, dtype, shape, "F" if by_columns else "C")
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def pickled_buffer(raw, dtype, shape, order):
+    return np.frombuffer(raw, dtype.code).reshape(shape, order=order)
+
+
+def pickled_bytes(text, encoding):
+    return text.encode("latin1")            # how protocol 2 writes bytes
 
 
 class NumpyOnly(pickle.Unpickler):
-    """Reads pickles of plain containers and arrays of numbers. A pickle may name any function to be called:
-    here it gets stand-ins for the few that rebuild arrays, and an error for all others."""
+    """Reads pickles of plain containers and arrays of numbers or bytes. A pickle may name any
+    function to be called: here it gets stand-ins for the few that rebuild arrays, and an error for
+    all others."""
 
-    CALLS = dict(
-        _reconstruct=lambda *_: np.empty(0), ndarray=None, dtype=number_dtype,
-        scalar=lambda dtype, raw: np.frombuffer(raw, dtype)[0],
-        _frombuffer=lambda raw, dtype, shape, order: np.frombuffer(raw, dtype).reshape(shape, order=order),
-        encode=lambda text, _: text.encode("latin1"))           # how protocol 2 writes bytes
+    CALLS = dict(_reconstruct=PickledArray, ndarray=None, dtype=PickledDtype,
+                 _frombuffer=pickled_buffer, encode=pickled_bytes)
 
     def find_class(self, module, name):
-        if name in self.CALLS and module.split(".")[0] == ("_codecs" if name == "encode" else "numpy"):
+        package = "_codecs" if name == "encode" else "numpy"
+        if name in self.CALLS and module.split(".")[0] == package:
             return self.CALLS[name]
-        raise ValueError(f"wants {module}.{name} to be called: refused, arrays of numbers have no need of it")
+        raise ValueError(f"wants {module}.{name} to be called: refused, arrays have no need of it")
 
 
 def read_arrays(path, *names):
     """Arrays of these names from an .npz."""
-    with naming(path), np.load(path) as arrays:
-        if missing := [name for name in names if name not in arrays]:
+    with error_prefix(path), np.load(path, allow_pickle=False) as arrays:
+        missing = [name for name in names if name not in arrays]
+        if missing:
             raise ValueError(f"has no array {missing[0]!r}, only {', '.join(arrays)}")
         return [arrays[name] for name in names]
 
@@ -1466,49 +1696,57 @@ class PointTracks(torch.utils.data.Dataset):
     """Videos with the paths of points. `path` is
 
         FOLDER/tracks.npz rgb_00.jpg rgb_01.jpg ... depth_00.png ...    RGB-D clips at any depth, or one
-        tapvid_davis.pkl                                                TAP-Vid: DAVIS, RGB-Stacking, Kinetics
+        tapvid_davis.pkl                                                TAP-Vid: DAVIS, RGB-Stacking
+        FOLDER/0000_of_0010.pkl ...                                     TAP-Vid: Kinetics, or one of them
         joints.npz, with `video`, the path of its clip                  joints that people marked
 
-    RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,); depth of 16
-    bits in millimetres. Joints: tracks (P, T, 2) in pixels, annotated (P, T). Points that are never visible
-    are left out there and of TAP-Vid. [i] is
+    RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,);
+    depth of 16 bits in millimetres. Joints: tracks (P, T, 2) in pixels, annotated (P, T). Points
+    that are never visible are left out there and of TAP-Vid. [i] is
 
     video          (T, H, W, 3)  uint8
-    tracks         (T, P, 2)     float32, (x, y) in pixels, whose centres lie at integers; 0 unless visible
+    tracks         (T, P, 2)     float32, (x, y) in pixels, centres at integers; 0 unless visible
     visible        (T, P)        bool
     valid          (T, P)        bool: it is known whether the point is visible
-    query_frames   (P,)          int64, where each point is given: by default the first in which it is visible
+    query_frames   (P,)          int64, where each point is given: by default where first visible
     depth          (T, H, W)     float32 in metres, 0 where not measured; only of clips that have it
 
     `names` are those of the clips. RGB-D and joints are read when asked for, a .pkl as a whole.
     """
 
     def __init__(self, path, video=None):
-        self.path, self.video = path, video = os.fspath(path), video
+        path = expand(path)
+        self.video = expand(video) if video else None
+        self.names, self.items = [], []
+        shards = [path] if path.endswith(".pkl") else []
         if os.path.isdir(path):
-            folders = [os.path.dirname(f) for f in walk(path) if os.path.basename(f) == "tracks.npz"]
-            self.names = [f or os.path.basename(os.path.abspath(path)) for f in folders]
-            self.items, self.read = [os.path.join(path, f) for f in folders], self._rgbd
-            if not folders:
-                raise ValueError(f"{path}: no clip in it or below: want CLIP/tracks.npz with rgb_00.jpg, ...")
+            self.read = self.read_rgbd
+            self.items, self.names = folders_with(path, "tracks.npz")
+            if not self.items:
+                shards = [os.path.join(path, name) for name in walk(path) if name.endswith(".pkl")]
+                if not shards:
+                    raise ValueError(f"{path}: no clip in it or below: want CLIP/tracks.npz with "
+                                     "rgb_00.jpg, ..., or the .pkl files of TAP-Vid")
         elif not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file or folder")
-        elif path.endswith(".pkl"):
-            with naming(path), open(path, "rb") as file:
-                clips = NumpyOnly(file).load()
-                clips = clips if isinstance(clips, dict) else dict(enumerate(clips))
-                if not clips or not all({"video", "points", "occluded"} <= {*c} for c in clips.values()):
-                    raise ValueError("does not hold TAP-Vid's video, points and occluded")
-            self.names, self.items, self.read = [*map(str, clips)], [*clips.values()], self._tapvid
         elif path.endswith(".npz"):
             if not video:
-                raise ValueError(f"{path}: its points need the path of the clip that they are of: give video")
-            with naming(video):
-                pass
-            self.names, self.items = [os.path.splitext(os.path.basename(path))[0]], [path]
-            self.read = self._joints
-        else:
+                raise ValueError(f"{path}: its points need the path of their clip: give video")
+            self.read = self.read_joints
+            self.items, self.names = [path], [os.path.splitext(os.path.basename(path))[0]]
+        elif not shards:
             raise ValueError(f"{path}: neither a folder of clips nor a .pkl of TAP-Vid nor an .npz")
+        for shard in shards:
+            self.read = self.read_tapvid
+            with error_prefix(shard), open(shard, "rb") as file:
+                clips = NumpyOnly(file).load()
+                if not isinstance(clips, dict):
+                    clips = dict(enumerate(clips, len(self.items)))
+                wanted = {"video", "points", "occluded"}
+                if not clips or not all(wanted <= {*clip} for clip in clips.values()):
+                    raise ValueError("does not hold TAP-Vid's video, points and occluded")
+            self.names += map(str, clips)
+            self.items += [(shard, clip) for clip in clips.values()]
 
     def __len__(self):
         return len(self.items)
@@ -1516,109 +1754,109 @@ class PointTracks(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.read(self.items[i])
 
-    def _sample(self, video, tracks, visible, valid, query=None, **more):
+    def sample(self, video, tracks, visible, valid, query=None, **more):
         """What is said of points (P, T) is checked against their video, and time comes first."""
         if video.ndim != 4 or visible.ndim != 2 or tracks.shape != (*visible.shape, 2):
             raise ValueError(f"tracks {[*tracks.shape]}, visibility {[*visible.shape]} and video "
                              f"{[*video.shape]} do not fit: want (P, T, 2), (P, T) and (T, H, W, 3)")
         if len(video) != visible.shape[1]:
-            raise ValueError(f"points are tracked through {visible.shape[1]} frames, but the video has "
-                             f"{len(video)}: is it the right one?")
+            raise ValueError(f"points are tracked through {visible.shape[1]} frames, but the video "
+                             f"has {len(video)}: is it the right one?")
         if query is None:
             seen = visible.any(1)
             tracks, visible, valid = tracks[seen], visible[seen], valid[seen]
             query = visible.argmax(1)
         tracks = np.where(visible[..., None], tracks, 0).astype(np.float32)
-        time_first = lambda x: np.ascontiguousarray(x.swapaxes(0, 1))
-        return dict(video=video, tracks=time_first(tracks), visible=time_first(visible),
-                    valid=time_first(valid), query_frames=query.astype(np.int64), **more)
+        return dict(video=video, tracks=np.ascontiguousarray(tracks.swapaxes(0, 1)),
+                    visible=np.ascontiguousarray(visible.T), valid=np.ascontiguousarray(valid.T),
+                    query_frames=query.astype(np.int64), **more)
 
-    def _rgbd(self, folder):
+    def read_rgbd(self, folder):
         path = os.path.join(folder, "tracks.npz")
         tracks, status, query = read_arrays(path, "tracks", "status", "query_frame")
-        files = {"rgb": {}, "depth": {}}
-        for name in os.listdir(folder):
-            if match := re.fullmatch(r"(rgb|depth)_(\d+)\.(jpg|jpeg|png)", name):
-                files[match[1]][int(match[2])] = os.path.join(folder, name)
-        images, depths = ([found[n] for n in sorted(found)] for found in files.values())
-        with naming(path):
-            if not images or depths and files["rgb"].keys() != files["depth"].keys():
-                raise ValueError(f"beside it are {len(images)} images rgb_00.jpg, ... and {len(depths)} "
-                                 "depth_00.png, ...: want as many, of the same numbers")
-            if status.shape[:1] != query.shape:
-                raise ValueError(f"query_frame {[*query.shape]} does not fit status {[*status.shape]}")
-        video, more = read_clip(images), {}
+        images = numbered(folder, r"rgb_(\d+)\.(?:jpg|jpeg|png)")
+        depths = numbered(folder, r"depth_(\d+)\.png")
+        with error_prefix(path):
+            if not images or depths and images.keys() != depths.keys():
+                raise ValueError(f"beside it are {len(images)} images rgb_00.jpg, ... and "
+                                 f"{len(depths)} depth_00.png, ...: want the same numbers")
+        video = read_clip(images.values())
+        more = {}
         if depths:
-            depth = [read_one_channel(file, deep=True) for file in depths]
-            if wrong := [f for f, d in zip(depths, depth) if d.shape != video.shape[1:3]]:
-                raise ValueError(f"{wrong[0]}: is not of the size of its image, {[*video.shape[1:3]]}")
-            more = dict(depth=np.stack(depth).astype(np.float32) / 1000)
-        with naming(path):
+            depth = np.stack([read_one_channel(file, deep=True) for file in depths.values()])
+            if depth.shape != video.shape[:3]:
+                raise ValueError(f"{folder}: depth {[*depth.shape]} does not fit the images "
+                                 f"{[*video.shape[:3]]}")
+            more["depth"] = depth.astype(np.float32) / 1000
+        with error_prefix(path):
             valid = (status != 2) & (np.arange(status.shape[1]) >= query[:, None])
-            return self._sample(video, tracks, (status == 0) & valid, valid, query, **more)
+            return self.sample(video, tracks, (status == 0) & valid, valid, query, **more)
 
-    def _tapvid(self, clip):
-        with naming(self.path):
-            frames = [read_image(f) if isinstance(f, bytes) else f for f in clip["video"]]   # Kinetics: JPEGs
-            video, visible = np.stack(frames), ~np.asarray(clip["occluded"], bool)
+    def read_tapvid(self, item):
+        path, clip = item
+        with error_prefix(path):
+            video = clip["video"] if isinstance(clip["video"], list) else np.asarray(clip["video"])
+            frames = [read_image(f) if isinstance(f, bytes) else f for f in video]      # or JPEGs
+            video = np.stack(frames)
+            visible = ~np.asarray(clip["occluded"]).astype(bool)
             # Their (0, 0) is the upper left corner of the first pixel, ours its centre.
-            tracks = clip["points"] * np.array(video.shape[2:0:-1]) - 0.5
-            return self._sample(video, tracks, visible, np.ones_like(visible))
+            tracks = np.asarray(clip["points"]) * np.array(video.shape[2:0:-1]) - 0.5
+            return self.sample(video, tracks, visible, np.ones_like(visible))
 
-    def _joints(self, path):
+    def read_joints(self, path):
         tracks, annotated = read_arrays(path, "tracks", "annotated")
-        with naming(self.video):
+        with error_prefix(self.video):
             video = read_video(self.video)
-        with naming(path):
-            return self._sample(video, tracks, annotated, annotated)
+        with error_prefix(path):
+            return self.sample(video, tracks, annotated, annotated)
 
 
 class BoxTracks(torch.utils.data.Dataset):
-    """Clips with the box of one thing: a folder of numbered images (0001.jpg, ...) and boxes_xyxy.txt, whose
-    lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each image; or such folders, at any depth.
+    """Clips with the box of one thing: a folder of numbered images (0001.jpg, ...) and
+    boxes_xyxy.txt, whose lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each
+    image; or such folders, at any depth.
 
     [i] is dict(video=(T, H, W, 3) uint8, boxes=(T, 4) float32); `names` are those of the folders.
     """
 
     def __init__(self, root):
-        self.root = check_folder(root)
-        folders = [os.path.dirname(f) for f in walk(self.root) if os.path.basename(f) == "boxes_xyxy.txt"]
-        if not folders:
-            raise ValueError(f"{self.root}: no boxes_xyxy.txt in it or below, beside images 0001.jpg, ...")
-        self.items = [os.path.join(self.root, f) for f in folders]
-        self.names = [f or os.path.basename(os.path.abspath(self.root)) for f in folders]
+        root = check_folder(root)
+        self.items, self.names = folders_with(root, "boxes_xyxy.txt")
+        if not self.items:
+            raise ValueError(f"{root}: no boxes_xyxy.txt in it or below, beside images")
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
-        path, boxes, images = os.path.join(self.items[i], "boxes_xyxy.txt"), [], {}
-        for name in os.listdir(self.items[i]):
-            match = re.search(r"(\d+)\.\w+$", name)
-            if match and name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
-                images[int(match[1])] = os.path.join(self.items[i], name)
-        with naming(path), open(path) as file:
-            for number, line in enumerate(file.read().rstrip().splitlines(), 1):
+        path = os.path.join(self.items[i], "boxes_xyxy.txt")
+        images = numbered(self.items[i], r"[^.]*?(\d+)\.(?i:jpg|jpeg|png)")
+        boxes = []
+        lines = read_bytes(path).decode("utf-8", "replace").rstrip().splitlines()
+        with error_prefix(path):
+            for number, line in enumerate(lines, 1):
                 box = [float(x) for x in line.replace(",", " ").split()]
                 if len(box) != 4 or not (box[0] <= box[2] and box[1] <= box[3]):
-                    raise ValueError(f"line {number} is not x1 y1 x2 y2 with x1 <= x2 and y1 <= y2: {line!r}")
+                    raise ValueError(f"line {number} is not x1 y1 x2 y2, rising: {line!r}")
                 boxes.append(box)
             if len(images) != len(boxes) or not boxes:
-                raise ValueError(f"has {len(boxes)} boxes for {len(images)} images: want a line for each")
-        return dict(video=read_clip([images[n] for n in sorted(images)]), boxes=np.array(boxes, np.float32))
+                raise ValueError(f"has {len(boxes)} boxes for {len(images)} images")
+        return dict(video=read_clip(images.values()), boxes=np.array(boxes, np.float32))
 
 
 # ---- loader --------------------------------------------------------------------------------------
 class SquareClip:
-    """Frames (H, W, 3) -> `video` (T, 3, size, size), uint8: one random square of the short side, resized."""
+    """Frames (H, W, 3) -> `video` (T, 3, size, size), uint8: one random square of the short side,
+    resized."""
 
     def __init__(self, size):
         self.size = size
 
     def __call__(self, frames, rng):
         height, width = frames[0].shape[:2]
-        side, corner = min(height, width), rng.uniform(size=2)
-        box = int(corner[0] * (height - side + 1)), int(corner[1] * (width - side + 1)), side, side
+        side = min(height, width)
+        top, left = (rng.uniform(size=2) * (height - side + 1, width - side + 1)).astype(int)
+        box = top, left, side, side
         return {"video": torch.stack([crop_uint8(frame, box, self.size) for frame in frames])}
 
 
@@ -1630,35 +1868,35 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, numbers):
         if isinstance(self.source, Videos):
-            return torch.utils.data.default_collate(self.source.__getitems__(numbers))
-        clips = self.source.batch(numbers)
-        if self.crops is None:
-            return clips
-        video = clips["video"]                          # (B, 2, 3, H, W)
-        if video.dtype != torch.uint8:
-            video = (255 * video).round().byte()
-        frames = video.movedim(2, -1).contiguous().numpy()
-        pairs = [self.crops(pair, np.random.default_rng((self.seed, i, 1)))
-                 for pair, i in zip(frames, numbers)]
-        return torch.utils.data.default_collate(pairs)
+            samples = self.source.__getitems__(numbers)
+        else:
+            clips = self.source.batch(numbers)
+            if self.crops is None:
+                return clips
+            video = clips["video"].permute(0, 1, 3, 4, 2)                       # (B, 2, H, W, 3)
+            video = ((video * 255).round() if video.is_floating_point() else video).byte().numpy()
+            samples = [self.crops(list(pair), np.random.default_rng((self.seed, i, 1)))
+                       for pair, i in zip(video, numbers)]
+        return torch.utils.data.default_collate(samples)
 
 
-def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train", colours=True,
-                scenes=None, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0):
+def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train",
+                scenes=None, videos=None, colours=True, motion_colours="independent"):
     """
     Batches on the device, in order; to be iterated over once.
 
-    source    "scenes", "squares", or the path of a video, of a folder of videos, or of a folder of frames
-    inputs    what the model eats: dict(frames=T, size=S), with crops=dict(local_size=, local_crops=) for
-              pairs cut into crops, with squares=dict(...), options of MovingSquares, for their masks and
-              displacements
+    source    "scenes", "squares", or the path of a video, of a folder of videos, or of frames
+    inputs    what the model expects: dict(frames=T, size=S), with crops=dict(local_size=,
+              local_crops=) for pairs cut into crops, with squares=dict(...), options of
+              MovingSquares, for their masks and displacements
     batches   iterable of lists of sample numbers
     workers   processes that prepare batches; 0: in this one; -1: choose
-    split     "train" or "eval": for scenes other clips with other textures; for videos other draws from the
-              same files, so most of what "eval" shows was seen in training
-    colours   False leaves the photometric augmentation out
-    scenes    options of Scenes, such as dict(sprites=0); `size` may exceed the inputs' if there are crops
-    gap, stride, repeat, fps    of Videos
+    split     "train" or "eval": for scenes other clips with other textures; for videos other draws
+              from the same files, so most of what "eval" shows was seen in training
+    scenes    SceneOptions; their `size` counts if there are crops, else frames are rendered as the
+              model expects them; by default twice the model's size
+    videos    VideoOptions
+    colours, motion_colours    of MultiCrop
     Raises FileNotFoundError or ValueError with what to do if the source can't be read.
     """
     if split not in ("train", "eval"):
@@ -1666,32 +1904,30 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     if "squares" in inputs and source != "squares":
         raise ValueError(f"--data {source}: this model needs masks and displacements, which only "
                          "--data squares has")
-    device, synthetic = torch.device(device), source in ("scenes", "squares")
-    crops = MultiCrop(inputs["size"], **inputs["crops"], colours=colours) if "crops" in inputs else None
-    if workers < 0 and source == "squares":     # frame 0 is drawn sooner than it is sent from another process
-        workers = 0
-    if workers < 0:     # a training on the CPU wants all cores but one itself
-        most = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-        workers = min(most, 1 if synthetic and device.type == "cpu" else 16)
+    device = torch.device(device)
+    size, frames = inputs["size"], inputs["frames"]
+    crops = None
+    if "crops" in inputs:
+        crops = MultiCrop(size, **inputs["crops"], colours=colours, motion_colours=motion_colours)
+    eval_seed = seed + EVAL * (split == "eval")
     if source == "squares":
-        dataset = MovingSquares(inputs["size"] * (2 if crops else 1), inputs["frames"], seed=seed,
-                                split=split, **inputs.get("squares", {}))
-    elif synthetic:
-        options = dict(size=2 * inputs["size"]) | (scenes or {}) | dict(frames=inputs["frames"])
-        if crops is None:                   # what isn't cropped is rendered in the size that the model eats
-            options["size"] = inputs["size"]
-        dataset = Scenes(seed=seed, split=split, **options)
-    seed = seed + EVAL * (split == "eval")
-    if not synthetic:
-        dataset = Videos(source, inputs["frames"], gap, stride, repeat, fps, seed,
-                         transform=crops or SquareClip(inputs["size"]))
+        dataset = MovingSquares(size * (2 if crops else 1), frames, seed=seed, split=split,
+                                **inputs.get("squares", {}))
+    elif source == "scenes":
+        options = scenes or SceneOptions(size=2 * size)
+        options = options if crops else replace(options, size=size)
+        dataset = Scenes(frames=frames, seed=seed, split=split, **asdict(options))
+    else:
+        dataset = Videos(source, frames, seed=eval_seed, transform=crops or SquareClip(size),
+                         **asdict(videos or VideoOptions()))
+    workers = count_workers(workers, source, device)
     loader = torch.utils.data.DataLoader(
-        Batches(dataset, crops, seed), batch_size=None, sampler=batches, num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=2 if workers else None, worker_init_fn=start_worker)
+        Batches(dataset, crops, eval_seed), batch_size=None, sampler=batches, num_workers=workers,
+        pin_memory=device.type == "cuda", prefetch_factor=2 if workers else None,
+        worker_init_fn=start_worker)
     if workers:
         atexit.register(end_workers)
-    return Finished(loader, crops, device)
+    return DeviceLoader(loader, crops, device)
 
 
 def cores():
@@ -1699,92 +1935,107 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def count_workers(workers, source, device):
+    """-1: as many as there are cores for each process; squares are drawn sooner than they are sent,
+    and on a CPU, which training keeps busy, one process renders scenes."""
+    most = 8 * cores()
+    if workers > most:
+        raise ValueError(f"--workers {workers}: at most {most} on {cores()} cores")
+    if workers >= 0:
+        return workers
+    if source == "squares":
+        return 0
+    share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return 1 if source == "scenes" and device.type == "cpu" else share
+
+
 def sample_loader(dataset, batches, device="cpu"):
-    """Loads a dataset's samples in batches of numbers, in order, by processes that end with this one."""
+    """Loads a dataset's samples in batches of numbers, in order, by processes that end with this
+    one."""
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores() - 1)), worker_init_fn=start_worker,
-        pin_memory=torch.device(device).type == "cuda")
+        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores() - 1)),
+        pin_memory=torch.device(device).type == "cuda", worker_init_fn=start_worker)
     atexit.register(end_workers)
     return loader
 
 
 def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
-    for number in (signal.SIGINT, signal.SIGTERM):      # a signal to the whole group: when to leave is for
-        signal.signal(number, signal.SIG_IGN)           # the main process to say, which still wants its batch
+    # A signal goes to the whole group: the main process, which still wants its batch, says when to leave.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers():
     """At exit, after an error: workers that ignore SIGTERM would be waited for without end."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # DataLoader's handler would call it a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # DataLoader's would call it a failure
     for process in multiprocessing.active_children():
         process.kill()
 
 
-class Finished:
+class DeviceLoader:
     """Iterates over a loader's batches on the device, colours applied there."""
 
     def __init__(self, loader, crops, device):
         self.loader, self.crops, self.device = loader, crops, device
 
     def __iter__(self):
-        for batch in self.loader:           # `params` stay on the CPU: finish() reads which crop needs what
-            batch = {k: v if k == "params" else v.to(self.device, non_blocking=True)
-                     for k, v in batch.items()}
+        for batch in self.loader:   # `params` stay on the CPU: finish() reads which crop needs what
+            batch = {name: value if name == "params" else value.to(self.device, non_blocking=True)
+                     for name, value in batch.items()}
             yield self.crops.finish(batch) if self.crops else batch
 
 
 # ---- look at your data ---------------------------------------------------------------------------
-def show(source, path, **videos):
-    """Writes a picture: scenes with their ground truth (not of videos), and crops like those of training."""
+def show(source, path, videos=None):
+    """Writes a picture: scenes with their ground truth (not of videos), and crops like those of
+    training."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.colors import hsv_to_rgb
 
     rows = []                               # lists of (title, image)
     if source == "scenes":
         clip = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3)).batch(range(2), truth=True)
         for b in range(2):
-            u, v = clip["flow"][b, 0].numpy()
-            speed, angle = np.hypot(u, v), np.arctan2(v, u) / (2 * np.pi) % 1
-            flow = hsv_to_rgb(np.stack([angle, speed / speed.max(), np.ones_like(u)], -1))
-            first, second = clip["video"][b].permute(0, 2, 3, 1).numpy()
-            rows.append([
-                ("frame 1", first), ("frame 2", second), (f"flow, up to {speed.max():.0f} px", flow),
-                ("occluded in frame 2", clip["occluded"][b, 0].numpy()),
-                ("class", clip["classes"][b, 0].numpy()), ("depth", clip["depth"][b, 0].numpy())])
+            first, second = clip["video"][b].permute(0, 2, 3, 1)
+            u, v = clip["flow"][b, 0]
+            rows.append([("frame 1", first), ("frame 2", second), ("flow, x", u), ("flow, y", v),
+                         ("occluded in frame 2", clip["occluded"][b, 0]),
+                         ("class", clip["classes"][b, 0]), ("depth", clip["depth"][b, 0])])
     inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
-    batch = next(iter(make_loader(source, inputs, [range(2)], workers=0, scenes=dict(size=192, pan=12.0),
-                                  **videos)))
-    image = lambda x: x.permute(1, 2, 0).numpy()
-    for motion, large, small in zip(batch["motion"], batch["globals"], batch["locals"]):
-        rows.append(
-            [("motion, frame 1", image(motion[0])), ("motion, frame 2", image(motion[1]))] +
-            [(f"global {box + 1}, frame {f + 1}", image(large[f, box]))
-             for f in range(2) for box in range(2)] +
-            [(f"local, frame {f + 1}", image(small[f, 0])) for f in range(2)])
-    columns = max(map(len, rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.55 * columns, 1.75 * len(rows)),
-                                squeeze=False, layout="constrained")
-    for axis, cell in zip(axes.flat, [cell for row in rows for cell in row + [None] * (columns - len(row))]):
+    scenes = SceneOptions(size=192, pan=12.0)
+    loader = make_loader(source, inputs, [range(2)], workers=0, scenes=scenes, videos=videos)
+    batch = next(iter(loader))
+    for b in range(2):
+        row = []
+        for f in range(2):
+            row += [(f"motion, frame {f + 1}", batch["motion"][b, f]),
+                    (f"global 1, frame {f + 1}", batch["globals"][b, f, 0]),
+                    (f"global 2, frame {f + 1}", batch["globals"][b, f, 1]),
+                    (f"local, frame {f + 1}", batch["locals"][b, f, 0])]
+        rows.append([(title, image.permute(1, 2, 0)) for title, image in row])
+    size = 12.4, 1.75 * len(rows)
+    figure, axes = plt.subplots(len(rows), 8, figsize=size, layout="constrained")
+    for axis in axes.flat:
         axis.axis("off")
-        if cell:
-            axis.imshow(cell[1], cmap="viridis")
-            axis.set_title(cell[0], fontsize=8)
+    for row, axis_row in zip(rows, axes):
+        for (title, image), axis in zip(row, axis_row):
+            axis.imshow(image)
+            axis.set_title(title, fontsize=8)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes out/data.png: scenes with their truth, and crops.")
-    parser.add_argument("data", nargs="?", default="scenes", help="a video, or a folder of videos or frames")
-    parser.add_argument("--fps", type=float, default=30.0, help="rate of the numbers in frame names")
-    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between two frames")
+    parser = argparse.ArgumentParser(description="Writes out/data.png: scenes with truth, and crops.")
+    parser.add_argument("data", nargs="?", default="scenes", help="a video, or a folder")
+    parser.add_argument("--fps", type=float, default=30.0, help="rate of numbers in frame names")
+    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="s between two frames")
     args = parser.parse_args()
     try:
-        show(args.data, "out/data.png", fps=args.fps, gap=args.gap)
+        show(args.data, "out/data.png", VideoOptions(gap=args.gap, fps=args.fps))
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: error: {error}")
     print("written: out/data.png")

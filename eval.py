@@ -436,7 +436,7 @@ def latents(model, config, args, report):
     n, steps, rows = min(args.batch_size, 32), 8, {}
     loader = list(data.make_loader(
         args.data, model.cfg.inputs, [range(i * n, i * n + n) for i in range(steps)], args.device, args.seed,
-        split="eval", colours=False, scenes=config.get("scenes") or midway.SCENES,
+        split="eval", colours=False, scenes=data.SceneOptions(**(config.get("scenes") or midway.SCENES)),
         videos=data.VideoOptions(gap=args.gap)))
     nets = {"": model, "random init, ": random_init(model, args)}
     for who, net in nets.items():
@@ -511,7 +511,7 @@ def identity_bias(model, config, args, report):
 def video_pairs(model, args, count):
     """Pairs of frames from videos, squares of the model's size: (count, 2, 3, S, S) in [0, 1]."""
     loader = data.make_loader(args.data, dict(frames=2, size=model.cfg.size), [range(count)], args.device,
-                              args.seed, 0, split="eval", videos=data.VideoOptions(gap=args.gap, repeat=1))
+                              args.seed, 0, split="eval", videos=data.VideoOptions(args.gap, repeat=1))
     return next(iter(loader))["video"] / 255
 
 
@@ -1313,7 +1313,7 @@ def eval_video(model, config, args, frames, count):
     options = {name: options[name] for name in options if name not in ("frames", "split", "seed")}
     numbers = [range(i, min(i + 8, count)) for i in range(0, count, 8)]
     loader = data.make_loader(args.data, dict(frames=frames, size=model.cfg.size), numbers, args.device,
-                              args.seed, 0, split="eval", scenes=options,
+                              args.seed, 0, split="eval", scenes=data.SceneOptions(**options),
                               videos=data.VideoOptions(stride=args.stride or 1))
     video = torch.cat([batch["video"] for batch in loader])
     return moog.as_float(video)
