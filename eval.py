@@ -77,8 +77,7 @@ import data
 import midway
 import moog
 import train
-from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, composite, decode, place, position_loss,
-                        warp)
+from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, place, position_loss, warp)
 from moog import psnr       # one of the metrics, for whoever imports this file
 
 matplotlib.use("Agg")
@@ -1913,7 +1912,7 @@ def pooled_clips(mode, seed, count, split="train"):
     for i in range(0, count, 20):       # few at a time: what fits the cache is fastest
         batch = squares.batch(range(i, min(i + 20, count)))
         extracted = models["rgb"].extract(batch["first_frame"], batch["masks"])
-        parts.append({name: model.pool(*extracted) for name, model in models.items()} |
+        parts.append({name: model.pool(extracted) for name, model in models.items()} |
                      dict(d=batch["displacements"]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -2057,7 +2056,7 @@ def own_squares(model, frames, **change):
 def this_checkpoint(model, report):
     batch = own_squares(model, 64, video=False).batch(range(250))
     d, t = batch["displacements"], torch.arange(1, 64)[:, None]
-    v = model.motion(batch)[0] if model.cfg.phase else d[:, :, 0]
+    v = model.motion(batch) if model.cfg.phase else d[:, :, 0]
     off = [(t * x[:, :, None] - d).norm(dim=-1) * model.cfg.size for x in (v, 0 * v)]   # (B, N, 63)
     report.table(f"This checkpoint: 250 clips never seen in training, {model.cfg.mode}",
                  ["model", "nothing moves"], [
@@ -2107,10 +2106,8 @@ def table2(report, fit, clips):
         [15 * 128 * math.sqrt(x) for x in cell] for cell in rows[1][1:])],
         ["POS, nothing moves", *[still] * 7],
         ["L1, report (decoder frozen)", 0.067, 0.068, 0.067, 0.068, 0.068, 0.067, ""]]
-    for name, decoder, change in (
-            ("decoder frozen", frozen, {}), ("decoder after phase 2", tuned, {}),
-            ("pixel space, no decoder", None, dict(space="pixel", blend="over"))):
-        rows.append([f"L1, {name}", *([l1_of(fit.model(i, epoch, **change), batch, decoder) for i in plain]
+    for name, decoder in (("decoder frozen", frozen), ("decoder after phase 2", tuned)):
+        rows.append([f"L1, {name}", *([l1_of(fit.model(i, epoch), batch, decoder) for i in plain]
                                       for epoch in range(EPOCHS)), ""])
     report.table(f"Table 2: POS, mean over the steps of an epoch; L1 of {L1_CLIPS} held-out clips after it",
                  [*(f"epoch {i + 1}" for i in range(EPOCHS)), "held out"],
@@ -2118,13 +2115,19 @@ def table2(report, fit, clips):
     return tuned
 
 
+@torch.no_grad()
+def paint(batch, v, frames):
+    """Clips as v (B, N, 2) has them, at whole pixels and without a decoder: (B, frames, 3, H, W)."""
+    image, d = batch["first_frame"][:, None] / 255, torch.arange(frames)[:, None] * v[:, :, None]
+    return place(image * batch["masks"][:, :, None], d).amax(1)     # our choice: the brightest is on top
+
+
 def differentiation(report, fit):
     """Sec. 4.4."""
     chosen = fit.chosen(mode=DIFF, lr=1e-2, decay=False)
     tests, size = [fit.test(i) for i in chosen], lambda x: x.abs().mean().item()
     true, batch = tests[0]["true"], data.MovingSquares(split="eval").batch(range(2 * L1_CLIPS))
-    clips = [fit.model(i, space="pixel", blend="over").render(batch["first_frame"], batch["masks"])
-             for i in chosen]
+    clips = [paint(batch, fit.model(i).motion(batch), 16) for i in chosen]
     rows = [[f"moving, mean v_{axis} over 10 scenes", says, [t["v"][:10, 0, k].mean().item() for t in tests],
              true[:10, 0, k].mean().item()] for k, (axis, says) in enumerate(dict(x=0.008, y=0.028).items())]
     report.table("Section 4.4: who moves, differentiated; frame widths per frame", [
@@ -2204,13 +2207,13 @@ def normalisation(report, rgb, clips, seeds):
 def edges(report):
     """What 15 frames do to an object's occupancy, channel 0, given its true velocity."""
     batch = data.MovingSquares(mode=ALL, split="eval", video=False).batch(range(100))
-    latent, cells = MeloMotion(Config()).extract(batch["first_frame"], batch["masks"])
-    start = (latent[:, None, :1] * cells[:, :, None]).flatten(0, 1)     # (objects, 1, h, w)
+    layers = MeloMotion.extract(batch["first_frame"], batch["masks"])[:, :, :1]
+    start = layers.flatten(0, 1)                                        # (objects, 1, h, w)
     v = batch["displacements"][:, :, 0].flatten(0, 1)[..., None, None]  # (objects, 2, 1, 1)
     again = start
     for _ in range(15):
         again = warp(again, v)
-    placed = place(latent[:, None, :1], cells, batch["displacements"][:, :, -1:]).flatten(0, 2)
+    placed = place(layers, batch["displacements"][:, :, -1:]).flatten(0, 2)
     varies = lambda x: x.diff(dim=2).abs().sum((1, 2, 3)) + x.diff(dim=3).abs().sum((1, 2, 3))
     report.table("Sharp edges (Sec. 1): occupancy of 300 objects after 15 frames", [
         "peak", "total variation, share of frame 0's", "cells above .01"], [
@@ -2221,54 +2224,17 @@ def edges(report):
 
 
 # ---- MeloMotion: speed ---------------------------------------------------------------------------
-def place_by_slicing(objects, masks, displacements):
-    """place() as the report describes it: each bounding box cut out, and pasted once a frame."""
-    B, N, h, w = masks.shape
-    out = torch.zeros(B, N, displacements.shape[2], objects.shape[2], h, w)
-    for b, n in np.ndindex(B, N):
-        ys, xs = masks[b, n].nonzero().unbind(1)
-        if not len(ys):
-            continue
-        top, left, bottom, right = (int(x) for x in (ys.min(), xs.min(), ys.max() + 1, xs.max() + 1))
-        layer = objects[b, n % objects.shape[1]] * masks[b, n]
-        for t in range(displacements.shape[2]):
-            dx, dy = (round(float(x)) for x in displacements[b, n, t] * w)
-            y0, y1, x0, x1 = max(top + dy, 0), min(bottom + dy, h), max(left + dx, 0), min(right + dx, w)
-            if y0 < y1 and x0 < x1:
-                out[b, n, t, :, y0:y1, x0:x1] = layer[:, y0 - dy:y1 - dy, x0 - dx:x1 - dx]
-    return out
-
-
-def literal_loss(model, batch):
-    """Phase 1 as one would first write it: loops over objects and frames, each frame decoded by itself."""
-    latent, cells = model.extract(batch["first_frame"], batch["masks"])
-    f, p, d = model.features(model.pool(latent, cells)), model.predictors, batch["displacements"]
-    v = [(f[:, n] @ p.w1[n] + p.b1[n]).relu() @ p.w2[n] + p.b2[n] for n in range(d.shape[1])]
-    pos, l1, last = 0.0, 0.0, d.shape[2]
-    for n in range(d.shape[1]):
-        for t in range(1, last + 1):
-            pos = pos + ((t * v[n] - d[:, n, t - 1]) ** 2).sum() / t ** 2 / last / d.shape[1]
-    with torch.no_grad():
-        for t in range(1, last + 1):
-            moved = t * torch.stack(v, 1)[:, :, None]                   # (B, N, 1, 2)
-            frame = composite(0, place_by_slicing(latent[:, None], cells, moved))
-            l1 = l1 + (decode(model.decoder, frame) - batch["video"][:, t:t + 1] / 255).abs().mean() / last
-    return l1 + 10 * pos
-
-
 def speed(report):
     """Sec. 4.8. Training steps: forward, backward, AdamW; each in turn, ten rounds, medians of nine."""
     one, many = data.MovingSquares().batch([0]), data.MovingSquares(video=False).batch(range(64))
     bare = {name: value for name, value in one.items() if name != "video"}
     flow, once = FlowBaseline(), FlowBaseline(one_shot=True)
-    model, pixel = MeloMotion(Config()), MeloMotion(Config(space="pixel"))
-    cached = dict(bare, pooled=model.pool(*model.extract(one["first_frame"], one["masks"])))
+    model = MeloMotion(Config())
+    cached = dict(bare, pooled=model.pool(model.extract(one["first_frame"], one["masks"])))
     ways = {            # name: (model, loss, clips a step)
         "flow baseline: 15 times Swin and warp, decoder": (flow, lambda: flow(one)[0], 1),
         "flow baseline, one-shot: Swin, 15 warps, decoder": (once, lambda: once(one)[0], 1),
-        "MeloMotion in loops and slices, frames decoded": (model, lambda: literal_loss(model, one), 1),
         "MeloMotion, frames decoded": (model, lambda: model(one)[0], 1),
-        "MeloMotion, frames drawn in pixel space": (pixel, lambda: pixel(one)[0], 1),
         "MeloMotion, nothing drawn": (model, lambda: model(bare)[0], 1),
         "MeloMotion, nothing drawn, colours cached": (model, lambda: model(cached)[0], 1),
         "MeloMotion, nothing drawn, 64 clips a step": (model, lambda: model(many)[0], 64)}
@@ -2295,19 +2261,16 @@ def speed(report):
 # ---- MeloMotion: pictures ------------------------------------------------------------------------
 def strips(model, batch, frames):
     """{row title: video (T, H, W, 3) of the first clip}: truth, prediction, prediction without decoder."""
-    pixel = MeloMotion(replace(model.cfg, space="pixel", blend="over", phase=1))
-    pixel.load_state_dict(model.state_dict())
     rows = {"ground truth": batch["video"] / 255}
-    if model.cfg.space == "latent":
-        rows["prediction"] = model.render(batch["first_frame"], batch["masks"], frames)
-    rows["prediction,\nin pixel space"] = pixel.render(batch["first_frame"], batch["masks"], frames)
+    rows["prediction"] = model.render(batch["first_frame"], batch["masks"], frames)
+    rows["prediction,\nwithout decoder"] = paint(batch, model.motion(batch), frames)
     return {title: video[0].permute(0, 2, 3, 1).numpy() for title, video in rows.items()}
 
 
 def figures(model, config, args, report):
     """figure1.png, figure1_long.png, motion.gif; with another decoder if the model's own loses to black."""
     batch = own_squares(model, model.cfg.frames, video=True).batch(range(4))
-    if model.cfg.space == "latent" and l1_of(model, batch) > (batch["video"][:, 1:] / 255).mean():
+    if l1_of(model, batch) > (batch["video"][:, 1:] / 255).mean():
         tqdm.write("\nThis checkpoint's decoder is not trained: pictures use one that was trained here, " + (
             "in phase 0" if report.decoder is None else "Table 2's after phase 2"))
         model.decoder = report.decoder or train_decoder()

@@ -41,7 +41,7 @@ import midway
 import moog
 import train
 from data import MultiCrop, Scenes, Videos, read_frames
-from melomotion import FlowBaseline, MeloMotion, composite, encode_latent, place, position_loss
+from melomotion import FlowBaseline, MeloMotion, encode_latent, place, position_loss
 from midway import Config, DINOLoss, GatedBlock, Midway, load_official
 
 HERE = Path(__file__).parent
@@ -3001,21 +3001,18 @@ def squares(count=4, **options):
 
 def test_every_row_of_table_1():
     model = MeloMotion(melomotion.Config())
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    names = "predictors", "rgb_proj", "camera", "decoder", "encoder"
-    assert [size(getattr(model, name)) for name in names] == [6_438, 256, 742, 34_587, 1_088]
-    assert size(model) == 43_111 and size(model.predictors) == 3 * 2_146
-    assert size(FlowBaseline()) - size(model.decoder) == 322_862
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert sizes == dict(predictors=3 * 2_146, rgb_proj=256, camera=742, encoder=1_088, decoder=34_587)
+    assert sum(sizes.values()) == 43_111
+    assert sum(p.numel() for p in FlowBaseline().parameters()) - sizes["decoder"] == 322_862
 
 
 def test_position_loss_is_the_velocity_error_of_rigid_labels():
     torch.manual_seed(0)
     v, true = torch.randn(2, 5, 3, 2)
-    d = torch.stack([t * true for t in range(1, 16)], 2)                # (5, 3, 15, 2)
+    d = torch.arange(1, 16)[:, None] * true[:, :, None]                 # (5, 3, 15, 2)
     close(position_loss(v, d), 2 * F.mse_loss(v, true), 1e-5)           # x and y are summed
-    close(position_loss(v, d[:, :, :4]), 2 * F.mse_loss(v, true), 1e-5)
-    # T = 2: one frame, where the division does nothing
-    close(position_loss(v, d[:, :, :1], normalize=False), 2 * F.mse_loss(v, true), 1e-5)
+    close(position_loss(v, d, normalize=False), 2 * F.mse_loss(v, true) * 1240 / 15, 1e-3)
 
 
 @pytest.mark.parametrize("normalize, ratio", [(True, 1), (False, 225)])
@@ -3029,37 +3026,78 @@ def test_gradient_of_frame_15_over_that_of_frame_1(normalize, ratio):
     close(gradients[1], ratio * gradients[0], 1e-6)
 
 
+def place_by_slicing(layers, displacements):
+    """place() as the report describes it: each layer cut out, and pasted once a frame."""
+    B, N, C, h, w = layers.shape
+    out = torch.zeros(B, N, displacements.shape[2], C, h, w)
+    for b, n, t in np.ndindex(out.shape[:3]):
+        dx, dy = (round(x) for x in (displacements[b, n, t] * w).tolist())
+        top, bottom = np.clip([dy, h + dy], 0, h)
+        left, right = np.clip([dx, w + dx], 0, w)
+        block = layers[b, n, :, top - dy:bottom - dy, left - dx:right - dx]
+        out[b, n, t, :, top:bottom, left:right] = block
+    return out
+
+
 def test_place_equals_slicing_and_clips_at_the_border():
     torch.manual_seed(0)
-    cut = 0
     for h, w in ((16, 16), (8, 12)):
-        latent, masks = torch.randn(2, 1, 16, h, w), torch.rand(2, 3, h, w) < 0.06
-        masks[0, 0] = False                                             # an object that nobody sees
-        d = 1.6 * torch.rand(2, 3, 9, 2) - 0.8
+        layers = torch.randn(2, 3, 4, h, w)
+        d = 2.4 * torch.rand(2, 3, 9, 2) - 1.2
         d[:, :, 0] = torch.tensor([0.5, 2.5]) / w                       # halves: to the even cell, both ways
-        placed = place(latent, masks.float(), d)
-        close(placed, evaluate.place_by_slicing(latent, masks.float(), d), 0)
-        cut += ((placed != 0).any(3).sum() < 9 * masks.sum()).item()
-    assert cut == 2                                                     # some of it did leave
-    own = torch.randn(2, 3, 4, h, w)                                    # layers of their own
-    close(place(own, masks.float(), d), evaluate.place_by_slicing(own, masks.float(), d), 0)
+        close(place(layers, d), place_by_slicing(layers, d), 0)
 
 
 def test_whole_cells_of_warping_equal_placing():
     x, d = torch.rand(3, 2, 16, 16), torch.tensor([[1, 0], [-3, 5], [0, 20]]) / 16
-    placed = place(x[:, None], torch.ones(3, 1, 16, 16), d[:, None, None])[:, 0, 0]
-    close(melomotion.warp(x, d[..., None, None]), placed, 1e-5)
+    close(melomotion.warp(x, d[..., None, None]), place(x[:, None], d[:, None, None])[:, 0, 0], 1e-5)
 
 
-def test_painters_order_hides_what_lies_below():
-    red, blue = torch.zeros(2, 1, 4, 4, 4)
-    red[:, :2, :3], blue[:, ::3, 1:] = 1.0, 1.0                         # channels: cover, R, G, B
-    below = torch.full((1, 1, 4, 4, 4), 0.5)
-    seen = composite(below, torch.stack([red, blue], 1)[:, :, None], "over")[0, 0]
-    close(seen[1:, 0], red[0, 1:, 0], 0)
-    close(seen[1:, 1:], blue[0, 1:, 1:], 0)
-    close(seen[:, 3, 3], blue[0, :, 3, 3], 0)
-    close(composite(below, torch.stack([red, blue], 1)[:, :, None])[0, 0, 1, 1], torch.full((4,), 1.5), 0)
+class CellColours(torch.nn.Module):
+    """In the decoder's place: paints each cell in the colour that its latent has."""
+
+    def forward(self, latents):
+        return latents[:, 1:4].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def moving_tiles():
+    """A clip of two tiles that move by whole cells, each frame painted by itself."""
+    masks = torch.zeros(1, 2, 64, 64)
+    masks[0, 0, 24:32, 0:16] = 1
+    masks[0, 1, 40:48, 40:48] = 1
+    layers = masks[0, :, None] * torch.rand(2, 3, 1, 1)                 # (N, 3, H, W)
+    v = torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]]) / 8
+    frames = [layers[0].roll(8 * t, 2) + layers[1].roll((-8 * t, -8 * t), (1, 2)) for t in range(5)]
+    d = torch.arange(1, 5)[:, None] * v[:, :, None]
+    return dict(first_frame=frames[0][None], masks=masks, displacements=d, video=torch.stack(frames)[None]), v
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2])
+def test_true_velocities_draw_the_true_frames(phase):
+    batch, v = moving_tiles()
+    model = MeloMotion(melomotion.Config(size=64, frames=5, objects=2, phase=phase))
+    model.decoder = CellColours()
+    t = torch.tensor([[3, 1]])
+    draw = model.warped if phase == 0 else model.draw
+    close(draw(batch["first_frame"], batch["masks"], v, t), batch["video"][:, [3, 1]], 1e-5)
+    assert model.l1(batch, v) < 1e-5 and model.l1(batch, v, one=True) < 1e-5
+    assert phase or model(batch)[1]["l1"] < 1e-5                        # phase 0 sees the true motion
+    assert model.l1(batch | dict(video=batch["video"].roll(1, 1)), v) > 1e-3
+
+
+def test_background_is_inpainted_with_the_mean_of_the_rest():
+    hole = (torch.arange(4) < 2).float().expand(1, 1, 4, 4)             # the left half
+    x = torch.rand(1, 3, 4, 4)
+    filled = melomotion.inpaint(x, hole)
+    close(filled[..., 2:], x[..., 2:], 0)
+    close(filled[..., :2], x[..., 2:].mean((2, 3), keepdim=True).expand(1, 3, 4, 2), 1e-6)
+    # what is left behind looks like its surroundings
+    model = MeloMotion(melomotion.Config(size=64, objects=1))
+    model.decoder = CellColours()
+    image, masks = torch.full((1, 3, 64, 64), 0.5), torch.zeros(1, 1, 64, 64)
+    masks[..., 8:16, 8:16] = 1
+    frame = model.draw(image, masks, torch.tensor([[[0.25, 0.0]]]), torch.tensor([[1]]))
+    close(frame[0, 0, :, 8:16, 8:16], torch.full((3, 8, 8), 0.5), 1e-6)
 
 
 def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
@@ -3067,132 +3105,74 @@ def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
     image, occupancy = torch.rand(2, 3, 16, 24), torch.rand(2, 1, 16, 24)
     latent = encode_latent(image, occupancy)
     assert latent.shape == (2, 16, 2, 3)
-    close(latent[:, 1:4], F.avg_pool2d(image, 8), 1e-6)
-    close(latent[:, :1], F.avg_pool2d(occupancy, 8), 1e-6)
-    # linear, with 16 independent outputs for the 16 means of a cell: solve for them
+    close(latent[:, :4], F.avg_pool2d(torch.cat([occupancy, image], 1), 8), 1e-6)
+    # linear, with 16 independent outputs for the 16 means of a cell
     blocks = torch.eye(16).view(16, 4, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    matrix = encode_latent(blocks[:, 1:], blocks[:, :1]).view(16, 16)   # row: latent of one mean
-    means = torch.linalg.solve(matrix.T, latent.permute(1, 0, 2, 3).reshape(16, -1)).view(4, 2, 2, 2, 2, 3)
-    means = means.permute(3, 0, 4, 1, 5, 2).reshape(2, 4, 4, 6)
-    close(means, F.avg_pool2d(torch.cat([occupancy, image], 1), 4), 1e-5)
-
-
-def test_upsampling_convolution_is_one():
-    layer, x = melomotion.UpConv(5, 3), torch.rand(2, 5, 6, 7)
-    slow = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.weight, layer.bias, padding=1)
-    close(layer(x), slow.detach(), 1e-6)
+    assert torch.linalg.matrix_rank(encode_latent(blocks[:, 1:], blocks[:, :1]).view(16, 16)) == 16
 
 
 def test_colours_are_read_off_exactly_wherever_the_object_lies():
     batch = squares(32, shape="any")
     model = MeloMotion(melomotion.Config())
-    colours = model.pool(*model.extract(batch["first_frame"], batch["masks"]))
     painted = (batch["first_frame"][:, None] * batch["masks"][:, :, None]).flatten(3).amax(3) / 255
-    close(colours, painted, 1e-5)
-    law = 0.1 * (painted[:, 0, :2] - 128 / 255)
-    close(batch["displacements"][:, 0], torch.arange(1, 16)[:, None] * law[:, None], 1e-6)
+    close(model.pool(model.extract(batch["first_frame"], batch["masks"])), painted, 1e-5)
 
 
-def test_unmasked_average_gives_all_objects_one_feature():
+@pytest.mark.parametrize("pooling, same", [("full", True), ("avg", False), ("max", False), ("rgb", False)])
+def test_unmasked_average_gives_all_objects_one_feature(pooling, same):
     batch = squares()
-    for pooling, same in (("full", True), ("avg", False), ("max", False), ("rgb", False)):
-        model = MeloMotion(melomotion.Config(pooling=pooling))
-        f = model.features(model.pool(*model.extract(batch["first_frame"], batch["masks"])))
-        assert ((f - f[:, :1]).abs().max() == 0) == same, pooling
-
-
-def test_camera_stands_still_at_the_start_and_its_head_learns():
-    torch.manual_seed(0)
-    batch = squares(camera=True)
-    model = MeloMotion(melomotion.Config(camera=True, blend="over"))
-    v, pan = model.motion(batch)
-    assert pan.shape == (4, 2) and pan.abs().max() == 0
-    close(model.camera(torch.randn(5, 16)), torch.tensor([1.0, 0, 0, 0, 1, 0]).expand(5, 6), 0)
-    loss, logs = model(batch)
-    loss.backward()
-    assert model.camera[-1].weight.grad.abs().max() > 0 and logs["pos_camera"] > 1e-5
-
-
-def test_l1_gives_velocities_no_gradient_and_the_decoder_one_in_phase_2():
-    torch.manual_seed(0)
-    for phase in (1, 2):
-        model, batch = MeloMotion(melomotion.Config(phase=phase, pos_weight=0.0)), squares(2)
-        loss, logs = model(batch)
-        loss.backward()
-        assert logs["l1"] > 0 and all(p.grad.abs().max() == 0 for p in model.predictors.parameters())
-        assert all((p.grad is not None) == (phase == 2) for p in model.decoder.parameters())
-    assert model.decoder.out.weight.grad.abs().max() > 0
+    _, logs = MeloMotion(melomotion.Config(pooling=pooling, shared_predictor=True))(batch)
+    assert (logs["spread"] == 0) == same
 
 
 @pytest.mark.parametrize("change", [
-    {}, dict(shared_predictor=True), dict(shared_predictor=True, object_index=True), dict(always_zero=True),
-    dict(normalize=False), dict(pooling="avg"), dict(pooling="max"), dict(pooling="full"),
-    dict(space="pixel"), dict(blend="over"), dict(phase=0), dict(phase=2),
-    dict(camera=True, blend="over", phase=2),
-    dict(mode="all-move"), dict(mode="random-mover", shape="any"), dict(mode="colour-mover", shape="disc"),
-    dict(render=True), dict(frames=4, objects=2, size=64)], ids=str)
-def test_every_variant_trains_all_its_parameters(change):
+    {}, dict(shared_predictor=True), dict(shared_predictor=True, object_index=True), dict(normalize=False),
+    dict(pooling="avg"), dict(pooling="max"), dict(pooling="full"), dict(phase=0), dict(phase=2),
+    dict(mode="all-move"), dict(shape="any"), dict(frames=4, objects=2)], ids=str)
+def test_every_variant_trains_what_it_should(change):
     torch.manual_seed(0)
-    cfg = melomotion.Config(**change)
-    if "size" in change:
-        clips = data.MovingSquares(cfg.size, cfg.frames, side=16, **cfg.inputs["squares"])
-    else:
-        clips = data.MovingSquares(cfg.size, cfg.frames, **cfg.inputs["squares"])
-    model, batch = MeloMotion(cfg), clips.batch([0, 1])
+    cfg = melomotion.Config(**change, pos_weight=0.0 if "phase" in change else 10.0)
+    model, batch = MeloMotion(cfg), squares(2, frames=cfg.frames, **cfg.inputs["squares"])
     loss, logs = model(batch)
     loss.backward()
-    assert loss.isfinite() and not any(value.requires_grad for value in logs.values())
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    features = "rgb_proj" if cfg.pooling == "rgb" else "encoder"
+    assert trained == {0: {"decoder"}, 1: {"predictors", features},
+                       2: {"predictors", features, "decoder"}}[cfg.phase]
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)   # or DDP waits for ever
-    assert ("l1" in logs) == (cfg.render or cfg.phase != 1)
+    if cfg.phase == 1:
+        close(loss, 10 * position_loss(model.motion(batch), batch["displacements"], cfg.normalize), 1e-6)
+    if cfg.phase == 2:              # L1 alone: placing rounds, so velocities get nothing from it
+        assert all(p.grad.abs().max() == 0 for p in model.predictors.parameters())
+        assert all(p.grad.abs().max() > 0 for p in model.decoder.parameters())
+    assert ("l1" in logs) == (cfg.phase != 1) and not any(value.requires_grad for value in logs.values())
     video = model.render(batch["first_frame"], batch["masks"], frames=3)
-    assert video.shape == (2, 3, 3, cfg.size, cfg.size) and 0 <= video.min() and video.max() <= 1
+    assert video.shape == (2, 3, 3, 128, 128) and 0 <= video.min() and video.max() <= 1
     assert all(row["model"].isfinite() for row in model.report(batch).values())
 
 
-def test_true_velocities_draw_the_true_frames_in_pixel_space():
-    clips = data.MovingSquares(frames=40, mode="all-move", shape="any", camera=True).batch(range(3))
-    model = MeloMotion(melomotion.Config(space="pixel", blend="over", camera=True))
-    t = torch.arange(40).expand(3, -1)
-    drawn = model.draw(clips["first_frame"], clips["masks"], clips["displacements"][:, :, 0], t,
-                       clips["camera"][:, 0])
-    # but where the background was hidden or lay outside frame 0, or a position is rounded the other way
-    moved = torch.stack([clips["video"][:, 0] != clips["video"][:, k] for k in range(40)], 1)
-    right = (drawn - clips["video"] / 255).abs() < 2 / 255
-    black = squares(3, frames=40, mode="all-move", shape="any")
-    plain = MeloMotion(melomotion.Config(space="pixel", blend="over"))
-    exact = plain.draw(black["first_frame"], black["masks"], black["displacements"][:, :, 0], t)
-    close(exact, black["video"] / 255, 1e-6)
-    assert moved.any() and right.float().mean() > 0.5 and right[:, 0].float().mean() > 0.85
-
-
-def test_one_predictor_takes_any_number_of_objects_and_three_take_three():
-    batch = squares(objects=5, side=16)
+@pytest.mark.parametrize("change, objects, height, word", [
+    (dict(pooling="mean"), 3, 128, "rgb"), (dict(object_index=True, pooling="avg"), 3, 128, "rgb"),
+    (dict(phase=3), 3, 128, "phase"), ({}, 5, 128, "5 objects"), ({}, 3, 100, "100x128")])
+def test_what_does_not_fit_melomotion_is_refused(change, objects, height, word):
+    with pytest.raises(AssertionError, match=word):
+        model = MeloMotion(melomotion.Config(**change))
+        model.render(torch.rand(1, 3, height, 128), torch.ones(1, objects, height, 128))
     shared = MeloMotion(melomotion.Config(shared_predictor=True))
-    assert shared.render(batch["first_frame"], batch["masks"], 2).shape == (4, 2, 3, 128, 128)
-    with pytest.raises(ValueError, match="3 predictors.*5 objects"):
-        MeloMotion(melomotion.Config()).render(batch["first_frame"], batch["masks"])
-    with pytest.raises(ValueError, match="100x128"):
-        shared.render(batch["first_frame"][:, :, :100], batch["masks"][:, :, :100])
-
-
-def test_wrong_melomotion_configs_say_what_to_change():
-    for change, word in ((dict(size=100), "try 96"), (dict(pooling="mean"), "rgb, avg, max, full"),
-                         (dict(camera=True), "blend='over'"), (dict(space="pixel", phase=2), "no use for"),
-                         (dict(objects=0), "objects=0"), (dict(object_index=True, pooling="avg"), "rgb")):
-        with pytest.raises(ValueError, match=re.escape(word)):
-            MeloMotion(melomotion.Config(**change))
+    assert shared.render(torch.rand(1, 3, 64, 128), torch.ones(1, 5, 64, 128), 2).shape == (1, 2, 3, 64, 128)
 
 
 def test_flow_baseline_starts_still_and_its_windows_are_closed():
     torch.manual_seed(0)
-    batch, model = squares(1), FlowBaseline()
+    batch, model, once = squares(1), FlowBaseline(), FlowBaseline(one_shot=True)
+    once.load_state_dict(model.state_dict())
     loss, _ = model(batch)
     loss.backward()
     assert model.head[-1].weight.grad.abs().max() > 0                   # through the decoder, frame by frame
-    once = FlowBaseline(one_shot=True)
-    once.load_state_dict(model.state_dict())
     close(once(batch)[0].detach(), loss.detach(), 1e-6)                 # no flow yet: both repeat frame 0
-    for shift, (near, far) in ((0, ((7, 7), (8, 8))), (4, ((3, 3), (15, 15)))):
+    model.head[-1].bias.data, once.head[-1].bias.data = torch.tensor([[0.0625, 0], [0.0625, 0]])
+    close(once(batch)[0].detach(), model(batch)[0].detach(), 1e-4)      # a cell a frame
+    for shift, near, far in ((0, (7, 7), (8, 8)), (4, (3, 3), (15, 15))):
         block, x = melomotion.SwinBlock(shift), torch.randn(1, 16, 16, 64)
         changed = x.clone()
         changed[0, 0, 0] += 1.0
@@ -3336,7 +3316,7 @@ def test_melomotion_resumes_starts_from_weights_and_takes_squares_only(fast_run,
     whole, parts, first = weights(tmp_path / "whole"), weights(tmp_path / "parts"), weights(fast_run)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert torch.equal(whole["camera.0.weight"], first["camera.0.weight"])
-    assert not torch.equal(whole["decoder.out.weight"], first["decoder.out.weight"])
+    assert not torch.equal(whole["decoder.8.weight"], first["decoder.8.weight"])
     close(whole["predictors.w2"], first["predictors.w2"], 0.01)
     for args, word in (([*small, "--data", "scenes"], "--data squares"),
                        ([*small, "--init", f"{tmp_path}/nowhere"], "no checkpoint at"),
