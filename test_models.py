@@ -1034,7 +1034,7 @@ def test_multicrop_gives_the_same_crops_from_uint8_frames_and_from_tensors():
 
 
 def test_loader_is_a_pure_function_of_the_sample_number():
-    inputs, scenes = SMALL.inputs, dict(size=24, sprites=1)
+    inputs, scenes = SMALL.inputs, data.SceneOptions(size=24, sprites=1)
     load = lambda batches, **kw: list(
         data.make_loader("scenes", inputs, batches, seed=3, scenes=scenes, **kw))
     whole, parts, spread = (load([range(6)], workers=0), load([range(2), range(2, 6)], workers=0),
@@ -1718,7 +1718,7 @@ def test_images_of_other_kinds_are_read_right(tmp_path):
 def test_an_error_with_workers_running_still_ends(tmp_path):
     script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import data\n"
               "loader = iter(data.make_loader('scenes', dict(frames=2, size=16), [range(2)] * 9, workers=1,"
-              " scenes=dict(textures=3)))\nnext(loader); raise RuntimeError('a bug')")
+              " scenes=data.SceneOptions(textures=3)))\nnext(loader); raise RuntimeError('a bug')")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug"), done.stderr
 
