@@ -433,9 +433,11 @@ def latents(model, config, args, report):
     """Do the motion latents carry motion? Their variance, their rank, and what exchanging them costs."""
     predicted_levels(model)
     n, steps, rows = min(args.batch_size, 32), 8, {}
+    options = dict(config.get("scenes") or midway.SCENES)
+    options.pop("frames", None)
     loader = list(data.make_loader(
         args.data, model.cfg.inputs, [range(i * n, i * n + n) for i in range(steps)], args.device, args.seed,
-        split="eval", colours=False, scenes=data.SceneOptions(**(config.get("scenes") or midway.SCENES)),
+        split="eval", colours=False, scenes=data.SceneOptions(**options),
         videos=data.VideoOptions(gap=args.gap)))
     nets = {"": model, "random init, ": random_init(model, args)}
     for who, net in nets.items():

@@ -1154,7 +1154,7 @@ def test_multicrop_cuts_the_boxes_that_it_draws():
 def test_loader_is_a_pure_function_of_the_sample_number():
     def load(batches, **options):
         return list(data.make_loader("scenes", SMALL.inputs, batches, seed=3,
-                                     scenes=dict(size=24, sprites=1), **options))
+                                     scenes=data.SceneOptions(size=24, sprites=1), **options))
     whole = load([range(6)], workers=0)[0]
     parts = load([range(2), range(2, 6)], workers=0)
     spread = load([range(2), range(2, 6)], workers=2)
