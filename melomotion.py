@@ -371,7 +371,8 @@ class MeloMotion(nn.Module):
             logs["pos"] = position_loss(v, d)
             # the largest difference between objects: 0 if a predictor has collapsed
             logs["spread"] = (v.amax(1) - v.amin(1)).amax(-1).mean()
-            loss = cfg.pos_weight * position_loss(v, d, cfg.normalize)
+            loss = logs["pos"] if cfg.normalize else position_loss(v, d, normalize=False)
+            loss = cfg.pos_weight * loss
         if "video" in batch:
             # our choice: one frame a clip where the decoder learns; its neighbours teach no more
             logs["l1"] = self.l1(batch, v, one=cfg.phase != 1)
