@@ -2997,7 +2997,7 @@ def test_melomotion_resumes_starts_from_weights_and_takes_squares_only(fast_run,
 
 
 def test_eval_writes_every_table_and_picture(fast_run, tmp_path, monkeypatch):
-    for name, value in dict(EPOCH=10, DECODER_STEPS=2, ROUNDS=2, ROUND_SECONDS=0, HELD_OUT=20, L1_CLIPS=1).items():
+    for name, value in dict(EPOCH=10, DECODER_STEPS=2, ROUNDS=2, HELD_OUT=20, L1_CLIPS=1).items():
         monkeypatch.setattr(evaluate, name, value)
     evaluate.pooled_clips.cache_clear()
     evaluate.main([str(fast_run), "--seeds", "2", "--out", str(tmp_path)])
