@@ -40,8 +40,8 @@ Tasks of moog
 
 Tasks of melomotion
     tables    all tables of the report beside ours, with the controls that it lacks; trains every ablation
-              with --seeds seeds: some 6 minutes on one core for 3
-    figures   Figure 1 as figure1.png, twice as long as figure1_long.png, and motion.gif
+              with --seeds seeds: some 2 minutes on one core for 3
+    figures   Figure 1 as figure1.png, and motion.gif, twice as long: truth, prediction, their paths
 
 Tables are printed and, with the command, the seeds and the versions, written to results.json, task by task,
 beside the pictures: with the checkpoint, or in --out.
@@ -57,7 +57,6 @@ import statistics
 import sys
 import time
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -77,7 +76,7 @@ import data
 import midway
 import moog
 import train
-from melomotion import (RECIPES, Config, FlowBaseline, MeloMotion, place, position_loss, warp)
+from melomotion import RECIPES, Config, FlowBaseline, MeloMotion, place, position_loss, warp
 from moog import psnr       # one of the metrics, for whoever imports this file
 
 matplotlib.use("Agg")
@@ -2036,18 +2035,18 @@ def melomotion_tables(model, config, args, report):
     speed(report)
 
 
-def count(module):
+def size_of(module):
     return sum(p.numel() for p in module.parameters())
 
 
 def table1(report):
     model = MeloMotion(Config())
     says = dict(predictors=6438, rgb_proj=256, camera=742, encoder=1088, decoder=34587)
-    rows = [[name, number, count(getattr(model, name))] for name, number in says.items()]
-    rows.append(["total", 43111, count(model)])
-    baseline = count(FlowBaseline())
-    rows.append(["baseline's Swin", "323K", baseline - count(model.decoder)])
-    whole = baseline + count(model.encoder) + count(model.camera)
+    rows = [[name, number, size_of(getattr(model, name))] for name, number in says.items()]
+    rows.append(["total", 43111, size_of(model)])
+    baseline = size_of(FlowBaseline())
+    rows.append(["baseline's Swin", "323K", baseline - size_of(model.decoder)])
+    whole = baseline + size_of(model.encoder) + size_of(model.camera)
     rows.append(["baseline: Swin, decoder, encoder, camera", "441K", whole])
     report.table("Table 1: parameters", ["report", "ours"], rows)
 
