@@ -2285,7 +2285,7 @@ class Shot:
 
 def figures(model, config, args, report):
     """figure1.png, the report's Figure 1, and motion.gif, twice as long, with shapes never seen."""
-    shots = {"as in training": Shot(model, 29), "shapes never seen": Shot(model, 70, shape="any")}
+    shots = {"as in training": Shot(model, 29), "shapes never seen": Shot(model, 13, shape="any")}
     names = ("truth", "prediction")
     paths = "white: true paths, red: predicted ones"
     times = (0, 1, 2, 4, 8, 12, 15)
@@ -2300,16 +2300,18 @@ def figures(model, config, args, report):
 
     figure, axes = plt.subplots(2, 2, figsize=(4.4, 5), layout="constrained")
     figure.supxlabel(paths, fontsize=10)
+    heading = figure.suptitle("t = 0")
     pictures = []
     for t in range(32):
         for row, (title, shot) in zip(axes, shots.items()):
             for axis, name in zip(row, names):
                 shot.show(axis, name, t)
-                axis.set_title(name)
+                axis.set_title(name if shot is shots["as in training"] else "")
             row[0].set_ylabel(title)
         beyond = "" if t < model.cfg.frames else ", beyond the clips of training"
-        figure.suptitle(f"t = {t}{beyond}")
+        heading.set_text(f"t = {t}{beyond}")
         figure.canvas.draw()
+        figure.set_layout_engine("none")            # from now on as in the first frame
         pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
     plt.close(figure)
     iio.imwrite(report.out / "motion.gif", np.stack(pictures), duration=120, loop=0)
