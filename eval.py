@@ -2165,23 +2165,21 @@ def table3(report, runs):
 
 def table4(report, runs, seeds):
     """Pooling: how far features differ at the start, and whether that matters, by optimiser."""
-    rows = [["avg", "average of the object's latent", 0.003, "no"],
-            ["max", "maximum of the object's latent", 0.031, "partial"],
-            ["rgb", "mean RGB of the object", 0.045, "yes"],
-            ["full", "average of the whole latent, not masked", "", ""]]
-    adam = dict(avg="avg", rgb="decoupled", full="full")                # names of trainings
-    sgd = dict(avg="avg, SGD", max="max, SGD", rgb="rgb, SGD")
+    rows = []
     clips = pooled_clips(ALL, 0, 0, HELD_OUT, "eval")
-    for row in rows:
-        pooling = row.pop(0)
+    for pooling, name, says, converges, adam, sgd in (      # the last two are names of trainings
+            ("avg", "average of the object's latent", 0.003, "no", "avg", "avg, SGD"),
+            ("max", "maximum of the object's latent", 0.031, "partial", "", "max, SGD"),
+            ("rgb", "mean RGB of the object", 0.045, "yes", "decoupled", "rgb, SGD"),
+            ("full", "average of the whole latent, not masked", "", "", "full", "")):
         apart = []
         for seed in seeds:
             torch.manual_seed(seed)
             f = MeloMotion(Config(pooling=pooling)).features(clips[pooling])
             apart.append((f - f.roll(1, 1)).abs().mean().item())        # the three pairs of objects
-        row.insert(2, apart)
-        row.append(runs[adam[pooling]].scores(DIFF, "pos") if pooling in adam else "")
-        row.append(runs[sgd[pooling]].scores(ALL, "pos") if pooling in sgd else "")
+        adam = runs[adam].scores(DIFF, "pos") if adam else ""
+        sgd = runs[sgd].scores(ALL, "pos") if sgd else ""
+        rows.append([name, says, apart, converges, adam, sgd])
     zero = [runs["shared"].scores(mode, "zero")[0] for mode in (DIFF, ALL)]
     rows.append(["nothing moves", "", "", "", *zero])
     title = f"Table 4: pooling; features at the start, held-out POS, {CONTROL_EPOCHS} epochs"
