@@ -83,7 +83,7 @@ PRESETS = {
 DEFAULTS = "report", "report"       # train.py's choice without a GPU and with one
 
 # What train.py starts from, preset by preset; every entry is a flag. report: Sec. 4.1
-# An epoch is 2,000 steps of one clip: means over 2,000 steps of the log are Table 2's.
+# Means over 2,000 steps of the log are Table 2's epochs.
 REPORT = dict(
     data="squares", steps=12_000, batch_size=1, lr=1e-2, min_lr=1e-2, warmup=0.0,
     betas=(0.9, 0.95), weight_decay=1e-5, weight_decay_end=1e-5, clip=0.0,
@@ -113,15 +113,15 @@ def at_frames(video, t):
 
 def encode_latent(image, occupancy):
     """
-    The encoder, without parameters. image (B, 3, H, W) in [0, 1], occupancy (B, 1, H, W), the share of
-    a pixel that counts -> (B, 16, H/8, W/8). Channel 0 is occupancy, 1-3 R G B (report: "channels
-    1-3"), as means over a cell; 4-15 tell how its four quarters differ in each.
+    The encoder, without parameters. image (B, 3, H, W) in [0, 1], occupancy (B, 1, H, W) likewise ->
+    (B, 16, H/8, W/8). Channel 0 is occupancy, 1-3 R G B (report: "channels 1-3"), as means over a
+    cell; 4-15 tell how its four quarters differ in each.
     our choice: the report's VAE isn't public. This one keeps the means over 4 x 4 pixels.
     """
     x = torch.cat([occupancy, image], 1)                                # (B, 4, H, W)
     x = F.avg_pool2d(x, CELL // 2)                                      # (B, 4, 2h, 2w)
     x = F.pixel_unshuffle(x, 2).unflatten(1, (4, 4))                    # (B, 4, quarters, h, w)
-    a, b, c, d = x.unbind(2)                                            # above a b, below c d
+    a, b, c, d = x.unbind(2)                                            # a b above c d
     haar = [a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]
     return torch.cat(haar, 1) / 4                                       # (B, 16, h, w)
 
@@ -341,9 +341,10 @@ class MeloMotion(nn.Module):
         """Velocities (B, N, 2); in phase 0, where only the decoder learns, the true ones."""
         if self.cfg.phase == 0:
             return batch["displacements"][:, :, 0]
-        if "pooled" in batch:
-            return self.velocities(batch["pooled"])
-        return self.velocities(self.pool(self.extract(batch["first_frame"], batch["masks"])))
+        pooled = batch.get("pooled")
+        if pooled is None:
+            pooled = self.pool(self.extract(batch["first_frame"], batch["masks"]))
+        return self.velocities(pooled)
 
     def l1(self, batch, v, one=False):
         """Mean L1 of frames 1 .. T-1, or of a random one of each clip. report: Eq. 6"""
@@ -371,7 +372,8 @@ class MeloMotion(nn.Module):
             logs["pos"] = position_loss(v, d)
             # the largest difference between objects: 0 if a predictor has collapsed
             logs["spread"] = (v.amax(1) - v.amin(1)).amax(-1).mean()
-            loss = cfg.pos_weight * position_loss(v, d, cfg.normalize)
+            loss = logs["pos"] if cfg.normalize else position_loss(v, d, normalize=False)
+            loss = cfg.pos_weight * loss
         if "video" in batch:
             # our choice: one frame a clip where the decoder learns; its neighbours teach no more
             logs["l1"] = self.l1(batch, v, one=cfg.phase != 1)
