@@ -393,19 +393,12 @@ def test_features_take_other_sizes_and_uint8():
 # ---- MooG: parity with the authors' model --------------------------------------------------------
 MOOG = np.load(HERE / "reference" / "moog.npz")
 MOOG_SHAPES = json.loads(MOOG["shapes"].tobytes())
-MOOG_SEEDS = dict(released=1234, movi=777, point_head=61, box_head=62, point_readout=55, depth_readout=56)
+MOOG_SEEDS = dict(
+    released=1234, movi=777, point_head=61, box_head=62, point_readout=55, depth_readout=56)
 
 
 def moog_ref(kind, name):
     return torch.from_numpy(np.atleast_1d(MOOG[f"{kind}/{name}"]))
-
-
-def channels_first(video):
-    return video.movedim(-1, -3)
-
-
-def channels_last(frames):
-    return frames.movedim(-3, -1)
 
 
 def moog_arrays(kind):
@@ -414,9 +407,10 @@ def moog_arrays(kind):
     arrays = {}
     for name, shape in sorted(MOOG_SHAPES[kind].items()):
         n = random.standard_normal(shape)
-        fan_in = shape[0] if re.search("query/|key/|value/|embedding/", name) else np.prod(shape[:-1])
-        kinds = dict(scale=1 + 0.1 * n, bias=0.1 * n, embeddings=0.2 * n, kernel=n / np.sqrt(fan_in))
-        arrays[name] = kinds.get(name.split("/")[-1], kinds["kernel"]).astype(np.float32)
+        of_heads = re.search("query/|key/|value/|embedding/", name)
+        kernel = n / np.sqrt(shape[0] if of_heads else np.prod(shape[:-1]))
+        kinds = dict(scale=1 + 0.1 * n, bias=0.1 * n, embeddings=0.2 * n)
+        arrays[name] = kinds.get(name.split("/")[-1], kernel).astype(np.float32)
     return arrays
 
 
@@ -426,7 +420,7 @@ def moog_weights(kind):
 
 @pytest.fixture(scope="module")
 def moog_files(tmp_path_factory):
-    """The authors' files, released.npz with a prefix; cross.npz has none, and a decoder without self_att."""
+    """The authors' files: released.npz with a prefix, cross.npz without it and self-attention."""
     folder = tmp_path_factory.mktemp("moog")
     for kind in ("movi", "point_head", "box_head"):
         np.savez(folder / f"{kind}.npz", **moog_arrays(kind))
@@ -438,44 +432,42 @@ def moog_files(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def moog_models(moog_files):
-    return {name: moog.load_official(moog_files / f"{name}.npz") for name in ("released", "cross", "movi")}
-
-
-def released_outputs(model):
-    video = channels_first(moog_ref("released", "video"))
+@torch.no_grad()
+def released_outputs(path):
+    model = moog.load_official(path)
+    video = moog_ref("released", "video").movedim(-1, -3)
     state = moog_ref("released", "state0")
     states = model.unroll(video, state)
     before = model.predict_ahead(video, state)[:, :-1]
     frames, attention = model.decode(before, video.shape[-2:], return_attention=True)
     return dict(
         encoder_output=model.encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2]),
-        states_after_sa=states.predicted, states_after_ca=states.corrected, decoder_input_states=before,
-        recon=channels_last(frames), dec_cross_attn_last=attention[:, 3:])
+        states_after_sa=states.predicted, states_after_ca=states.corrected,
+        decoder_input_states=before, recon=frames.movedim(-3, -1),
+        dec_cross_attn_last=attention[:, 3:])
 
 
-@torch.no_grad()
-def test_moog_released_equals_the_authors(moog_models):
-    for name, output in released_outputs(moog_models["released"]).items():
+def test_moog_released_equals_the_authors(moog_files):
+    for name, output in released_outputs(moog_files / "released.npz").items():
         close(output, moog_ref("released", name), 2e-5)
-    out = released_outputs(moog_models["cross"])
+    out = released_outputs(moog_files / "cross.npz")
     for name in ("recon", "dec_cross_attn_last"):
         close(out[name], moog_ref("released", f"{name}_xonly"), 2e-5)
 
 
 @torch.no_grad()
-def test_moog_of_the_paper_equals_the_authors(moog_models):
-    model = moog_models["movi"]
-    video = channels_first(moog_ref("movi", "video"))
+def test_moog_of_the_paper_equals_the_authors(moog_files):
+    model = moog.load_official(moog_files / "movi.npz")
+    video = moog_ref("movi", "video").movedim(-1, -3)
     states = model.unroll(video, model.state_norm(moog_ref("movi", "state0")))
     predicted = states.predicted[:1]
     encoded = model.encoder(video.flatten(0, 1)).unflatten(0, video.shape[:2])
     frames, attention = model.decode(predicted, (16, 16), return_attention=True)
     middle = model.decode(predicted, (16, 16), moog.subsample((16, 16), 4))
     for name, output in dict(
-            encoder_output=encoded[:1], states_predicted=predicted, states_corrected=states.corrected[:1],
-            video_predicted=channels_last(frames), dec_cross_attn_last=attention[:, 3:],
+            encoder_output=encoded[:1], states_predicted=predicted,
+            states_corrected=states.corrected[:1], video_predicted=frames.movedim(-3, -1),
+            dec_cross_attn_last=attention[:, 3:],
             eval4_video_predicted=middle.unflatten(2, (4, 4))).items():
         close(output, moog_ref("movi", name), 2e-5)
     for factor in (2, 8):
@@ -492,7 +484,7 @@ def test_moog_loss_and_gradients_equal_the_authors(moog_files, monkeypatch, reco
     model.cfg = replace(model.cfg, subsample=1, checkpoint=recompute)
     state = moog_ref("movi", "state0")
     monkeypatch.setattr(model, "initial_state", lambda B, tokens: model.state_norm(state))
-    loss, _ = model(dict(video=channels_first(moog_ref("movi", "video"))))
+    loss, _ = model(dict(video=moog_ref("movi", "video").movedim(-1, -3)))
     loss.backward()
     close(loss.detach(), MOOG["movi/loss"], 1e-6)
     # in the authors' layout, to compare the same few entries of each tensor
@@ -521,28 +513,24 @@ def test_moog_heads_equal_the_authors(moog_files, kind):
 
 
 @torch.no_grad()
-def test_moog_point_readout_equals_the_authors():
+def test_moog_readouts_equal_the_authors():
     points = moog.PointReadout(32, 32, (3, 8, 32), 64)
     points.load_state_dict(moog_weights("point_readout"))
     features, queries, when, visible = (
-        moog_ref("point_readout", name) for name in ("features", "queries", "query_frame", "visible"))
+        moog_ref("point_readout", x) for x in ("features", "queries", "query_frame", "visible"))
     out = points(features, queries, when)
     free = points(features, queries)
     assert (out.visible == visible[..., 0]).all()
     for name in ("values", "logits", "state"):
         close(getattr(out, name), moog_ref("point_readout", name), 2e-5)
         close(getattr(free, name), moog_ref("point_readout", f"nomask_{name}"), 2e-5)
-
-
-@torch.no_grad()
-def test_moog_depth_readout_equals_the_authors():
     depth = moog.DepthReadout(32, (3, 8, 32), 64)
     depth.load_state_dict(moog_weights("depth_readout"))
     features = moog_ref("depth_readout", "features").flatten(0, 1)
     offsets = moog_ref("depth_readout", "train4_offsets").long()
-    rolled = moog.subsample((16, 16), 4, offsets)
+    rolled = moog.subsample((16, 16), 4, offsets).flatten(0, 1)
     middle = moog.subsample((16, 16), 4)
-    for name, index in dict(values=None, eval4_values=middle, train4_values=rolled.flatten(0, 1)).items():
+    for name, index in dict(values=None, eval4_values=middle, train4_values=rolled).items():
         theirs = moog_ref("depth_readout", name)
         close(depth(features, (16, 16), index).view_as(theirs), theirs, 2e-5)
 
@@ -555,22 +543,15 @@ def after_seeing(self, video, state):
     return self.recurrence(torch.cat([video, video[:, :1]], 1), state)[0]
 
 
-NEAR_MISSES = {
-    "exact gelu": (moog.F, "gelu", lambda x, approximate, gelu=F.gelu: gelu(x)),
-    "torch's linspace": (moog, "axis_positions", lambda n, device=None: torch.linspace(-1, 1, n)),
-    "padding before": (moog.F, "pad", lambda x, pad, old=F.pad: old(x, [pad[i ^ 1] for i in range(len(pad))])),
-    "(x, y) order": (moog, "grid_positions",
-                     lambda h, w, device=None, grid=moog.grid_positions: grid(h, w).flip(-1)),
-    "normed keys and values": (moog.Block, "forward", normed_keys),
-    "decoding the prediction": (moog.MooG, "predict_ahead", after_seeing),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("miss", NEAR_MISSES)
-def test_moog_parity_would_catch(miss, moog_models, monkeypatch):
-    monkeypatch.setattr(*NEAR_MISSES[miss])
-    out = released_outputs(moog_models["released"])
+@pytest.mark.parametrize("place, name, wrong", [
+    (moog.F, "gelu", lambda x, approximate, gelu=F.gelu: gelu(x)),
+    (moog, "axis_positions", lambda n, device=None: torch.linspace(-1, 1, n)),
+    (moog.F, "pad", lambda x, pad, old=F.pad: old(x, [pad[i ^ 1] for i in range(len(pad))])),
+    (moog, "grid_positions", lambda h, w, device=None, old=moog.grid_positions: old(h, w).flip(-1)),
+    (moog.Block, "forward", normed_keys), (moog.MooG, "predict_ahead", after_seeing)])
+def test_moog_parity_would_catch(place, name, wrong, moog_files, monkeypatch):
+    monkeypatch.setattr(place, name, wrong)
+    out = released_outputs(moog_files / "released.npz")
     assert max((x - moog_ref("released", name)).abs().max() for name, x in out.items()) > 1e-4
 
 
@@ -579,8 +560,8 @@ def tiny_moog(**options):
     torch.manual_seed(0)
     return moog.MooG(moog.Config(**dict(
         size=16, frames=3, tokens=6, dim=16, channels=(8, 8, 16), strides=(2, 1, 2),
-        encoder_bases=4, decoder_bases=4, predictor=(1, 2, 8), corrector=(1, 2, 16), decoder=(2, 2, 8),
-        mlp=24, subsample=4) | options))
+        encoder_bases=4, decoder_bases=4, predictor=(1, 2, 8), corrector=(1, 2, 16),
+        decoder=(2, 2, 8), mlp=24, subsample=4) | options))
 
 
 MOOG_VARIANTS = [dict(), dict(released=True), dict(grid=True), dict(grid=True, recurrent=False)]
@@ -590,17 +571,15 @@ def test_moog_sizes_are_the_papers():
     paper = moog.Config(**moog.PRESETS["paper"])
     released = moog.Config(**moog.PRESETS["released"])
     with torch.device("meta"):
-        sizes = [
-            (moog.MooG(paper), 34_726_787),
-            (moog.MooG(replace(paper, grid=True)), 34_726_787),
-            (moog.MooG(replace(paper, grid=True, recurrent=False)), 34_726_787),
-            (moog.MooG(released), 35_193_811),
-            (moog.MooG(replace(released, decoder_self_attention=True)), 36_967_507),
-            (moog.AttentionReadout(2), 11_338_760),
-            (moog.AttentionReadout(4, heads=4, copies=1), 11_424_832),
-            (moog.PointReadout(), 11_324_804),
-            (moog.DepthReadout(), 10_434_817)]
-    for module, size in sizes:
+        sizes = {
+            moog.MooG(paper): 34_726_787, moog.MooG(replace(paper, grid=True)): 34_726_787,
+            moog.MooG(replace(paper, grid=True, recurrent=False)): 34_726_787,
+            moog.MooG(released): 35_193_811,
+            moog.MooG(replace(released, decoder_self_attention=True)): 36_967_507,
+            moog.AttentionReadout(2): 11_338_760,
+            moog.AttentionReadout(4, heads=4, copies=1): 11_424_832,
+            moog.PointReadout(): 11_324_804, moog.DepthReadout(): 10_434_817}
+    for module, size in sizes.items():
         assert sum(p.numel() for p in module.parameters()) == size
 
 
@@ -624,29 +603,12 @@ def test_moog_recurrence_is_the_formula(options):
         predicted.append(p)
         corrected.append(s)
     p, c = torch.stack(predicted, 1), torch.stack(corrected, 1)
-    states = model.unroll(video, start)
-    for ours, oracle in zip(states, (p, c, c if model.cfg.released else torch.cat([p, c], 2), s)):
-        close(ours, oracle, 2e-6)
-    known = torch.cat([start[:, None], c], 1) if model.cfg.released else torch.cat(
-        [p, (s + model.predictor(s))[:, None]], 1)
-    close(model.predict_ahead(video, start), known, 2e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("options", MOOG_VARIANTS)
-def test_moog_predicts_before_it_sees(options):
-    model = tiny_moog(**options).eval()
-    state = model.initial_state(1, 16)
-    video = torch.rand(1, 4, 3, 16, 16)
-    known = model.decode(model.predict_ahead(video, state), (16, 16))
-    for t in range(4):
-        other = video.clone()
-        other[:, t] = 1 - other[:, t]
-        differs = (model.decode(model.predict_ahead(other, state), (16, 16)) - known).abs().amax((0, 2, 3, 4))
-        assert differs.shape == (5,) and not differs[:t + 1].any()
-        assert differs[t + 1] > 1e-5
-        remembers = model.cfg.recurrent
-        assert (differs[t + 2:] > 0).all() if remembers else not differs[t + 2:].any()
+    oracle = (p, c, c if model.cfg.released else torch.cat([p, c], 2), s)
+    for ours, theirs in zip(model.unroll(video, start), oracle, strict=True):
+        close(ours, theirs, 2e-6)
+    # a frame is predicted from those before it; the last one is not seen at all
+    known = [start[:, None], c] if model.cfg.released else [p, (s + model.predictor(s))[:, None]]
+    close(model.predict_ahead(video, start), torch.cat(known, 1), 2e-6)
 
 
 @pytest.mark.parametrize("options", MOOG_VARIANTS)
@@ -686,8 +648,7 @@ def test_moog_random_pixels_cover_the_frame_evenly():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(16, 16), (9, 7)])
-@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("released, size", [(False, (16, 16)), (True, (9, 7))])
 def test_moog_chunks_are_one_long_unroll(released, size):
     model = tiny_moog(released=released).eval()
     video = torch.rand(2, 7, 3, *size)
@@ -696,9 +657,11 @@ def test_moog_chunks_are_one_long_unroll(released, size):
     first = model.unroll(video[:, :3], state)
     rest = model.unroll(video[:, 3:], first.last)
     for name in ("predicted", "corrected", "features"):
-        close(torch.cat([getattr(first, name), getattr(rest, name)], 1), getattr(whole, name), 4e-6)
+        joined = torch.cat([getattr(first, name), getattr(rest, name)], 1)
+        close(joined, getattr(whole, name), 4e-6)
     close(rest.last, whole.last, 4e-6)
-    assert model.encoder(video[:, 0]).shape[1] == -(-size[0] // 4) * -(-size[1] // 4)     # h, w rounded up
+    h, w = -(-size[0] // 4), -(-size[1] // 4)       # rounded up
+    assert model.encoder(video[:, 0]).shape[1] == h * w
     assert model.decode(whole.predicted, size).shape == video.shape
 
 
@@ -711,7 +674,7 @@ def test_moog_tokens_have_no_order_and_no_place():
     close(a.corrected[:, :, order], b.corrected, 2e-6)
     close(model.decode(a.predicted, (16, 16)), model.decode(b.predicted, (16, 16)), 2e-6)
     assert model.unroll(video, tokens=5).predicted.shape == (1, 3, 5, 16)
-    assert tiny_moog(grid=True).unroll(video).predicted.shape == (1, 3, 16, 16)     # one for each place
+    assert tiny_moog(grid=True).unroll(video).predicted.shape == (1, 3, 16, 16)     # one a place
 
 
 @torch.no_grad()
@@ -722,21 +685,26 @@ def test_moog_decodes_each_pixel_by_itself(monkeypatch):
     close(attention.sum(-1), torch.ones(2, 3, 2, 256), 1e-5)
     index = torch.randint(256, (2, 3, 5))
     close(model.decode(states, (16, 16), index), moog.gather_pixels(whole, index), 2e-6)
-    monkeypatch.setattr(moog, "DECODE_CHUNK", 60)       # 10 pixels at once
+    together = tiny_moog(decoder_self_attention=True).eval()    # pixels see each other: all at once
+    alike = together.decode(states, (16, 16))
+    together(dict(video=torch.rand(1, 3, 3, 6, 6)))             # though subsample is 4
+    sizes = []
+    forward = moog.Decoder.forward
+    monkeypatch.setattr(moog, "DECODE_CHUNK", 60)               # 10 pixels
+    monkeypatch.setattr(moog.Decoder, "forward", lambda self, x, size, index, **options: (
+        sizes.append(index.shape[1]), forward(self, x, size, index, **options))[1])
     in_chunks = model.decode(states, (16, 16), return_attention=True)
     close(in_chunks[0], whole, 2e-6)
     close(in_chunks[1], attention, 2e-6)
-    together = tiny_moog(decoder_self_attention=True).eval()     # pixels that see each other stay together
-    few = together.decode(states, (16, 16))
-    monkeypatch.undo()
-    close(few, together.decode(states, (16, 16)), 0)
+    close(together.decode(states, (16, 16)), alike, 0)
+    assert max(sizes[:-1]) == 10 and sizes[-1] == 256
 
 
 def test_moog_meters_on_hand_made_cases():
     close(moog.psnr(torch.full((1, 1, 4, 3), 0.6), torch.full((1, 1, 4, 3), 0.5)), 20.0, 1e-4)
     same = torch.ones(1, 3, 6, 16)
     index = moog.subsample((16, 16), 4).expand(1, 3, -1)
-    assert tiny_moog().tokens_used(same, (16, 16), index) == 1 / 6      # tokens alike: always the first
+    assert tiny_moog().tokens_used(same, (16, 16), index) == 1 / 6      # alike: always the first
 
 
 def test_moog_starts_as_it_says():
@@ -745,12 +713,12 @@ def test_moog_starts_as_it_says():
     assert state.shape == (4, 50, 64) and abs(state.std() - 0.5) < 0.02
     normed = moog.MooG(replace(model.cfg, released=False)).initial_state(4, 50)
     close(normed.std(-1, correction=0).detach(), torch.ones(4, 50), 1e-3)
-    assert (normed[0] != normed[1]).any()                                       # other noise for each clip
+    assert (normed[0] != normed[1]).any()                                   # other noise a clip
     query = model.predictor.layers[0].self_attention.query.weight
-    assert abs(query.std() * 64 ** 0.5 - 1) < 0.3                               # variance 1 / fan-in
+    assert abs(query.std() * 64 ** 0.5 - 1) < 0.3                           # variance 1 / fan-in
     frames = model.decode(model.predict_ahead(torch.rand(1, 2, 3, 16, 16)), (16, 16))
-    assert abs(frames.mean() - 0.5) < 0.1 and frames.std() < 0.2                # near grey
-    [group] = model.param_groups(1e-4)                                          # all decay
+    assert abs(frames.mean() - 0.5) < 0.1 and frames.std() < 0.2            # near grey
+    [group] = model.param_groups(1e-4)                                      # all decay
     assert len(group["params"]) == len(list(model.parameters())) and group["weight_decay"] == 1e-4
 
 
@@ -767,35 +735,24 @@ def test_moog_report_is_of_frames_not_yet_seen():
         error = (a - b)[..., 2::4, 2::4].square().mean((2, 3, 4))               # (B, T)
         return (-10 * error.log10()).mean()
 
-    for row, first in (("PSNR in dB, t >= 1", 1), ("PSNR in dB, t = 3", 3)):
-        close(table[row]["predicted"], level(frames[:, first:], video[:, first:]), 1e-4)
-        close(table[row]["copy"], level(video[:, first - 1:-1], video[:, first:]), 1e-4)
+    for row, t in (("PSNR in dB, t >= 1", 1), ("PSNR in dB, t = 3", 3)):
+        close(table[row]["predicted"], level(frames[:, t:], video[:, t:]), 1e-4)
+        close(table[row]["copy"], level(video[:, t - 1:-1], video[:, t:]), 1e-4)
 
 
+@torch.no_grad()
 def test_moog_takes_bytes_and_any_precision():
     video = torch.randint(256, (1, 3, 3, 16, 16), dtype=torch.uint8)
     model = tiny_moog().eval()
     state = model.initial_state(1, 6)
-    with torch.no_grad():
-        close(model.unroll(video, state).last, model.unroll(video / 255, state).last, 1e-6)
-        double = model.double().unroll(video, state.double())
-        assert double.last.dtype == torch.float64
-        with torch.autocast("cpu", torch.bfloat16):
-            close(model.float().unroll(video, state).last, double.last, 0.2)
+    close(model.unroll(video, state).last, model.unroll(video / 255, state).last, 1e-6)
+    double = model.double().unroll(video, state.double()).last
+    assert double.dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        close(model.float().unroll(video, state).last, double, 0.2)
 
 
-def test_moog_learns_one_clip():
-    model = tiny_moog(tokens=16, dim=32, channels=(16, 16, 32), mlp=64, subsample=1)
-    clip = Scenes(size=16, frames=3, sprites=1, speed=3, textures=4, seed=3).batch([0])["video"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(80):
-        loss, _ = model(dict(video=clip))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.5 * clip.var((0, 1, 3, 4), correction=0).mean()
-
-
+@torch.no_grad()
 def test_moog_readouts_start_where_they_are_asked_and_go_on():
     torch.manual_seed(0)
     features, queries = torch.randn(2, 5, 6, 16), torch.rand(2, 3, 4)
@@ -804,12 +761,12 @@ def test_moog_readouts_start_where_they_are_asked_and_go_on():
     whole = readout(features, queries, when)
     first = readout(features[:, :2], queries, when)
     rest = readout(features[:, 2:], queries, when - 2, first.state)
-    close(torch.cat([first.values, rest.values], 1).detach(), whole.values.detach(), 1e-6)
-    close(torch.cat([first.logits, rest.logits], 1).detach(), whole.logits.detach(), 1e-6)
-    other = features.clone()
-    other[:, 1] += 1                                # before the query of (0, 1) and (0, 2): must not matter
-    close(readout(other, queries, when).values[0, 2:, 1].detach(), whole.values[0, 2:, 1].detach(), 0)
-    assert (readout(other, queries, when).values[0, 1:, 0] - whole.values[0, 1:, 0]).abs().max() > 1e-5
+    for name in ("values", "logits"):
+        close(torch.cat([getattr(first, name), getattr(rest, name)], 1), getattr(whole, name), 1e-6)
+    features[:, 1] += 1                     # before the query of (0, 1) and (0, 2): must not matter
+    other = readout(features, queries, when)
+    close(other.values[0, 2:, 1], whole.values[0, 2:, 1], 0)
+    assert (other.values[0, 1:, 0] - whole.values[0, 1:, 0]).abs().max() > 1e-5
 
 
 def test_moog_readouts_train_the_model_end_to_end():
@@ -819,14 +776,14 @@ def test_moog_readouts_train_the_model_end_to_end():
     for kind, coordinates in ((moog.PointReadout, 2), (moog.BoxReadout, 4)):
         out = kind(16, 8, (1, 2, 8), 16)(features, torch.rand(2, 3, coordinates))
         [gradient] = torch.autograd.grad(out.values[:, -1].sum(), features, retain_graph=True)
-        assert (gradient != 0).any(-1).all()        # of the last frame's answer, to all frames' tokens
+        assert (gradient != 0).any(-1).all()        # of the last frame, to all frames' tokens
     depth = moog.DepthReadout(16, (1, 2, 8), 16)
     depth(features.flatten(0, 1), (16, 16)).sum().backward()
     assert (features.grad != 0).any(-1).all()
     assert all(p.grad.any() for part in (model.encoder, model.predictor) for p in part.parameters())
 
 
-def test_moog_point_loss_on_hand_made_cases():
+def test_moog_readout_losses_on_hand_made_cases():
     points = moog.PointReadout(8, 8, (1, 1, 8), 8)
     yes = torch.ones(1, 1, 1, dtype=torch.bool)
     target = torch.full((1, 1, 1, 2), 0.5)
@@ -839,20 +796,16 @@ def test_moog_point_loss_on_hand_made_cases():
     close(loss(0), 0, 1e-6)                                     # there, visible and certain
     close(loss(2), 0.05 * 2 ** 2 / 2, 1e-4)                     # quadratic below 4 pixels
     close(loss(8), 0.05 * 4 * (8 - 2) + 20, 1e-4)               # linear; certain but wrong
-    close(loss(8, visible=~yes), 20, 1e-4)                      # hidden: only its visibility counts
-    close(loss(8, visible=~yes, target=target * float("nan")), 20, 1e-4)
+    close(loss(8, visible=~yes, target=target * float("nan")), 20, 1e-4)    # visibility alone
     close(loss(8, valid=~yes), 0, 0)
-
-
-def test_moog_boxes_are_certain_above_half_overlap_and_depth_skips_what_is_invalid():
     boxes = moog.BoxReadout(8, 8, (1, 1, 8), 8)
     box = torch.tensor([[[[0.0, 0.0, 0.5, 0.5]]]])
     for values, near in [(box, True), (box * 0.72, True), (box * 0.69, False), (box + 0.5, False)]:
         assert boxes.error(values, box)[1].item() == near       # overlap 1, 0.52, 0.48, 0
     close(boxes.error(box + 2 / 256, box)[0], [[[0.05 * 2 ** 2 / 2]]], 1e-5)
     depth = moog.DepthReadout(8, (1, 1, 8), 8, bases=2)
-    valid = torch.tensor([True, False])
-    close(depth.loss(torch.tensor([1.0, 5.0]), torch.tensor([3.0, float("inf")]), valid), 4, 1e-6)
+    target = torch.tensor([3.0, float("inf")])
+    close(depth.loss(torch.tensor([1.0, 5.0]), target, torch.tensor([True, False])), 4, 1e-6)
 
 
 def test_moog_is_compiled_by_the_step():
@@ -865,33 +818,16 @@ def test_moog_is_compiled_by_the_step():
     torch.manual_seed(1)
     compiled, _ = model(dict(video=video))
     close(compiled.detach(), eager.detach(), 1e-6)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 4 <= graphs <= 8                         # not one for each frame
-    model.report(dict(video=video))                 # with another number of pixels
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    model.report(dict(video=video))                 # with another number of pixels: not compiled
+    assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8     # not one a frame
     assert not any("_orig_mod" in key for key in model.state_dict())
 
 
-class Touch:
-    """Writes a file when it is unpickled."""
-
-    def __reduce__(self):
-        return open, ("executed", "w")
-
-
-@pytest.fixture(scope="module")
-def bad_moog_files(moog_files):
-    folder = moog_files / "bad"
-    folder.mkdir()
-    arrays = moog_arrays("movi")
-    whole = (moog_files / "movi.npz").read_bytes()
-    (folder / "text.npz").write_text("hello")
-    (folder / "short.npz").write_bytes(whole[:len(whole) // 2])
-    np.savez(folder / "objects.npz", **arrays, x=np.array([Touch()], dtype=object))
-    (folder / "pickle.npz").write_bytes(pickle.dumps(Touch()))
-    np.savez(folder / "lacks.npz", **{name: x for name, x in arrays.items() if "recon" not in name})
-    np.savez(folder / "shape.npz", **arrays | {"corrector/layer_0/MLP_in/bias": np.zeros(3, np.float32)})
-    return moog_files
+BAD_MOOG_FILES = dict(
+    text=b"hello", pickle=pickle.dumps(Foreign()), cut=None,
+    objects=dict(x=np.array([Foreign()], dtype=object)),
+    lacks={"decoder/recon/kernel": None},
+    shape={"corrector/layer_0/MLP_in/bias": np.zeros(3, np.float32)})
 
 
 @pytest.mark.parametrize("call, argument, error, word", [
@@ -901,19 +837,29 @@ def bad_moog_files(moog_files):
     (tiny_moog, dict(grid=True, released=True), AssertionError, "released"),
     (tiny_moog, dict(recurrent=False), AssertionError, "grid=True"),
     (moog.subsample, dict(size=(16, 16), factor=3), ValueError, "16x16"),
-    (moog.load_official, "none.npz", FileNotFoundError, "none"),
-    (moog.load_official, "bad/text.npz", ValueError, "text"),
-    (moog.load_official, "bad/short.npz", ValueError, "short"),
-    (moog.load_official, "bad/objects.npz", ValueError, "allow_pickle"),
-    (moog.load_official, "bad/pickle.npz", ValueError, "allow_pickle"),
-    (moog.load_official, "bad/lacks.npz", ValueError, "recon"),
-    (moog.load_official, "bad/shape.npz", ValueError, "mlp.0.bias"),
-    (moog.load_official, "box_head.npz", ValueError, "backbone"),
-    (moog.load_official_head, "movi.npz", ValueError, "head")])
-def test_moog_refuses(call, argument, error, word, bad_moog_files, tmp_path, monkeypatch):
+    (moog.load_official, "none", FileNotFoundError, "none"),
+    (moog.load_official, "text", ValueError, "text"),
+    (moog.load_official, "cut", ValueError, "cut"),
+    (moog.load_official, "objects", ValueError, "allow_pickle"),
+    (moog.load_official, "pickle", ValueError, "allow_pickle"),
+    (moog.load_official, "lacks", ValueError, "recon"),
+    (moog.load_official, "shape", ValueError, "mlp.0.bias"),
+    (moog.load_official, "box_head", ValueError, "backbone"),
+    (moog.load_official_head, "movi", ValueError, "head")])
+def test_moog_refuses(call, argument, error, word, moog_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                     # where a pickle would leave its trace
+    bad = BAD_MOOG_FILES.get(argument) if isinstance(argument, str) else None
+    if isinstance(argument, str):
+        argument = moog_files / f"{argument}.npz"
+    if isinstance(bad, bytes):
+        argument.write_bytes(bad)
+    elif bad:
+        arrays = moog_arrays("movi") | bad
+        np.savez(argument, **{name: x for name, x in arrays.items() if x is not None})
+    elif argument == moog_files / "cut.npz":
+        argument.write_bytes((moog_files / "movi.npz").read_bytes()[:20_000])
     with pytest.raises(error, match=word):
-        call(**argument) if isinstance(argument, dict) else call(bad_moog_files / argument)
+        call(**argument) if isinstance(argument, dict) else call(argument)
     assert not Path("executed").exists()
 
 
