@@ -19,7 +19,6 @@ Nothing is learnt per token or per frame: any number of both will do at test tim
     T     frames (8)             D     their width (512)              De   their width
     H W   pixels                 P     decoded pixels of a frame      K    queries of a readout
     h w   encoder's grid: H, W over the product of the strides (4), rounded up
-    nh    attention heads        hd    width of one head
     predicted   p_t, what the tokens expect before they see frame t
     corrected   s_t+1, after they have seen it; the state that is carried on
 
@@ -109,8 +108,7 @@ RECIPES = {
     # our choice: a smaller model takes larger and fewer steps
     "small": PAPER | dict(
         steps=100_000, batch_size=32, lr=3e-4, warmup=0.01, scenes=SCENES | dict(size=64)),
-    # our choice: how the released weights were trained is not published, so as the paper's
-    "released": PAPER | dict(scenes=SCENES),
+    "released": PAPER | dict(scenes=SCENES),    # our choice: theirs is not published
 }
 
 
@@ -163,11 +161,6 @@ def mlp(inputs, hidden, outputs):
         nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
 
 
-def split_heads(x, heads):
-    """(B, L, nh * hd) -> (B, nh, L, hd)"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Multi-head, queries and keys RMS-normalised: x (B, L, D) looks at y (B, M, Dkv)."""
 
@@ -181,22 +174,16 @@ class Attention(nn.Module):
         self.norm_key = nn.RMSNorm(width // heads, eps=1e-6)
         self.out = nn.Linear(width, dim)
 
-    def queries_and_keys(self, x, y):
-        """In float32: (B, nh, L, hd), (B, nh, M, hd)."""
-        q = split_heads(self.query(x), self.heads)
-        k = split_heads(self.key(y), self.heads)
-        return self.norm_query(fp32(q)), self.norm_key(fp32(k))
-
-    def weights(self, x, y):
-        """Where x looks at y: (B, nh, L, M), each row sums to 1."""
-        q, k = self.queries_and_keys(x, y)
-        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
-
-    def forward(self, x, y):
-        q, k = self.queries_and_keys(x, y)
-        v = split_heads(self.value(y), self.heads)                       # (B, nh, M, hd)
+    def forward(self, x, y, weights=False):
+        """(B, L, D), or the weights, where x looks: (B, nh, L, M), each row sums to 1."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, nh, ., hd)
+                   for t in (self.query(x), self.key(y), self.value(y)))
+        q = self.norm_query(fp32(q))
+        k = self.norm_key(fp32(k))
+        if weights:
+            return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.out(out.transpose(1, 2).flatten(2))                 # (B, L, D)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -239,11 +226,11 @@ class Transformer(nn.Module):
         *others, last = self.layers
         for layer in others:
             x = layer(x, y)
-        return last.cross_attention.weights(last.norm_attention(x), y)
+        return last.cross_attention(last.norm_attention(x), y, weights=True)
 
 
 def init_weights(module):
-    """Kernels as in the authors' code: truncated normal of variance 1 / fan-in, biases zero."""
+    """As the authors: kernels truncated normal of variance 1 / fan-in, biases zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         std = module.weight[0].numel() ** -0.5 / 0.87962566103423978    # of what the cut leaves
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -266,12 +253,11 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        inputs = (3, *cfg.channels[:-1])
         last = cfg.channels[-1]
         positions = 4 * cfg.encoder_bases
         self.bases = cfg.encoder_bases
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride) for a, b, stride in zip(inputs, cfg.channels, cfg.strides))
+            nn.Conv2d(a, b, 3, s) for a, b, s in zip((3, *cfg.channels), cfg.channels, cfg.strides))
         self.norm_convs = nn.LayerNorm(last, eps=1e-6, bias=False)
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6, bias=False)
         if cfg.released:                    # positions stand beside the features, to the end
@@ -285,8 +271,7 @@ class Encoder(nn.Module):
             self.proj_in = nn.Linear(last, cfg.dim)
             self.proj_out = nn.Identity()
 
-    def forward(self, frames):
-        x = frames
+    def forward(self, x):
         for i, conv in enumerate(self.convs):
             x = F.gelu(x, approximate="tanh") if i else x
             x = conv(pad_same(x, conv.stride[0]))                       # at last (B, C, h, w)
@@ -684,7 +669,8 @@ class AttentionReadout(nn.Module):
         if self.copies is not None:
             q = (q[:, :, None] + self.copies).flatten(1, 2)                     # (B, K * copies, D)
         q = self.query(q)
-        qkv = (split_heads(y, self.heads) for y in (q, self.key(x), self.value(x)))
+        qkv = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+               for y in (q, self.key(x), self.value(x)))
         seen = F.scaled_dot_product_attention(*qkv)
         o = q + self.out(seen.transpose(1, 2).flatten(2))
         o = self.values(o + self.mlp(self.norm(o)))             # (B, K * copies, T / copies * 4)
