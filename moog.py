@@ -22,11 +22,10 @@ Nothing is learnt per token or per frame: any number of both will do at test tim
     predicted   p_t, what the tokens expect before they see frame t
     corrected   s_t+1, after they have seen it; the state that is carried on
 
-Two variants were published. The paper's (released=False) decodes the prediction p_t. The released
-weights (released=True) keep the state un-normalised, normalise it at the start of each step, and
-are decoded from the state before: both predict a frame from the frames before it. `grid=True` puts
-the tokens back on the grid: the paper's baselines. Sizes and details follow the authors' released
-code; departures are marked "our choice".
+Two variants were published. The paper's decodes the prediction p_t. The released weights keep the
+state un-normalised, normalise it at the start of each step, and are decoded from the state before:
+both predict a frame from those before it. `grid=True` puts the tokens back on the grid, as the
+paper's baselines. Sizes follow the authors' code; departures are marked "our choice".
 
     model = MooG(Config(**PRESETS["paper"]))        # or: load_official("moog_ego4d_backbone.npz")
     loss, logs = model(dict(video=video))           # video (B, T, 3, H, W), uint8, or float in 0..1
@@ -105,8 +104,7 @@ RECIPES = {
         scenes=dict(sprites=3, speed=10.0, pan=4.0, zoom=0.0, roll=0.0, radius=(0.15, 0.25),
                     grain=24.0, flat=0.9)),
     "paper": PAPER | dict(scenes=SCENES),
-    # our choice: a smaller model takes larger and fewer steps
-    "small": PAPER | dict(
+    "small": PAPER | dict(      # our choice: a smaller model takes larger and fewer steps
         steps=100_000, batch_size=32, lr=3e-4, warmup=0.01, scenes=SCENES | dict(size=64)),
     "released": PAPER | dict(scenes=SCENES),    # our choice: theirs is not published
 }
@@ -362,8 +360,6 @@ def check(cfg):
 
 
 class MooG(nn.Module):
-    """Encoder, predictor, corrector, decoder."""
-
     def __init__(self, cfg):
         super().__init__()
         check(cfg)
@@ -430,10 +426,7 @@ class MooG(nn.Module):
         return torch.stack(predicted, 1), torch.stack(states[1:], 1), state
 
     def predict_ahead(self, video, state=None, tokens=None):
-        """
-        Video (B, T, 3, H, W) -> states (B, T + 1, N, D) to decode as its frames and the one after,
-        each knowing the frames before it alone. Arguments as in unroll().
-        """
+        """As unroll(), -> states (B, T + 1, N, D) of frames 0..T, each from those before it."""
         predicted, corrected, start = self.recurrence(video, state, tokens)
         if self.cfg.released:
             return torch.cat([start[:, None], corrected], 1)
@@ -559,9 +552,8 @@ class PointReadout(nn.Module):
 
     def forward(self, features, queries, query_frames=None, state=None):
         """
-        features (B, T, M, D); queries (B, K, coordinates) in [0, 1], at query_frames (B, K), None:
-        all at the start. state: of an earlier chunk; query_frames then count from this one's start.
-        What it says of frames before the query's is meaningless.
+        features (B, T, M, D); queries (B, K, coordinates) in [0, 1], at query_frames (B, K) of this
+        chunk, None: 0; what it says of frames before is meaningless. state: of an earlier chunk.
         """
         positions = fourier(queries, self.bases).to(self.proj_in.weight.dtype)
         start = self.initializer(positions)                     # (B, K, width)
@@ -587,9 +579,8 @@ class PointReadout(nn.Module):
     def loss(self, out, target, visible, valid=None):
         """
         target (B, T, K, coordinates); visible, valid (B, T, K) bool, valid: count these (leave out
-        frames before the query), None: all. our choice, as none is published: like TAP-Net's, Huber
-        of the distance where visible, with delta 4 pixels of 256, times 0.05; cross-entropy of
-        visible; and, where visible, of certain: less than 6 pixels off.
+        frames before the query), None: all. our choice, none is published: like TAP-Net's, Huber
+        (delta 4 pixels of 256) x 0.05 where visible; cross-entropy of visible and, there, certain.
         """
         visible = visible.bool()
         valid = torch.ones_like(visible) if valid is None else valid.bool()
@@ -597,10 +588,9 @@ class PointReadout(nn.Module):
         target = torch.where(seen[..., None], target, out.values.detach())  # may be nan
         error, near = self.error(out.values, target)
         logits = fp32(out.logits)
-        bce = F.binary_cross_entropy_with_logits
-        visible_loss = bce(logits[..., 0], visible.to(logits.dtype), reduction="none")
-        certain_loss = bce(logits[..., 1], near.to(logits.dtype), reduction="none")
-        each = valid * visible_loss + seen * (error + certain_loss)
+        truth = torch.stack([visible, near], -1).to(logits.dtype)
+        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")   # (B, T, K, 2)
+        each = valid * bce[..., 0] + seen * (error + bce[..., 1])
         return each.sum() / valid.sum().clamp(min=1)
 
 
