@@ -3,37 +3,35 @@ Midway Network: learning representations for recognition and motion from latent 
 (Hoang & Ren, 2025, arXiv 2510.05558), in one file that needs nothing but torch.
 
 The idea. Two frames of a video, up to a second apart, differ by motion. An *inverse* model looks at
-the features of both and writes down what moved in a few motion latents m; a *forward* model gets the
-first frame and m, and has to predict the features of the second frame, token by token. Because m is
-narrow, it pays to put motion into m and everything else into the features. The inverse model runs
-top-down ("midway"): it starts at the highest level of the encoder, and each lower level refines m,
-looking at the prediction that the level above has already made. A DINO loss on smaller crops keeps
-the features from collapsing.
+the features of both and writes down what moved in a few motion latents m; a *forward* model gets
+the first frame and m, and predicts the features of the second frame, token by token. Because m is
+narrow, it pays to put motion into m and all else into the features. The inverse model runs top-down
+("midway"): it starts at the highest level of the encoder, and each lower level refines m, looking
+at the prediction that the level above has made. A DINO loss keeps the features from collapsing.
 
-    loss = DINO(crops) + mean over levels l of || z^_l/|z^_l| - z~_l/|z~_l| ||^2      paper: Eq. 1, B.1
+    loss = DINO(crops) + mean over levels of || z^_l/|z^_l| - z~_l/|z~_l| ||^2   paper: Eq. 1, B.1
 
 Glossary (paper's symbol where it differs)
-    B       pairs of frames                 D       encoder width
-    H W     pixels                          d       width of the midway path
-    h w     patch grid                      K       motion tokens (10)
-    L       1 + h*w tokens, CLS first       P       DINO prototypes
-    level   3, 6, 9 are predicted, 12 starts the top-down path (the paper's L is the highest level)
-    z       student features (z_t)          zt      teacher (EMA) features of the target (z~_t+1)
-    v       backward features               vt      the same of the target, from EMA copies of the layers
-    m       motion latents                  pred    predicted target features (z^_t+1)
-    backward layers: top-down cross-attention from the level above; nothing to do with loss.backward()
+    B     pairs of frames                 D     encoder width
+    H W   pixels                          d     width of the midway path
+    h w   patch grid                      K     motion tokens (10)
+    L     1 + h*w tokens, CLS first       P     DINO prototypes
+    level 3, 6, 9 are predicted, 12 starts the top-down path (the paper's L is the highest level)
+    z     student features (z_t)          zt    teacher (EMA) features of the target (z~_t+1)
+    v     backward features               vt    the same of the target, by EMA layers
+    m     motion latents                  pred  predicted target features (z^_t+1)
+    backward layers: cross-attention to the level above; nothing to do with loss.backward()
 
     images ──> ViT ──> z_3 z_6 z_9 z_12, then from the top down, at each level l = 9, 6, 3:
         m_l    = midway_l(m_above, [z_12, or the prediction above], [target: vt above]) + m_above
-        v_l    = backward_l(z_l, v_above)                                  (no + m_above at level 9)
+        v_l    = backward_l(z_l, v_above)                                (no + m_above at level 9)
         pred_l = forward_l([m_l, v_l])     with gated residual connections (Eq. 2)
 
-Left out: the downstream heads (they belong to evaluation). Departures from the paper or from the
-authors' released models are marked "our choice". Usage:
+Departures from the paper or from the released models are marked "our choice". Usage:
 
-    model = Midway(Config(**PRESETS["vit_s"]))  # or load_official("midway-bdd-vit-s-ep300.pth").train()
-    batch = dict(                               # images in [0, 1], or uint8; data.py's MultiCrop makes these
-        motion=...,                             # (B, 2, 3, 224, 224)     one crop, the same of both frames
+    model = Midway(Config(**PRESETS["vit_s"]))       # or load_official(PATH).train()
+    batch = dict(                               # uint8, or float in [0, 1]; data.MultiCrop makes it
+        motion=...,                             # (B, 2, 3, 224, 224)     one crop, the same of both
         globals=...,                            # (B, 2, 2, 3, 224, 224)  [frame, box], for DINO
         locals=...)                             # (B, 2, 8, 3, 96, 96)    [frame, box], for DINO
     loss, logs = model(batch)
@@ -42,10 +40,9 @@ authors' released models are marked "our choice". Usage:
     optimizer.step()
     model.after_step(progress)
 
-    model.eval()
-    with torch.no_grad():
-        z3, z6, z9, z12 = model.features(images)         # images (B, 3, H, W) -> 4 times (B, L, D)
-        low, mid, top = model.predict(frame_1, frame_2)  # Level(m, v, gates, pred, target, loss)
+    model.eval()                                # images (B, 3, H, W):
+    z3, z6, z9, z12 = model.features(images)         # 4 times (B, L, D)
+    low, mid, top = model.predict(frame_1, frame_2)  # Level(m, v, gates, pred, target, loss)
 
 `python midway.py` runs a demo in seconds. MIT licence: copy this file freely.
 """
@@ -67,21 +64,21 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class Config:
     size: int = 224                         # pixels: motion crops and global crops are size x size
     patch: int = 16                         # pixels
-    dim: int = 384                          # D, width of the encoder, backward layers and forward model
+    dim: int = 384                          # D, width of encoder, backward layers, forward model
     depth: int = 12                         # blocks of the encoder
     heads: int = 6                          # attention heads of the encoder
     levels: tuple[int, ...] = (3, 6, 9, 12) # tapped blocks, from 1; all but the last are predicted
     drop_path: float = 0.1                  # of the student's last block, per branch; rises from 0
     motion_tokens: int = 10                 # K, motion latents
-    motion_dim: int = 192                   # d, width of the midway path           (Table 5: 96, 384)
-    motion_depth: int = 4                   # blocks of the midway path per level   (Table 5: 1, 2)
+    motion_dim: int = 192                   # d, width of the midway path         (Table 5: 96, 384)
+    motion_depth: int = 4                   # blocks of the midway path per level (Table 5: 1, 2)
     motion_heads: int = 3                   # attention heads of the midway path
     forward_depth: int = 4                  # blocks of the forward model per level (Table 5: 1, 2)
     forward_heads: int = 6                  # attention heads of forward model and backward layers
     latent_dynamics: bool = True            # off: the DINO baseline                (Table 3, row 1)
     backward: bool = True                   # off: raw features instead of backward layers
     multi_level: bool = True                # off: predict at the highest level but one (9) only
-    refinement: bool = True                 # off: midway path sees features, not the prediction above
+    refinement: bool = True                 # off: midway path sees features, not predictions
     gating: bool = True                     # off: plain residual connections in the forward model
     dino_weight: float = 1.0                # weight of the DINO loss; 0 leaves the head out
     head_hidden: int = 2048                 # width of the DINO head's hidden layers
@@ -93,9 +90,9 @@ class Config:
 
     @property
     def inputs(self):
-        """What the model expects: crops of frame pairs. `blur`: largest sigma in pixels, 2 at 224."""
-        n = self.local_crops if self.dino_weight else 0
-        crops = dict(local_size=self.local_size, local_crops=n, blur=2 * self.size / 224)
+        """What the model expects: crops of frame pairs. blur: largest sigma in pixels, 2 at 224."""
+        crops = dict(local_size=self.local_size, blur=2 * self.size / 224)
+        crops["local_crops"] = self.local_crops if self.dino_weight else 0
         return dict(frames=2, size=self.size, crops=crops)
 
 
@@ -105,7 +102,7 @@ PRESETS = {
         size=48, patch=8, dim=64, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
         motion_dim=48, motion_depth=2, forward_depth=2, forward_heads=2,
         head_hidden=256, prototypes=256, ema=0.99, local_size=24, local_crops=2,
-        head_bottleneck=1024),      # so wide that DINO starts at log(prototypes), not below it by luck
+        head_bottleneck=1024),      # so wide that DINO starts at log(prototypes), no luck
     # as published: 66 hours on two A100 (paper); full run not reproduced here
     "vit_s": dict(),
     # as released: the dynamics keep ViT-S's heads and midway width; 27 hours on eight A6000 (paper)
@@ -118,10 +115,10 @@ PAPER = dict(
     steps=105_000, batch_size=200, lr=3.90625e-4, min_lr=1e-6,  # lr: 5e-4 per 256 pairs, as DINO's
     warmup=1 / 30, betas=(0.9, 0.999), weight_decay=0.04,
     weight_decay_end=0.4,       # our choice: of all; released: the dynamics keep 0.01, by a slip
-    clip=3.0)                   # our choice: of the global norm; released: per tensor, dynamics never
-SCENES = dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32)      # for runs without --data
+    clip=3.0)                   # our choice: of the global norm; released: per tensor, dynamics not
+SCENES = dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32)  # for runs without --data
 RECIPES = {
-    # Small budgets want pans of a patch or two over rich textures; sprites come with larger presets.
+    # our choice: small budgets want pans of a patch or two over rich textures, without sprites
     "tiny": PAPER | dict(
         steps=500, batch_size=32, lr=2e-3, min_lr=1e-5, warmup=0.1,
         scenes=dict(size=96, sprites=0, pan=18.0, zoom=0.0, roll=0.0)),
@@ -153,11 +150,11 @@ def no_autocast(x):
 
 
 def interpolate_positions(pos, grid, size):
-    """Position embeddings (1, grid*grid, D) of a square grid for another grid (h, w): (1, h*w, D)."""
+    """Position embeddings (1, grid*grid, D) for another grid, size = (h, w): (1, h*w, D)."""
     if size == (grid, grid):
         return pos
     pos = pos.view(1, grid, grid, -1).permute(0, 3, 1, 2)       # (1, D, grid, grid)
-    # DINO's quirk: 0.1 patch too much, which keeps floor() from losing a row but shifts a little.
+    # DINO's quirk: 0.1 patch too much keeps floor() from losing a row, but shifts a little
     scale = [(n + 0.1) / grid for n in size]
     pos = F.interpolate(pos, scale_factor=scale, mode="bicubic")
     return pos.flatten(2).mT                                    # (1, h*w, D)
@@ -175,21 +172,25 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens x (B, L, D) look at tokens y (B, M, D): (B, L, D). Self-attention if y is x."""
+    """Tokens x (B, L, D), or the `first` of them, look at y (B, M, D), or at x: (B, L, D)."""
 
     def __init__(self, dim, heads, bias=False):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, y):
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, nh, L, hd)
-        kv = self.kv(y).unflatten(-1, (2, self.heads, -1))                  # (B, M, 2, nh, hd)
-        k, v = kv.permute(2, 0, 3, 1, 4)                                    # (B, nh, M, hd) each
-        out = F.scaled_dot_product_attention(q, k, v)                       # (B, nh, L, hd)
-        return self.proj(out.transpose(1, 2).flatten(2))                    # (B, L, D)
+    def forward(self, x, y=None, first=None):
+        if y is None:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            q = q[:, :first]
+        else:
+            to_q, to_kv = self.qkv.weight.tensor_split([x.shape[-1]])
+            q = F.linear(x, to_q)
+            k, v = F.linear(y, to_kv).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)           # (B, nh, L, hd)
+        return self.proj(out.transpose(1, 2).flatten(2))        # (B, L, D)
 
 
 class Block(nn.Module):
@@ -211,28 +212,22 @@ class Block(nn.Module):
         return y * (keep / (1 - self.drop_path)).to(y.dtype)
 
     def forward(self, x, first=None):
-        """x (B, L, D) -> (B, L, D), or of the `first` tokens alone, which look at all: (B, first, D)."""
-        y = self.norm1(x)
-        x = x[:, :first] + self.drop(self.attn(y[:, :first], y))
+        """x (B, L, D) -> (B, L, D), or the `first` tokens alone, which look at all."""
+        x = x[:, :first] + self.drop(self.attn(self.norm1(x), first=first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-class CrossBlock(nn.Module):
-    """Backward layer: tokens x look at the level above, y (Ladder-style lateral connections)."""
+class CrossBlock(Block):
+    """Backward layer: tokens x look at each other and at the level above, y."""
 
     def __init__(self, dim, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim)
+        super().__init__(dim, heads)
         self.norm_y = nn.LayerNorm(dim)
         self.cross_attn = Attention(dim, heads)
         self.norm3 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, x, y):
-        s = self.norm1(x)
-        x = x + self.attn(s, s)
+        x = x + self.attn(self.norm1(x))
         x = x + self.cross_attn(self.norm2(x), self.norm_y(y))
         return x + self.mlp(self.norm3(x))
 
@@ -246,15 +241,14 @@ class Gate(nn.Module):
         self.mlp = MLP(dim, dim)
 
     def forward(self, x):
-        x = self.mlp(self.norm(x))
-        return torch.sigmoid(fp32(x) + 4)       # near 1 bf16 has but a handful of values
+        return torch.sigmoid(fp32(self.mlp(self.norm(x))) + 4)  # near 1 bf16 has few values
 
 
 class GatedBlock(Block):
     """
     Block of the forward model, h = g * x + Attention(x): a token can let go of what stood there.
-    our choice: the gate of block b comes from the input of block b-1 and not, as in Eq. 2, of its own,
-    because the released weights were trained so. Each block but the last makes its successor's gate.
+    our choice: a block's gate comes from the input of the block before and not, as in Eq. 2, from
+    its own, as the released weights were trained so. All but the last make the next one's gate.
     """
 
     def __init__(self, dim, heads, makes_gate):
@@ -262,18 +256,17 @@ class GatedBlock(Block):
         self.next_gate = Gate(dim) if makes_gate else None
 
     def forward(self, h, gate, K):
-        """h (B, K + L, D), K motion tokens first; gate (B, L, D) or None -> h, gate of the next block."""
+        """h (B, K + L, D), K motion tokens first; gate (B, L, D) or None -> h, the next gate."""
         next_gate = self.next_gate(h[:, K:]) if self.next_gate else None
         # the motion tokens are never gated, nor is the first block
         residual = h if gate is None else torch.cat([h[:, :K], h[:, K:] * gate], 1)
-        y = self.norm1(h)
-        h = residual + self.attn(y, y)                          # paper: Eq. 2
+        h = residual + self.attn(self.norm1(h))                 # paper: Eq. 2
         return h + self.mlp(self.norm2(h)), next_gate
 
 
 # ---- encoder and DINO ----------------------------------------------------------------------------
 class ViT(nn.Module):
-    """The encoder f: DINO's ViT."""
+    """The encoder: DINO's ViT."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -289,12 +282,11 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
 
     def forward(self, images, levels, first=None):
-        """Normalised images (B, 3, H, W) -> features (B, L, D) per level, the last (B, first, D)."""
+        """Normalised images (B, 3, H, W) -> (B, L, D) per level, the last level (B, first, D)."""
         H, W = images.shape[-2:]
         h, w = H // self.patch, W // self.patch
         if (h * self.patch, w * self.patch) != (H, W):
-            raise ValueError(f"image size {H}x{W} is no multiple of the patch size {self.patch}: "
-                             f"crop or resize the images to {h * self.patch}x{w * self.patch}")
+            raise ValueError(f"image size {H}x{W} is no multiple of the patch size {self.patch}")
         x = self.patch_embed(images).flatten(2).mT              # (B, h*w, D)
         x = x + interpolate_positions(self.pos_embed[:, 1:], self.grid, (h, w))
         cls = self.cls_token + self.pos_embed[:, :1]            # (1, 1, D)
@@ -304,8 +296,7 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks[:last], 1):
             x = block(x, first if i == last else None)
             if i in levels:
-                # our choice: the final LayerNorm for every level, as released; the paper doesn't say
-                taps.append(self.norm(x))
+                taps.append(self.norm(x))       # our choice: at every level, as released
         return taps
 
 
@@ -331,10 +322,10 @@ class DINOHead(nn.Module):
 
 class DINOLoss(nn.Module):
     """
-    Cross-entropy of the teacher's assignments of 4 global crops and the student's of all. Order: [frame
-    1: box 1, box 2; frame 2: box 1, box 2; locals of frame 1; of frame 2]. A pair (teacher q, student v)
-    counts unless both show the same box, in either frame: 8 global pairs, and each local with each q.
-    our choice: pairs within one frame count, as released (paper: "crops across frames").
+    Cross-entropy of the teacher's assignments of 4 global crops and the student's of all. Order:
+    [frame 1: box 1, box 2; frame 2: box 1, box 2; locals of frame 1; of frame 2]. A pair counts
+    unless both show the same box, in either frame. our choice: pairs within one frame count, as
+    released (paper: "crops across frames").
     """
 
     STUDENT_TEMP = 0.1
@@ -356,11 +347,11 @@ class DINOLoss(nn.Module):
     def forward(self, student, teacher):
         """Logits of student (crops*B, P) and teacher (4*B, P), crop-major -> loss, logs."""
         with no_autocast(student):
-            student = fp32(student).unflatten(0, (self.mask.shape[1], -1))      # (crops, B, P)
             teacher = fp32(teacher)
             p = ((teacher - self.center) / self.TEACHER_TEMP).softmax(-1)
             p = p.unflatten(0, (4, -1))                                         # (4, B, P)
-            s = student / self.STUDENT_TEMP
+            s = fp32(student) / self.STUDENT_TEMP
+            s = s.unflatten(0, (self.mask.shape[1], -1))                        # (crops, B, P)
             # p . log softmax(s) = p . s - logsumexp(s), since p sums to 1: no (pairs, B, P) tensor
             dots = p.transpose(0, 1) @ s.permute(1, 2, 0)                       # (B, 4, crops)
             dots = dots - s.logsumexp(-1).T[:, None]
@@ -368,8 +359,9 @@ class DINOLoss(nn.Module):
             if self.training:
                 self.seen.add_(teacher.mean(0, keepdim=True).detach())
                 self.count.add_(1)
-            # of each crop's assignment: log P if uniform; of their mean: 0 if all share one prototype
-            logs = dict(teacher_entropy=entropy(p).mean(), batch_entropy=entropy(p.mean((0, 1))))
+            # of a crop's assignment: log P if uniform; of their mean: 0 if all share a prototype
+            logs = dict(teacher_entropy=torch.special.entr(p).sum(-1).mean(),
+                        batch_entropy=torch.special.entr(p.mean((0, 1))).sum())
         return loss, logs
 
     @torch.no_grad()
@@ -378,65 +370,54 @@ class DINOLoss(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.seen)
             dist.all_reduce(self.count)
-        mean = self.seen / self.count.clamp(min=1)
-        moved = torch.lerp(mean, self.center, self.CENTER_MOMENTUM)
-        self.center.copy_(torch.where(self.count > 0, moved, self.center))
+        self.center.lerp_(self.seen / self.count, 1 - self.CENTER_MOMENTUM)
         self.seen.zero_()
         self.count.zero_()
-
-
-def entropy(p):
-    """In nats, of probabilities p (..., P): (...)."""
-    return -(p * (p + 1e-12).log()).sum(-1)
 
 
 # ---- the model -----------------------------------------------------------------------------------
 def check(cfg):
     """Says what to change if a Config can't be built."""
-    for name in ("size", "local_size"):
-        pixels = getattr(cfg, name)
-        nearest = max(pixels // cfg.patch, 1) * cfg.patch
-        assert pixels == nearest, f"{name}={pixels} must be a multiple of patch={cfg.patch}: try {nearest}"
-    for width, heads in (("dim", "heads"), ("motion_dim", "motion_heads"), ("dim", "forward_heads")):
-        D, n = getattr(cfg, width), getattr(cfg, heads)
-        assert D % n == 0, f"{width}={D} must be a multiple of {heads}={n}"
-    rising = list(cfg.levels) == sorted(set(cfg.levels)) and len(cfg.levels) >= 2
-    assert rising and cfg.levels[0] >= 1 and cfg.levels[-1] == cfg.depth, (
-        f"levels={tuple(cfg.levels)} must be two or more rising numbers that end with depth={cfg.depth}")
-    assert 0 <= cfg.drop_path < 1, f"drop_path={cfg.drop_path} must be 0 to below 1"
-    assert 0 <= cfg.ema <= 1, f"ema={cfg.ema} must be 0 to 1"
+    for name, unit in (("size", "patch"), ("local_size", "patch"), ("dim", "heads"),
+                       ("dim", "forward_heads"), ("motion_dim", "motion_heads")):
+        a, b = getattr(cfg, name), getattr(cfg, unit)
+        assert b > 0 and a % b == 0, f"{name}={a} must be a multiple of {unit}={b}"
+    levels = tuple(cfg.levels)
+    rising = len(levels) > 1 and 0 < levels[0] and levels == tuple(sorted(set(levels)))
+    assert rising and levels[-1] == cfg.depth, (
+        f"levels={levels} must be two or more rising numbers that end with depth={cfg.depth}")
     assert cfg.latent_dynamics or cfg.dino_weight, (
         "nothing to train: latent_dynamics is off and dino_weight is 0")
 
 
 class Level(NamedTuple):
-    """What the dynamics say at one level, for B pairs."""
     m: torch.Tensor                     # (B, K, d)  motion latents that the forward model got
     v: torch.Tensor                     # (B, L, D)  backward features of the source
-    gates: list                         # (B, L, D)  per forward block but the first; [] without gating
+    gates: list                         # (B, L, D)  of all forward blocks but the first; or []
     pred: torch.Tensor                  # (B, L, D)  predicted features of the target
     target: torch.Tensor                # (B, L, D)  the teacher's features of the target
     loss: torch.Tensor                  # ()         mean of 2 - 2 cos(pred, target)
 
 
 def prediction_loss(pred, target):
-    """Mean over batch and tokens of the squared distance of unit vectors, 2 - 2 cos. paper: Eq. 1"""
+    """Mean over batch and tokens of 2 - 2 cos, both (B, L, D). paper: Eq. 1"""
     pred = F.normalize(fp32(pred), dim=-1)
     target = F.normalize(fp32(target), dim=-1)
     return (pred - target).square().sum(-1).mean()
 
 
 class Midway(nn.Module):
+    target_grad = False     # finetuning of readouts sets it: gradients through the target's branch
+
     def __init__(self, cfg):
         super().__init__()
         check(cfg)
         self.cfg = cfg
         self.levels = tuple(cfg.levels) if cfg.latent_dynamics else (cfg.depth,)
-        # levels by index, 0 is the lowest; the last one is not predicted
+        # by index, 0 is the lowest; the last level is not predicted
         self.predicted = list(range(len(self.levels) - 1))
         if not cfg.multi_level:         # our choice: the highest stays; the paper doesn't say which
             self.predicted = self.predicted[-1:]
-
         self.student = ViT(cfg)
         if cfg.dino_weight:
             self.student_head = DINOHead(cfg)
@@ -445,25 +426,20 @@ class Midway(nn.Module):
             self.build_dynamics(cfg.dim, cfg.motion_dim)
         self.init_weights()
 
-        # The teacher: copies without gradient that follow the student in after_step().
-        self.teacher = deepcopy(self.student)
-        if cfg.dino_weight:
-            self.teacher_head = deepcopy(self.student_head)
-        if cfg.latent_dynamics:
-            self.teacher_embed = deepcopy(self.student_embed)
-            self.teacher_backward = deepcopy(self.student_backward)
-            # our choice: none at the lowest level, where the released one is computed, never used
-            if cfg.backward:
-                del self.teacher_backward[str(self.predicted[0])]
-        for name in self.tied():
-            getattr(self, "teacher" + name).requires_grad_(False)
+        # the teacher: copies without gradient that follow the student in after_step()
+        for name in ("", "_head", "_embed", "_backward"):
+            if hasattr(self, "student" + name):
+                copy = deepcopy(getattr(self, "student" + name)).requires_grad_(False)
+                setattr(self, "teacher" + name, copy)
+        # our choice: none at the lowest level, where the released one is computed, never used
+        if cfg.latent_dynamics and cfg.backward:
+            del self.teacher_backward[str(self.predicted[0])]
         self.train()
 
     def build_dynamics(self, D, d):
         cfg = self.cfg
-        L = 1 + self.student.grid ** 2
         self.motion_tokens = nn.Parameter(torch.zeros(1, cfg.motion_tokens, d))
-        self.motion_pos = nn.Parameter(torch.zeros(1, 2 * L, d))        # halves: source, target
+        self.motion_pos = nn.Parameter(torch.zeros(1, 2 + 2 * self.student.grid ** 2, d))
         self.student_embed = nn.Linear(D, d)
         self.motion_proj = nn.Linear(d, D)
         self.motion_blocks = nn.ModuleDict()                            # one per predicted level
@@ -480,7 +456,7 @@ class Midway(nn.Module):
                 self.forward_blocks[i].append(GatedBlock(D, cfg.forward_heads, makes_gate))
 
     def init_weights(self):
-        """As in DINO: std 0.02, biases 0; patch embedding and LayerNorm stay as torch makes them."""
+        """As in DINO: std 0.02, biases 0; patch embedding and LayerNorm as torch makes them."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -488,18 +464,10 @@ class Midway(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.student.cls_token, std=0.02)
         nn.init.trunc_normal_(self.student.pos_embed, std=0.02)
-        if self.cfg.dino_weight:
-            # our choice: as Linear weights; the paper doesn't say; only their directions count
+        if self.cfg.dino_weight:        # our choice: as Linear weights; the paper doesn't say
             nn.init.trunc_normal_(self.student_head.weight_v, std=0.02)
-        if self.cfg.latent_dynamics:
-            # our choice: the released code starts the motion tokens at zero, and then nothing ever
-            # tells them apart: they stay ten copies of one token
+        if self.cfg.latent_dynamics:    # our choice: from zero, as released, they never differ
             nn.init.normal_(self.motion_tokens, std=0.02)
-
-    def tied(self):
-        """Name endings of the modules that exist twice, as student... and teacher..."""
-        names = ("", "_head", "_embed", "_backward")
-        return [name for name in names if hasattr(self, "student" + name)]
 
     def train(self, mode=True):
         super().train(mode)
@@ -508,12 +476,12 @@ class Midway(nn.Module):
 
     # -- the dynamics, top-down --
     def midway_path(self, i, m, source, target, first=None):
-        """Tokens of level i (B, K + 2L, d), or the `first`, given m (B, K, d), two frames (B, L, D)."""
-        if m is None:                   # at the top
+        """m (B, K, d) or None; two frames (B, L, D) -> tokens (B, K + 2L, d), or the `first`."""
+        if m is None:
             m = self.motion_tokens.expand(len(source), -1, -1)
         source_pos, target_pos = self.positions(source.shape[1])
         source = self.student_embed(source) + source_pos
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.target_grad and torch.is_grad_enabled()):
             target = self.teacher_embed(target)
         x = torch.cat([m, source, target + target_pos], 1)      # (B, K + 2L, d)
         *blocks, last = self.motion_blocks[str(i)]
@@ -529,11 +497,9 @@ class Midway(nn.Module):
 
     def positions(self, L):
         """The halves of motion_pos for source and target, each (1, L, d)."""
-        source, target = self.motion_pos.chunk(2, 1)
-        if source.shape[1] != L:
-            raise ValueError(f"the dynamics were built for {source.shape[1] - 1} patches, not {L - 1}: "
-                             f"resize the frames to {self.cfg.size}x{self.cfg.size} pixels")
-        return source, target
+        if self.motion_pos.shape[1] != 2 * L:
+            raise ValueError(f"the dynamics want frames of {self.cfg.size}x{self.cfg.size} pixels")
+        return self.motion_pos.chunk(2, 1)
 
     def predict_forward(self, i, m, v):
         """Forward dynamics: latents m (B, K, d), v (B, L, D) -> prediction (B, L, D), gates."""
@@ -549,81 +515,64 @@ class Midway(nn.Module):
 
     def dynamics(self, z, zt):
         """Levels z of sources, zt of targets, each (B, L, D) -> list of Level, lowest first."""
-        m = pred = None
-        v, vt = z[-1], zt[-1]
+        m = None
+        source = v = z[-1]
+        vt = zt[-1]
         levels = []
         for i in reversed(self.predicted):
-            if pred is None:                # at the top
-                source = z[-1]
-            elif self.cfg.refinement:
-                source = pred
-            else:       # our choice: z_l; the paper's prediction goes in "instead of the features z_l"
-                source = z[i]
             # our choice: the target enters through the EMA backward layers, as released; paper: z~
             m = self.infer(i, m, source, vt)
             if self.cfg.backward:
                 v = self.student_backward[str(i)](z[i], v)
                 if i != self.predicted[0]:
-                    with torch.no_grad():
+                    with torch.set_grad_enabled(self.target_grad and torch.is_grad_enabled()):
                         vt = self.teacher_backward[str(i)](zt[i], vt)
-            else:       # our choice: the level's own features stand for v and vt; the paper doesn't say
+            else:       # our choice: the level's own features, as v and vt; the paper doesn't say
                 v, vt = z[i], zt[i]
             pred, gates = self.predict_forward(i, m, v)
             # our choice: CLS is a token like the others, predicted and in the loss, as released
             levels.append(Level(m, v, gates, pred, zt[i], prediction_loss(pred, zt[i])))
+            # our choice: else z_l; paper: predictions go in "instead of the features z_l"
+            source = pred if self.cfg.refinement else z[i - 1]
         return levels[::-1]
 
     # -- training --
     def forward(self, batch):
         """Batch: see the usage at the top of the file. Returns the loss and a dict of scalars."""
-        self.check_batch(batch)
         loss = 0.0
         logs = {}
         if self.cfg.latent_dynamics:
             levels, z = self.both_directions(batch["motion"])
             # our choice: averaged (paper); the released code sums
-            dynamics = sum(level.loss for level in levels) / len(levels)
-            loss = loss + dynamics
-            logs["dynamics"] = dynamics
+            logs["dynamics"] = sum(level.loss for level in levels) / len(levels)
+            loss = loss + logs["dynamics"]
             logs["feature_std"] = fp32(z[-1]).std(0).mean()     # over the frames, place by place
-        if self.cfg.dino_weight:
-            dino, cls, meters = self.dino_term(batch["globals"], batch["locals"])
-            loss = loss + self.cfg.dino_weight * dino
-            logs.update(dino=dino, cls_std=fp32(cls).std(0).mean(), **meters)
-        if self.cfg.latent_dynamics:
             for i, level in zip(self.predicted, levels):
                 name = self.levels[i]
                 logs[f"loss_{name}"] = level.loss
                 logs[f"m_var_{name}"] = fp32(level.m).var(0).mean()
                 if level.gates:
-                    logs[f"gate_{name}"] = torch.stack([g.mean() for g in level.gates]).mean()
+                    logs[f"gate_{name}"] = torch.stack(level.gates).mean()
+        if self.cfg.dino_weight:
+            dino, cls, meters = self.dino_term(batch["globals"], batch["locals"])
+            loss = loss + self.cfg.dino_weight * dino
+            logs.update(dino=dino, cls_std=fp32(cls).std(0).mean(), **meters)
         return loss, {name: value.detach() for name, value in logs.items()}
-
-    def check_batch(self, batch):
-        """Most wrong shapes would fail far from here, without a word of what is wanted."""
-        shapes = dict(
-            motion="(B, 2 frames, 3 colours, size, size)",
-            globals="(B, 2 frames, 2 boxes, 3 colours, size, size)",
-            locals="(B, 2 frames, local_crops boxes, 3 colours, local_size, local_size)")
-        for name, words in shapes.items():
-            if name in batch:
-                shape = tuple(batch[name].shape)
-                fits = len(shape) == words.count(",") + 1 and shape[1] == 2 and shape[-3] == 3
-                assert fits, f"{name} {shape} must be {words}, as data.py's MultiCrop makes it"
 
     def both_directions(self, motion):
         """Motion crops (B, 2, 3, H, W), in both directions -> Levels and z of 2B rows."""
-        # our choice: x -> y and y -> x as one batch, as released, rows [x; y] -> [y; x]; paper:
-        # B.1 calls only the DINO loss symmetrical
+        # our choice: rows [x; y] -> [y; x], as released; paper: B.1 calls only DINO symmetrical
         frames = normalize(motion).transpose(0, 1).flatten(0, 1)        # (2B, 3, H, W)
         z = self.student(frames, self.levels)
         with torch.no_grad():
-            zt = self.teacher(frames, self.levels)
-            zt = [level.roll(len(motion), 0) for level in zt]
+            zt = [level.roll(len(motion), 0) for level in self.teacher(frames, self.levels)]
         return self.dynamics(z, zt), z
 
     def dino_term(self, global_crops, local_crops):
         """DINO over the crops of both frames: loss, CLS features (crops*B, D), meters."""
+        n = self.cfg.local_crops
+        assert (global_crops.shape[1:3], local_crops.shape[1:3]) == ((2, 2), (2, n)), (
+            f"globals must be (B, 2 frames, 2 boxes, ...) and locals (B, 2 frames, {n} boxes, ...)")
         last = [self.cfg.depth]
         crops = normalize(global_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)     # (4B, 3, H, W)
         small = normalize(local_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)      # crop-major
@@ -631,15 +580,14 @@ class Midway(nn.Module):
         if len(small):
             cls = torch.cat([cls, self.student(small, last, first=1)[0][:, 0]])     # (crops*B, D)
         with torch.no_grad():
-            teacher = self.teacher(crops, last, first=1)[0][:, 0]       # (4B, D)
-            teacher = self.teacher_head(teacher)                        # (4B, P)
+            teacher = self.teacher_head(self.teacher(crops, last, first=1)[0][:, 0])    # (4B, P)
         loss, meters = self.dino_loss(self.student_head(cls), teacher)
         return loss, cls, meters
 
     def before_step(self, progress):
         """Before each optimiser step, with progress in [0, 1): the DINO head's last layer waits."""
-        # our choice: for the first 5 of 300 epochs, as released, which steadies the start; the paper
-        # doesn't say. Without a gradient AdamW skips the tensors, decay and moments included.
+        # our choice: for 5 of 300 epochs, as released; the paper doesn't say. Without a gradient
+        # AdamW skips the tensors, decay and moments included.
         if self.cfg.dino_weight and progress < 1 / 60:
             self.student_head.weight_g.grad = None
             self.student_head.weight_v.grad = None
@@ -647,31 +595,23 @@ class Midway(nn.Module):
     @torch.no_grad()
     def after_step(self, progress):
         """After each optimiser step, with progress in (0, 1]: EMA of the teacher, DINO's center."""
-        # our choice: DINO's cosine to 1; the released code misreads its schedule and stays at 0.996
+        # our choice: DINO's cosine to 1; the released code by a slip stays at 0.996
         momentum = 1 - (1 - self.cfg.ema) * (math.cos(math.pi * progress) + 1) / 2
-        students, teachers = [], []
-        for name in self.tied():
-            student = dict(getattr(self, "student" + name).named_parameters())
-            for key, parameter in getattr(self, "teacher" + name).named_parameters():
-                students.append(student[key])
-                teachers.append(parameter)
-        get_ema_multi_avg_fn(momentum)(teachers, students, None)
+        parameters = dict(self.named_parameters())
+        teachers = [name for name in parameters if name.startswith("teacher")]
+        students = [parameters[name.replace("teacher", "student", 1)] for name in teachers]
+        get_ema_multi_avg_fn(momentum)([parameters[name] for name in teachers], students, None)
         if self.cfg.dino_weight:
             self.dino_loss.update_center()
 
     # -- inference: after model.eval(), which switches off the drop path --
     def features(self, images, teacher=False):
-        """Images (B, 3, H, W), uint8 or float in [0, 1] -> tapped levels (B, L, D), lowest first."""
-        # our choice: also readouts see the student, whose features the dynamics were trained on; the
-        # paper doesn't say, DINO reads out its teacher
-        encoder = self.teacher if teacher else self.student
-        return encoder(normalize(images), self.levels)
+        """Images (B, 3, H, W), uint8 or float in [0, 1] -> levels (B, L, D), lowest first."""
+        # our choice: readouts see the student, which the dynamics use; the paper doesn't say
+        return (self.teacher if teacher else self.student)(normalize(images), self.levels)
 
     def predict(self, source, target):
-        """
-        What the dynamics say of source -> target, frames (B, 3, H, W): a list of Level, lowest first.
-        Source goes through the student, target through the teacher.
-        """
+        """Frames (B, 3, H, W); student sees source, teacher target -> Levels, lowest first."""
         assert self.cfg.latent_dynamics, "this model has no latent dynamics: it can't predict"
         with torch.no_grad():
             zt = self.features(target, teacher=True)
@@ -681,9 +621,8 @@ class Midway(nn.Module):
     def report(self, batch):
         """
         What predictions owe to their latents: {row: {column: scalar}}, the mean 2 - 2 cos of each
-        level's prediction with its right latents, with those of another pair of the batch in the same
-        direction, with zeros, and of copying the teacher's source features. v is the source's own, and
-        the levels above stay as they are.
+        level's prediction with its right latents, with those of another pair in the same direction,
+        with zeros, and of copying the teacher's source features. The levels above stay as they are.
         """
         if not self.cfg.latent_dynamics:
             return {}
@@ -697,12 +636,11 @@ class Midway(nn.Module):
                 del latents["shuffled"]             # there is no other pair
             row = {}
             for name, m in latents.items():
-                pred, _ = self.predict_forward(i, m, level.v)
-                row[name] = prediction_loss(pred, level.target)
+                row[name] = prediction_loss(self.predict_forward(i, m, level.v)[0], level.target)
             row["copy"] = prediction_loss(level.target.roll(B, 0), level.target)    # x <-> y
             rows[f"2-2cos, level {self.levels[i]}"] = row
-        rows["2-2cos, mean"] = {name: sum(r[name] for r in rows.values()) / len(rows) for name in row}
-        return rows
+        mean = {name: sum(r[name] for r in rows.values()) / len(rows) for name in row}
+        return rows | {"2-2cos, mean": mean}
 
 
 # ---- the authors' checkpoints --------------------------------------------------------------------
@@ -717,7 +655,6 @@ NAMES = (   # (the authors', ours), regular expressions, applied in this order
     (r"^forward_predictor_", "forward_blocks."),
     (r"^gating_mlps_(\d+)\.(\d+)\.", r"forward_blocks.\1.\2.next_gate."),
     (r"\.norm_layer\.", ".norm."),
-    (r"\.cross_attn\.projq\.", ".cross_attn.q."),
 )
 
 
@@ -728,17 +665,11 @@ def convert(ckpt):
         for key, value in ckpt[section].items():
             for theirs, ours in NAMES:
                 key = re.sub(theirs, ours, key)
-            if section != "motion_loss":
-                key = section + key
-            state[key] = value
-    for key in list(state):                 # our q and kv: of one matrix of theirs, or k and v of two
-        if ".qkv." in key:
-            qkv = state.pop(key)
-            state[key.replace("qkv", "q")], state[key.replace("qkv", "kv")] = qkv.tensor_split([len(qkv) // 3])
-        if ".projk." in key:
-            k = state.pop(key)
-            v = state.pop(key.replace("projk", "projv"))
-            state[key.replace("projk", "kv")] = torch.cat([k, v])
+            state[key if section == "motion_loss" else section + key] = value
+    for key in list(state):
+        if ".projq." in key:                # cross-attention: three matrices are one of ours
+            parts = [state.pop(key.replace("projq", name)) for name in ("projq", "projk", "projv")]
+            state[key.replace("projq", "qkv")] = torch.cat(parts)
     return {key: value for key, value in state.items() if not key.startswith("teacher_backward.0.")}
 
 
@@ -759,61 +690,45 @@ def official_config(state):
     return Config(
         size=math.isqrt(state["student.pos_embed"].shape[1] - 1) * patch, patch=patch,
         dim=dim, depth=depth, levels=tuple(depth * (i + 1) // n for i in range(n)),
-        heads=max(dim // 64, 3),    # not in the tensors: DINO's are 64 wide; the dynamics have 3 and 6
+        heads=max(dim // 64, 3),    # no tensor tells: DINO's are 64 wide; the dynamics have 3 and 6
         motion_tokens=motion_tokens, motion_dim=motion_dim,
         motion_depth=count("motion_blocks.0."), forward_depth=count("forward_blocks.0."), **head)
 
 
 def load_official(path):
     """
-    Midway from a checkpoint (.pth) of the authors, in eval mode. A missing DINO head or center is said
-    and does no harm. Raises OSError if the file can't be read, ValueError if it isn't such a checkpoint.
-    Nothing in a file is executed: it may hold tensors, plain containers and an argparse.Namespace. One
-    whose `args` are of another library is refused; if you trust it, open it once where that library
-    is installed and save it again without `args`.
+    Midway from a checkpoint (.pth) of the authors, in eval mode; without DINO head or center, which
+    it says, features and dynamics are whole. OSError if the file can't be read, ValueError if it
+    isn't such a checkpoint. Nothing is executed: a file may hold tensors, plain containers and an
+    argparse.Namespace; any other class is refused (if you trust it, save it again without `args`).
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        state = convert(ckpt)
+        center = ckpt.get("dino_loss", {}).get("center")
+        if center is None or "student_head.weight_v" not in state:
+            print(f"{path}: no DINO head or center in it; features and dynamics are whole")
+            state = {key: value for key, value in state.items() if "_head." not in key}
+        else:
+            state["dino_loss.center"] = center
+        model = Midway(official_config(state))
+        model.load_state_dict(state)
     except OSError:                         # no such file, a folder, no permission
         raise
-    except Exception as error:              # torch raises anything at all on a foreign file
-        raise ValueError(f"{path}: a damaged file, no checkpoint, or one with more in it than tensors, "
-                         f"containers and a Namespace ({type(error).__name__})") from None
-    missing = []
-    try:
-        state = convert(ckpt)
-        if not ("student_head.weight_v" in state and "teacher_head.weight_v" in state):
-            missing.append("DINO head")
-            state = {key: value for key, value in state.items() if "_head." not in key}
-        model = Midway(official_config(state))
-        center = ckpt.get("dino_loss", {}).get("center")
-        if center is None:
-            missing.append("center")
-            center = torch.zeros(1, model.cfg.prototypes)
-        if model.cfg.dino_weight:
-            state["dino_loss.center"] = center
-        model.load_state_dict(state)
-    except Exception as error:              # a key, a shape or a type that isn't the authors'
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a checkpoint of the authors' Midway Network "
-                         f"({type(error).__name__}: {reason})") from None
-    if missing:
-        print(f"{path}: no {', no '.join(missing)} in this file; features and dynamics are whole")
+    except Exception as error:              # a foreign or damaged file: anything can happen
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path}: not a whole checkpoint of Midway's authors ({reason})") from None
     return model.eval()
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     model = Midway(Config(**PRESETS["tiny"]))
     batch = dict(
         motion=torch.rand(4, 2, 3, 48, 48),             # (B, frame, channel, height, width)
         globals=torch.rand(4, 2, 2, 3, 48, 48),         # (B, frame, box, channel, height, width)
         locals=torch.rand(4, 2, 2, 3, 24, 24))
     loss, logs = model(batch)
-    loss.backward()
     print(f"loss {loss:.3f}:", {name: round(value.item(), 3) for name, value in logs.items()})
-    model.eval()
-    x, y = batch["motion"].unbind(1)
-    for level in model.predict(x, y):
+    for level in model.eval().predict(*batch["motion"].unbind(1)):
         print(f"m {tuple(level.m.shape)}, pred {tuple(level.pred.shape)}, loss {level.loss:.3f}")

@@ -9,32 +9,23 @@ for its colour, again by cross-attention. To predict what will be where, it help
 on to a part of the scene and follows it.
 
     state s_0 = noise; for each frame t:
-        p_t     = s_t + predictor(s_t)               self-attention only
+        p_t      = s_t + predictor(s_t)              self-attention only
         frame^_t = decoder(p_t)                      before the frame is seen
-        s_t+1   = LN(p_t + corrector(p_t, e_t))      e_t = encoder(frame_t)
-    loss = mean over all frames of |frame^_t - frame_t|^2
-    (frame 0, predicted from pure noise, can only be a mean image)
+        s_t+1    = LN(p_t + corrector(p_t, e_t))     e_t = encoder(frame_t)
+    loss = mean over all frames of |frame^_t - frame_t|^2        (frame 0 can only be a mean image)
 
-Nothing is learnt per token or per frame: any number of tokens and of frames will do at test time.
-
-Glossary
+Nothing is learnt per token or per frame: any number of both will do at test time. Glossary:
     B     clips                  N     tokens of the state (1024)     e    encoder's grid tokens
     T     frames (8)             D     their width (512)              De   their width
     H W   pixels                 P     decoded pixels of a frame      K    queries of a readout
     h w   encoder's grid: H, W over the product of the strides (4), rounded up
-    nh    attention heads        hd    width of one head
     predicted   p_t, what the tokens expect before they see frame t
     corrected   s_t+1, after they have seen it; the state that is carried on
 
-How is this not just a transformer over patches? The patches (e) are only looked at; what persists,
-and what is decoded, are N vectors without a place. `grid=True` puts them back on the grid: the
-paper's baselines.
-
-Two variants were published, the same recurrence in another phase. The paper's (released=False)
-decodes the prediction p_t. The released weights (released=True) keep the state un-normalised,
-normalise it at the start of each step, and are decoded from the state before: both predict a frame
-from the frames before it. Sizes and details follow the authors' released code; departures are
-marked "our choice".
+Two variants were published. The paper's decodes the prediction p_t. The released weights keep the
+state un-normalised, normalise it at the start of each step, and are decoded from the state before:
+both predict a frame from those before it. `grid=True` puts the tokens back on the grid, as the
+paper's baselines. Sizes follow the authors' code; departures are marked "our choice".
 
     model = MooG(Config(**PRESETS["paper"]))        # or: load_official("moog_ego4d_backbone.npz")
     loss, logs = model(dict(video=video))           # video (B, T, 3, H, W), uint8, or float in 0..1
@@ -94,7 +85,7 @@ PRESETS = {
         decoder=(2, 2, 64), mlp=256, state_scale=1.0),
     # the paper's main model; not yet trained here. our choice: checkpoint, to save memory
     "paper": dict(checkpoint=True),
-    # one 24 GB card, by our estimate: not yet run on a GPU. our choice of everything
+    # one 24 GB card, by our estimate; not yet run. our choice of everything
     "small": dict(
         size=64, tokens=256, dim=256, channels=(32, 64, 64, 128, 128, 256), predictor=(3, 4, 256),
         corrector=(2, 4, 256), decoder=(4, 2, 128), mlp=1024),
@@ -113,11 +104,9 @@ RECIPES = {
         scenes=dict(sprites=3, speed=10.0, pan=4.0, zoom=0.0, roll=0.0, radius=(0.15, 0.25),
                     grain=24.0, flat=0.9)),
     "paper": PAPER | dict(scenes=SCENES),
-    # our choice: a smaller model takes larger and fewer steps
-    "small": PAPER | dict(
+    "small": PAPER | dict(      # our choice: a smaller model takes larger and fewer steps
         steps=100_000, batch_size=32, lr=3e-4, warmup=0.01, scenes=SCENES | dict(size=64)),
-    # our choice: how the released weights were trained is not published, so as the paper's
-    "released": PAPER | dict(scenes=SCENES),
+    "released": PAPER | dict(scenes=SCENES),    # our choice: theirs is not published
 }
 
 
@@ -165,9 +154,9 @@ def fourier(x, bases):
 
 
 # ---- transformer ---------------------------------------------------------------------------------
-def split_heads(x, heads):
-    """(B, L, nh * hd) -> (B, nh, L, hd)"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def mlp(inputs, hidden, outputs):
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
 
 
 class Attention(nn.Module):
@@ -183,35 +172,28 @@ class Attention(nn.Module):
         self.norm_key = nn.RMSNorm(width // heads, eps=1e-6)
         self.out = nn.Linear(width, dim)
 
-    def queries_and_keys(self, x, y):
-        """In float32: (B, nh, L, hd), (B, nh, M, hd)."""
-        q = split_heads(self.query(x), self.heads)
-        k = split_heads(self.key(y), self.heads)
-        return self.norm_query(fp32(q)), self.norm_key(fp32(k))
-
-    def weights(self, x, y):
-        """Where x looks at y: (B, nh, L, M), each row sums to 1."""
-        q, k = self.queries_and_keys(x, y)
-        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
-
-    def forward(self, x, y):
-        q, k = self.queries_and_keys(x, y)
-        v = split_heads(self.value(y), self.heads)                       # (B, nh, M, hd)
+    def forward(self, x, y, weights=False):
+        """(B, L, D), or the weights, where x looks: (B, nh, L, M), each row sums to 1."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, nh, ., hd)
+                   for t in (self.query(x), self.key(y), self.value(y)))
+        q = self.norm_query(fp32(q))
+        k = self.norm_key(fp32(k))
+        if weights:
+            return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.out(out.transpose(1, 2).flatten(2))                 # (B, L, D)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Pre-norm; self- and cross-attention side by side, from the same normed x; y is not normed."""
 
-    def __init__(self, dim, heads, width, mlp, kv_dim=None, self_attention=True):
+    def __init__(self, dim, heads, width, hidden, kv_dim=None, self_attention=True):
         super().__init__()
         self.norm_attention = nn.LayerNorm(dim, eps=1e-6, bias=False)
         self.self_attention = Attention(dim, dim, heads, width) if self_attention else None
         self.cross_attention = Attention(dim, kv_dim, heads, width) if kv_dim else None
         self.norm_mlp = nn.LayerNorm(dim, eps=1e-6, bias=False)
-        self.mlp_in = nn.Linear(dim, mlp)
-        self.mlp_out = nn.Linear(mlp, dim)
+        self.mlp = mlp(dim, hidden, dim)
 
     def forward(self, x, y=None):
         normed = self.norm_attention(x)
@@ -219,18 +201,17 @@ class Block(nn.Module):
             x = x + self.self_attention(normed, normed)
         if self.cross_attention is not None:
             x = x + self.cross_attention(normed, y)
-        hidden = F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh")
-        return x + self.mlp_out(hidden)
+        return x + self.mlp(self.norm_mlp(x))
 
 
 class Transformer(nn.Module):
     """x (B, L, D), y (B, M, Dkv) -> (B, L, D). spec: layers, heads, width of q, k, v."""
 
-    def __init__(self, dim, spec, mlp, kv_dim=None, self_attention=True):
+    def __init__(self, dim, spec, hidden, kv_dim=None, self_attention=True):
         super().__init__()
-        layers, heads, width = spec
+        layers, *spec = spec
         self.layers = nn.ModuleList(
-            Block(dim, heads, width, mlp, kv_dim, self_attention) for _ in range(layers))
+            Block(dim, *spec, hidden, kv_dim, self_attention) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6, bias=False)
 
     def forward(self, x, y=None):
@@ -243,11 +224,11 @@ class Transformer(nn.Module):
         *others, last = self.layers
         for layer in others:
             x = layer(x, y)
-        return last.cross_attention.weights(last.norm_attention(x), y)
+        return last.cross_attention(last.norm_attention(x), y, weights=True)
 
 
 def init_weights(module):
-    """Kernels as in the authors' code: truncated normal of variance 1 / fan-in, biases zero."""
+    """As the authors: kernels truncated normal of variance 1 / fan-in, biases zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         std = module.weight[0].numel() ** -0.5 / 0.87962566103423978    # of what the cut leaves
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -270,12 +251,11 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        inputs = (3, *cfg.channels[:-1])
         last = cfg.channels[-1]
         positions = 4 * cfg.encoder_bases
         self.bases = cfg.encoder_bases
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride) for a, b, stride in zip(inputs, cfg.channels, cfg.strides))
+            nn.Conv2d(a, b, 3, s) for a, b, s in zip((3, *cfg.channels), cfg.channels, cfg.strides))
         self.norm_convs = nn.LayerNorm(last, eps=1e-6, bias=False)
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6, bias=False)
         if cfg.released:                    # positions stand beside the features, to the end
@@ -289,11 +269,10 @@ class Encoder(nn.Module):
             self.proj_in = nn.Linear(last, cfg.dim)
             self.proj_out = nn.Identity()
 
-    def forward(self, frames):
-        x = frames
-        for conv in self.convs[:-1]:
-            x = F.gelu(conv(pad_same(x, conv.stride[0])), approximate="tanh")
-        x = self.convs[-1](pad_same(x, self.convs[-1].stride[0]))       # (B, C, h, w)
+    def forward(self, x):
+        for i, conv in enumerate(self.convs):
+            x = F.gelu(x, approximate="tanh") if i else x
+            x = conv(pad_same(x, conv.stride[0]))                       # at last (B, C, h, w)
         grid = grid_positions(*x.shape[2:], x.device)                   # (h*w, 2)
         positions = fourier(grid, self.bases).to(x.dtype)               # (h*w, 4 * bases)
         x = self.norm_convs(x.flatten(2).mT)                            # (B, h*w, C)
@@ -318,21 +297,15 @@ class Decoder(nn.Module):
         self.transformer = Transformer(width, spec, mlp, dim, self_attention)
         self.recon = nn.Linear(width, channels)
 
-    def queries(self, states, size, index):
-        """Zeros, then the pixel's Fourier positions: (B, P, D + 4 * bases)."""
+    def forward(self, states, size, index=None, attention=False):
+        """Colours (B, P, channels); or where each pixel looks in the last layer, (B, P, nh, N)."""
         positions = fourier(grid_positions(*size, states.device), self.bases).to(states.dtype)
         if index is not None:
-            positions = positions[index]
-        return F.pad(positions.expand(len(states), -1, -1), (self.dim, 0))
-
-    def forward(self, states, size, index=None):
-        """Colours (B, P, channels)."""
-        return self.recon(self.transformer(self.queries(states, size, index), states))
-
-    def attention(self, states, size, index=None):
-        """Where each pixel looks in the last layer: (B, P, nh, N)."""
-        seen = self.transformer.attention(self.queries(states, size, index), states)
-        return seen.transpose(1, 2)
+            positions = positions[index]                                # (B, P, 4 * bases)
+        queries = F.pad(positions.expand(len(states), -1, -1), (self.dim, 0))
+        if attention:
+            return self.transformer.attention(queries, states).transpose(1, 2)
+        return self.recon(self.transformer(queries, states))
 
 
 def subsample(size, factor, offsets=None):
@@ -376,23 +349,17 @@ class States(NamedTuple):
 
 
 def check(cfg):
-    """Raises a ValueError that says what to change if a Config can't be built."""
-    if len(cfg.channels) != len(cfg.strides):
-        raise ValueError("channels and strides: want one of each per convolution")
+    """Says what to change if a Config can't be built."""
+    assert len(cfg.channels) == len(cfg.strides), "channels and strides: one of each a convolution"
     for layers, heads, width in (cfg.predictor, cfg.corrector, cfg.decoder):
-        if width % heads:
-            raise ValueError(f"attention of width {width}: must be a multiple of its {heads} heads")
-    if cfg.size % cfg.subsample:
-        raise ValueError(f"size={cfg.size} must be a multiple of subsample={cfg.subsample}")
-    if cfg.grid and cfg.released:
-        raise ValueError("grid=True is a baseline of the paper's model: leave out released=True")
-    if not cfg.grid and not cfg.recurrent:
-        raise ValueError("recurrent=False needs grid=True: else the state is all there is")
+        assert width % heads == 0, f"width {width} must be a multiple of its {heads} heads"
+    assert cfg.size % cfg.subsample == 0, (
+        f"size={cfg.size} must be a multiple of subsample={cfg.subsample}")
+    assert not (cfg.grid and cfg.released), "grid=True is of the paper's model, not released"
+    assert cfg.grid or cfg.recurrent, "recurrent=False needs grid=True: its state is all a MooG has"
 
 
 class MooG(nn.Module):
-    """Encoder, predictor, corrector, decoder."""
-
     def __init__(self, cfg):
         super().__init__()
         check(cfg)
@@ -417,9 +384,8 @@ class MooG(nn.Module):
     # -- the recurrence --
     def initial_state(self, B, tokens):
         """Noise (B, tokens, D)."""
-        like = self.state_norm.weight
-        noise = torch.randn(B, tokens, self.cfg.dim, device=like.device, dtype=like.dtype)
-        state = self.cfg.state_scale * noise
+        like = self.state_norm.weight.expand(B, tokens, -1)
+        state = self.cfg.state_scale * torch.randn_like(like)
         return state if self.cfg.released else self.state_norm(state)
 
     def predict(self, state):
@@ -438,10 +404,11 @@ class MooG(nn.Module):
             c = e + self.corrector(e, e)
         return c if self.cfg.released else self.state_norm(c)
 
-    def step(self, state, e):
-        """One frame. state (B, N, D), e (B, h*w, De) -> predicted, corrected (B, N, D)."""
-        p = self.predict(state)
-        return p, self.correct(p, e)
+    def run(self, function, *tensors):
+        """function(*tensors), with cfg.checkpoint once more in backward, to save memory."""
+        if not self.cfg.checkpoint:
+            return function(*tensors)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
     def recurrence(self, video, state=None, tokens=None):
         """Video (B, T, 3, H, W) -> predicted, corrected (B, T, N, D), initial state (B, N, D)."""
@@ -451,23 +418,15 @@ class MooG(nn.Module):
         if state is None:
             N = e.shape[2] if self.cfg.grid else tokens or self.cfg.tokens
             state = self.initial_state(B, N)
-        start = state
-        step = self.step
-        if self.cfg.checkpoint:                 # a step draws nothing: no random state to keep
-            step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)
+        states = [state]
         predicted = []
-        corrected = []
         for t in range(T):
-            p, state = step(state, e[:, t])
-            predicted.append(p)
-            corrected.append(state)
-        return torch.stack(predicted, 1), torch.stack(corrected, 1), start
+            predicted.append(self.run(self.predict, states[t]))
+            states.append(self.run(self.correct, predicted[t], e[:, t]))
+        return torch.stack(predicted, 1), torch.stack(states[1:], 1), state
 
     def predict_ahead(self, video, state=None, tokens=None):
-        """
-        Video (B, T, 3, H, W) -> the states to decode as its frames and as the one after, each
-        knowing the frames before it alone: (B, T + 1, N, D). Arguments as in unroll().
-        """
+        """As unroll(), -> states (B, T + 1, N, D) of frames 0..T, each from those before it."""
         predicted, corrected, start = self.recurrence(video, state, tokens)
         if self.cfg.released:
             return torch.cat([start[:, None], corrected], 1)
@@ -475,48 +434,42 @@ class MooG(nn.Module):
 
     def unroll(self, video, state=None, tokens=None):
         """
-        Video (B, T, 3, H, W), uint8 or float in [0, 1], any T, H, W -> States. state: `last` of an
-        earlier chunk, to go on with. Without it the tokens start as noise, `tokens` of them
-        (default: as in training; with grid, one for each place).
+        Video (B, T, 3, H, W), uint8 or float in [0, 1] -> States. state: `last` of an earlier
+        chunk; else `tokens` start as noise (as many as in training; with grid, one for each place).
         """
         predicted, corrected, _ = self.recurrence(video, state, tokens)
         features = corrected if self.cfg.released else torch.cat([predicted, corrected], 2)
         return States(predicted, corrected, features, corrected[:, -1])
 
     # -- decoding --
-    def per_pixel(self, function, states, size, index):
-        """function(states, size, index) of all frames in one call -> (B, T, P, ...)."""
+    def per_pixel(self, states, size, index, attention=False):
+        """The decoder's output for all frames in one call: (B, T, P, ...)."""
         B, T = states.shape[:2]
         if index is None:
             index = torch.arange(size[0] * size[1], device=states.device)
         index = index.expand(B, T, -1).flatten(0, 1)                    # (B*T, P)
-        states = states.flatten(0, 1)                                   # (B*T, N, D)
-        chunk = max(DECODE_CHUNK // (B * T), 1)
-        if self.cfg.decoder_self_attention:                             # pixels look at each other
-            chunk = index.shape[1]
-        out = chunked(lambda part: function(states, size, part), index, chunk, dim=1)
-        return out.unflatten(0, (B, T))
+        decode = partial(self.decoder, states.flatten(0, 1), size, attention=attention)
+        if not self.cfg.decoder_self_attention:     # else the pixels look at each other
+            decode = partial(chunked, decode, size=max(DECODE_CHUNK // (B * T), 1), dim=1)
+        return decode(index).unflatten(0, (B, T))
 
     def decode(self, states, size, index=None, return_attention=False):
         """
         States (B, T, N, D), of predict_ahead() -> frames (B, T, 3, H, W) of size (H, W), or, with
         index (B, T, P) or (P,) of pixels y * W + x, their colours (B, T, P, 3). They can overshoot
-        [0, 1]. return_attention: also attention().
+        [0, 1]. return_attention: also where they look in the last layer, (B, T, nh, P, N).
         """
-        colours = self.per_pixel(self.decoder, states, size, index)     # (B, T, P, 3)
+        colours = self.per_pixel(states, size, index)                   # (B, T, P, 3)
         if index is None:
             colours = colours.mT.unflatten(-1, size)                    # (B, T, 3, H, W)
         if not return_attention:
             return colours
-        return colours, self.attention(states, size, index)
-
-    def attention(self, states, size, index=None):
-        """Where pixels look in the decoder's last layer: (B, T, nh, P, N). As decode()."""
-        return self.per_pixel(self.decoder.attention, states, size, index).transpose(2, 3)
+        return colours, self.per_pixel(states, size, index, attention=True).transpose(2, 3)
 
     def tokens_used(self, states, size, index):
         """Share of the tokens that some decoded pixel looks at most; at most T * P / N."""
-        top = self.attention(states, size, index).mean(2).argmax(-1)    # (B, T, P)
+        attention = self.per_pixel(states, size, index, attention=True)     # (B, T, P, nh, N)
+        top = attention.mean(3).argmax(-1)                                  # (B, T, P)
         used = torch.zeros(len(states), states.shape[2], device=top.device)
         return used.scatter(1, top.flatten(1), 1.0).mean()
 
@@ -551,10 +504,7 @@ class MooG(nn.Module):
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")       # other numbers of pixels: not worth compiling
     def report(self, batch):
-        """
-        {row: {column: scalar}}: PSNR in dB of predicting frame t from those before it, and of
-        copying the frame before.
-        """
+        """PSNR of predicting a frame from those before it, and of copying: {row: {column: x}}."""
         video = as_float(batch["video"])
         B, T, _, *size = video.shape
         factor = 1 if self.cfg.decoder_self_attention else math.gcd(4, *size)
@@ -572,26 +522,18 @@ class MooG(nn.Module):
 
 # ---- readouts ------------------------------------------------------------------------------------
 class Readout(NamedTuple):
-    values: torch.Tensor            # (B, T, K, C) points x y or boxes y1 x1 y2 x2, in [0, 1]
-    logits: torch.Tensor | None     # (B, T, K, 2) of being visible, certain; not of released boxes
-    visible: torch.Tensor | None    # (B, T, K) bool: visible and certain; not of released boxes
-    state: torch.Tensor | None      # (B, K, width) to go on with; not of released heads
+    values: torch.Tensor                    # (B, T, K, C) points x y, boxes y1 x1 y2 x2, in [0, 1]
+    logits: torch.Tensor | None = None      # (B, T, K, 2) visible, certain; not of released boxes
+    state: torch.Tensor | None = None       # (B, K, width) to go on with; not of released heads
 
-
-def visible_and_certain(logits):
-    return torch.sigmoid(fp32(logits)).prod(-1) > 0.5
-
-
-def mlp(inputs, hidden, outputs):
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
+    @property
+    def visible(self):
+        """Visible and certain: (B, T, K) bool."""
+        return torch.sigmoid(fp32(self.logits)).prod(-1) > 0.5
 
 
 class PointReadout(nn.Module):
-    """
-    Recurrent readout: a query becomes a state and looks at each frame's features. paper: Sec. 3.2
-    Give it features that are detached (frozen) or not (end to end).
-    """
+    """Recurrent: a query becomes a state and looks at each frame's features. paper: Sec. 3.2"""
     coordinates = 2
 
     def __init__(self, dim=512, width=512, transformer=(3, 8, 512), hidden=2048, bases=16):
@@ -610,9 +552,8 @@ class PointReadout(nn.Module):
 
     def forward(self, features, queries, query_frames=None, state=None):
         """
-        features (B, T, M, D); queries (B, K, coordinates) in [0, 1] of the frame, at query_frames
-        (B, K), counted from this chunk's first frame (None: all at its start). state: of an earlier
-        chunk, to go on with. What it says of frames before the query's is meaningless.
+        features (B, T, M, D); queries (B, K, coordinates) in [0, 1], at query_frames (B, K) of this
+        chunk, None: 0; what it says of frames before is meaningless. state: of an earlier chunk.
         """
         positions = fourier(queries, self.bases).to(self.proj_in.weight.dtype)
         start = self.initializer(positions)                     # (B, K, width)
@@ -623,14 +564,11 @@ class PointReadout(nn.Module):
             if query_frames is not None:
                 begins = (query_frames == t)[..., None]         # (B, K, 1)
                 state = torch.where(begins, start.to(state.dtype), state)
-            seen = self.transformer(self.proj_in(state), features[:, t])
-            c = state + self.proj_out(seen)
+            c = state + self.proj_out(self.transformer(self.proj_in(state), features[:, t]))
             state = self.state_norm(c + self.predictor(c))
             corrected.append(c)
         c = torch.stack(corrected, 1)                           # (B, T, K, width)
-        values = torch.sigmoid(fp32(self.values(c)))
-        logits = self.logits(c)
-        return Readout(values, logits, visible_and_certain(logits), state)
+        return Readout(torch.sigmoid(fp32(self.values(c))), self.logits(c), state)
 
     def error(self, values, target):
         """Huber loss of each point (B, T, K), and whether it is near enough to be certain."""
@@ -640,10 +578,9 @@ class PointReadout(nn.Module):
 
     def loss(self, out, target, visible, valid=None):
         """
-        target (B, T, K, coordinates); visible, valid (B, T, K) bool; valid: count these, None for
-        all; leave out the frames before the query. our choice: a loss like TAP-Net's, since MooG's
-        is not published: Huber of the distance with delta 4 pixels of 256, times 0.05, where
-        visible; cross-entropy of visible; and, where visible, of certain: less than 6 pixels off.
+        target (B, T, K, coordinates); visible, valid (B, T, K) bool, valid: count these (leave out
+        frames before the query), None: all. our choice, none is published: like TAP-Net's, Huber
+        (delta 4 pixels of 256) x 0.05 where visible; cross-entropy of visible and, there, certain.
         """
         visible = visible.bool()
         valid = torch.ones_like(visible) if valid is None else valid.bool()
@@ -651,22 +588,16 @@ class PointReadout(nn.Module):
         target = torch.where(seen[..., None], target, out.values.detach())  # may be nan
         error, near = self.error(out.values, target)
         logits = fp32(out.logits)
-        bce = F.binary_cross_entropy_with_logits
-        visible_loss = bce(logits[..., 0], visible.to(logits.dtype), reduction="none")
-        certain_loss = bce(logits[..., 1], near.to(logits.dtype), reduction="none")
-        each = valid * visible_loss + seen * (error + certain_loss)
+        truth = torch.stack([visible, near], -1).to(logits.dtype)
+        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")   # (B, T, K, 2)
+        each = valid * bce[..., 0] + seen * (error + bce[..., 1])
         return each.sum() / valid.sum().clamp(min=1)
-
-
-def box_area(boxes):
-    """Area of boxes (..., 4) y1 x1 y2 x2; 0 if they are inside out."""
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 class BoxReadout(PointReadout):
     """
-    The same for boxes (y1, x1, y2, x2). our choice of head and loss, as none is published: the mean
-    Huber of the four coordinates; certain means an intersection over union above 1/2.
+    The same for boxes y1 x1 y2 x2. our choice of head and loss, as none is published: the mean
+    Huber of the coordinates; certain means an intersection over union above 1/2.
     """
     coordinates = 4
 
@@ -674,9 +605,9 @@ class BoxReadout(PointReadout):
         error = F.huber_loss(256 * values, 256 * target, delta=4.0, reduction="none").mean(-1)
         start = torch.maximum(values, target)[..., :2]
         end = torch.minimum(values, target)[..., 2:]
-        both = box_area(torch.cat([start, end], -1))
-        either = box_area(values) + box_area(target) - both
-        return 0.05 * error, both > either / 2
+        boxes = torch.stack([torch.cat([start, end], -1), values, target])      # (3, B, T, K, 4)
+        both, a, b = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)    # areas
+        return 0.05 * error, both > (a + b - both) / 2
 
 
 class DepthReadout(Decoder):
@@ -687,18 +618,17 @@ class DepthReadout(Decoder):
         self.apply(init_weights)
 
     def loss(self, values, target, valid):
-        """Mean |value - target| over valid ones, (..., P, 1). our choice: none is published."""
+        """Mean (value - target)^2 over the valid ones, (..., P, 1)."""
+        # our choice: none is published; absolute errors stayed at the median for hundreds of steps
         values = fp32(values)
-        valid = valid.bool()
-        target = torch.where(valid, target, values.detach())    # invalid ones may be inf
-        return (values - target).abs().sum() / valid.sum().clamp(min=1)
+        target = torch.where(valid.bool(), target, values.detach())     # invalid ones may be inf
+        return (values - target).square().sum() / valid.bool().sum().clamp(min=1)
 
 
 class AttentionReadout(nn.Module):
     """
-    The released heads: each query looks once at all tokens of exactly `frames` frames. copies: each
-    query is asked that often, each time for frames / copies frames. As released: points 8 copies,
-    8 heads; boxes 1 copy, 4 heads.
+    The released heads: each query looks once at all tokens of exactly `frames` frames; with copies,
+    it is asked that often, each time for frames / copies. Boxes as released: 4 heads, 1 copy.
     """
 
     def __init__(self, coordinates=2, dim=512, width=1024, heads=8, frames=16, copies=8,
@@ -708,7 +638,7 @@ class AttentionReadout(nn.Module):
         self.heads = heads
         self.bases = bases
         self.initializer = mlp(2 * bases * coordinates, dim, dim)
-        # our choice: embeddings start at zero; how the authors' began is not published
+        # our choice: both start at zero; how the authors' began is not published
         self.copies = nn.Parameter(torch.zeros(copies, dim)) if copies > 1 else None
         self.times = nn.Parameter(torch.zeros(frames, 1, dim))
         self.norm_features = nn.LayerNorm(dim, eps=1e-6)
@@ -722,60 +652,49 @@ class AttentionReadout(nn.Module):
         self.apply(init_weights)
 
     def forward(self, features, queries):
-        """
-        features (B, frames, N, D) of a released model; queries (B, K, coordinates) in frame 0, in
-        [0, 1] of the frame. Returns a Readout without state.
-        """
+        """features (B, frames, N, D); queries (B, K, coordinates) in [0, 1], at frame 0."""
         T = features.shape[1]
         x = (self.norm_features(features) + self.times).flatten(1, 2)           # (B, T*N, D)
         q = self.initializer(fourier(queries, self.bases).to(x.dtype))          # (B, K, D)
         if self.copies is not None:
             q = (q[:, :, None] + self.copies).flatten(1, 2)                     # (B, K * copies, D)
         q = self.query(q)
-        qkv = (split_heads(y, self.heads) for y in (q, self.key(x), self.value(x)))
+        qkv = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+               for y in (q, self.key(x), self.value(x)))
         seen = F.scaled_dot_product_attention(*qkv)
         o = q + self.out(seen.transpose(1, 2).flatten(2))
         o = self.values(o + self.mlp(self.norm(o)))             # (B, K * copies, T / copies * 4)
         o = fp32(o).unflatten(1, (queries.shape[1], -1))        # (B, K, copies, T / copies * 4)
         o = o.flatten(2).unflatten(2, (T, 4)).transpose(1, 2)   # (B, T, K, 4)
         if self.coordinates == 4:
-            return Readout(o, None, None, None)
-        logits = o[..., 2:]
-        return Readout(torch.sigmoid(o[..., :2]), logits, visible_and_certain(logits), None)
+            return Readout(o)
+        return Readout(torch.sigmoid(o[..., :2]), o[..., 2:])
 
 
 # ---- the authors' checkpoints --------------------------------------------------------------------
 NAMES = (       # (pattern of theirs, ours), applied in this order
-    (r"^pretrained_model/", ""), ("/", "."), (r"\.(kernel|scale|embeddings)$", ".weight"),
+    (r"^(pretrained_model/|backbone/|attention_readout/|output_)", ""), ("/", "."),
+    (r"\.(kernel|scale|embeddings)$", ".weight"),
     # backbone
     (r"^predictor_sa\.", "predictor."), (r"^predictor_ca\.", "corrector."),
     (r"^(state|correction)_layer_norm", "state_norm"),
     (r"^encoder\.backbone\.Conv_", "encoder.convs."),
     (r"^encoder\.backbone\.LayerNorm_0", "encoder.norm_convs"),
     (r"^encoder\.pos_embedding\.dense_pe", "encoder.positions"),
-    (r"^encoder\.transformer\.Dense_0", "encoder.proj_in"),
-    (r"^encoder\.transformer\.Dense_1", "encoder.proj_out"),
-    (r"^encoder\.transformer", "encoder"),
+    (r"^(encoder\.)?transformer\.Dense_0", r"\1proj_in"),
+    (r"^(encoder\.)?transformer\.Dense_1", r"\1proj_out"), (r"^encoder\.transformer", "encoder"),
     # blocks
     (r"layer_(\d)", r"layers.\1"), (r"\.norm_encoder\.", ".norm."),
     (r"\.norm_q\.", ".norm_attention."), (r"\.norm_attn\.", ".norm_mlp."),
-    (r"MLP_(in|out)", r"mlp_\1"), (r"(self|cross)_att\.", r"\1_attention."),
+    (r"MLP_in", "mlp.0"), (r"MLP_out", "mlp.2"), (r"(self|cross)_att\.", r"\1_attention."),
     (r"\.dense_(\w+)", r".\1"),
     # readouts
-    (r"^backbone\.transformer\.Dense_0", "proj_in"),
-    (r"^backbone\.transformer\.Dense_1", "proj_out"),
-    (r"^backbone\.", ""), (r"^output_", ""), (r"^(query_)?initializer\.layers_1\.", "initializer."),
-    (r"^(initializer|predictor|values|logits)\.Dense_0", r"\1.0"),
-    (r"^(initializer|predictor|values|logits)\.Dense_1", r"\1.2"),
-    (r"^temporal_tile_posenc\.weight", "copies"),
-    (r"^attention_readout\.temporal_posenc\.weight", "times"),
-    (r"^attention_readout\.MLP_0\.Dense_0", "mlp.0"),
-    (r"^attention_readout\.MLP_0\.Dense_1", "mlp.2"),
-    (r"^attention_readout\.LayerNorm_0", "norm_features"),
-    (r"^attention_readout\.LayerNorm_1", "norm"),
-    (r"^attention_readout\.(key|value)_embedding", r"\1"),
-    (r"^attention_readout\.Dense_0", "query"),
-    (r"^attention_readout\.Dense_1", "out"), (r"^attention_readout\.Dense_2", "values"))
+    (r"^(query_)?initializer\.layers_1\.", "initializer."), (r"^MLP_0\.", "mlp."),
+    (r"^(\w+)\.Dense_0", r"\1.0"), (r"^(\w+)\.Dense_1", r"\1.2"),
+    (r"^LayerNorm_0", "norm_features"), (r"^LayerNorm_1", "norm"),
+    (r"^temporal_tile_posenc\.weight", "copies"), (r"^temporal_posenc\.weight", "times"),
+    (r"^Dense_0", "query"), (r"^(key|value)_embedding", r"\1"), (r"^Dense_1", "out"),
+    (r"^Dense_2", "values"))
 
 
 def convert(arrays):
@@ -798,7 +717,7 @@ def convert(arrays):
 
 
 def load(path, what, build):
-    """build(state dict) -> module, with the weights of the file; ValueError that says why not."""
+    """build(state dict) -> module with the weights of the file, in eval mode."""
     import numpy as np
     with open(path, "rb") as file:                  # no such file, no permission: OSError
         try:
@@ -808,17 +727,12 @@ def load(path, what, build):
             module.load_state_dict({name: state[name] for name in module.state_dict()})
         except Exception as error:                  # a foreign or damaged file: anything can happen
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(
-                f"{path}: not a checkpoint of the authors' MooG {what} ({reason})") from None
+            raise ValueError(f"{path}: not a {what} of MooG's authors ({reason})") from None
     return module.eval()
 
 
 def load_official(path):
-    """
-    MooG from the authors' backbone checkpoint (.npz), or one of their training library's: with or
-    without `pretrained_model/` before each name, the decoder with or without self-attention. Eval
-    mode. OSError if the file can't be read, ValueError that says why it isn't such a checkpoint.
-    """
+    """MooG from a backbone checkpoint (.npz) of the authors; OSError or ValueError say why not."""
     return load(path, "backbone", build_model)
 
 
@@ -829,12 +743,10 @@ def load_official_head(path):
 
 def transformer_spec(state, part, attention):
     """Layers, heads, width of q, k, v of a transformer, from the shapes in a state dict."""
-    layers = 0
-    while f"{part}.layers.{layers}.mlp_in.weight" in state:
-        layers += 1
+    layers = [key for key in state if re.match(rf"{part}\.layers\.\d+\.norm_mlp", key)]
     width = len(state[f"{part}.layers.0.{attention}.query.weight"])
     head = len(state[f"{part}.layers.0.{attention}.norm_query.weight"])
-    return layers, width // head, width
+    return len(layers), width // head, width
 
 
 def build_model(state):
@@ -854,7 +766,7 @@ def build_model(state):
         predictor=transformer_spec(state, "predictor", "self_attention"),
         corrector=transformer_spec(state, "corrector", "cross_attention"),
         decoder=transformer_spec(state, "decoder.transformer", "cross_attention"),
-        mlp=len(state["predictor.layers.0.mlp_in.weight"]),
+        mlp=len(state["predictor.layers.0.mlp.0.weight"]),
         decoder_self_attention="decoder.transformer.layers.0.self_attention.query.weight" in state))
 
 
@@ -870,15 +782,11 @@ def build_head(state):
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     model = MooG(Config(**PRESETS["tiny"]))
     video = torch.rand(2, 4, 3, 64, 64)
     loss, logs = model(dict(video=video))
-    loss.backward()
     print(f"one step: loss {loss:.3f}, psnr {logs['psnr']:.1f} dB")
-    with torch.no_grad():
-        states = model.unroll(video)
-        frames = model.decode(states.predicted, (64, 64))
-        readout = PointReadout(model.cfg.dim)
-        points = readout(states.features, queries=torch.rand(2, 5, 2))
+    states = model.unroll(video)
+    frames = model.decode(states.predicted, (64, 64))
+    points = PointReadout(model.cfg.dim)(states.features, queries=torch.rand(2, 5, 2))
     print("states", states.predicted.shape, "frames", frames.shape, "points", points.values.shape)
