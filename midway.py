@@ -85,6 +85,7 @@ class Config:
     head_bottleneck: int = 256              # width before the last layer
     prototypes: int = 65536                 # outputs of the DINO head
     ema: float = 0.996                      # teacher momentum at the start; follows a cosine to 1
+    break_symmetry: bool = False            # our choice: an init that finds motion in minutes
     local_size: int = 96                    # pixels; our choice: as released (paper: all crops 224)
     local_crops: int = 8                    # per frame
 
@@ -98,10 +99,12 @@ class Config:
 
 PRESETS = {
     # a laptop CPU: minutes; README has the numbers
+    # our choice: one motion token; with ten, what is in the frame comes in beside its motion
     "tiny": dict(
-        size=48, patch=8, dim=64, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
-        motion_dim=48, motion_depth=2, forward_depth=2, forward_heads=2,
-        head_hidden=256, prototypes=256, ema=0.99, local_size=24, local_crops=2,
+        size=32, patch=8, dim=64, depth=3, heads=2, levels=(2, 3), drop_path=0.0,
+        motion_tokens=1, motion_dim=48, motion_depth=2, motion_heads=1, break_symmetry=True,
+        forward_depth=2, forward_heads=2,
+        head_hidden=256, prototypes=256, ema=0.99, local_size=16, local_crops=2,
         head_bottleneck=1024),      # so wide that DINO starts at log(prototypes), no luck
     # as published: 66 hours on two A100 (paper); full run not reproduced here
     "vit_s": dict(),
@@ -118,10 +121,12 @@ PAPER = dict(
     clip=3.0)                   # our choice: of the global norm; released: per tensor, dynamics not
 SCENES = dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32)  # for runs without --data
 RECIPES = {
-    # our choice: small budgets want pans of a patch or two over rich textures, without sprites
+    # our choice: pans of a patch or so over rich textures, in which only motion changes; for half
+    # of the steps pairs are cut from one frame, and their latents learn the known shift
     "tiny": PAPER | dict(
-        steps=500, batch_size=32, lr=2e-3, min_lr=1e-5, warmup=0.1,
-        scenes=dict(size=96, sprites=0, pan=18.0, zoom=0.0, roll=0.0)),
+        steps=1200, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05, betas=(0.9, 0.99),
+        weight_decay_end=0.04, shift_warmup=0.5, motion_colours="none",
+        scenes=dict(size=64, sprites=0, speed=0.0, pan=12.0, zoom=0.0, roll=0.0, grain=24.0)),
     "vit_s": PAPER | dict(scenes=SCENES),
     "vit_b": PAPER | dict(scenes=SCENES),
 }
@@ -142,6 +147,16 @@ def normalize(images):
 def fp32(x):
     """At least float32, whatever autocast made of it: for losses, gates and meters."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sincos_positions(grid, dim):
+    """(1, 1 + grid*grid, dim): 0 for CLS, then sines and cosines of row and column; dim % 4 == 0."""
+    octaves = 2 ** torch.linspace(0, 2, dim // 4)
+    angle = torch.outer(torch.arange(grid), octaves * math.pi / grid)
+    line = torch.cat([angle.sin(), angle.cos()], 1)             # (grid, dim/2)
+    rows = line[:, None].expand(-1, grid, -1)
+    pos = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)
+    return torch.cat([torch.zeros(1, dim), pos])[None]
 
 
 def no_autocast(x):
@@ -468,6 +483,35 @@ class Midway(nn.Module):
             nn.init.trunc_normal_(self.student_head.weight_v, std=0.02)
         if self.cfg.latent_dynamics:    # our choice: from zero, as released, they never differ
             nn.init.normal_(self.motion_tokens, std=0.02)
+            if self.cfg.break_symmetry:
+                self.break_symmetry()
+
+    @torch.no_grad()
+    def break_symmetry(self):
+        """
+        our choice, for small budgets: the midway path begins by comparing the frames. As in DINO's
+        init, source and target enter alike, and what they say of motion cancels in m: even labels
+        teach it nothing in 600 steps. Here places have sin-cos positions, the two frames are told
+        apart by an offset +c or -c, motion tokens start along c, and a token attends to its like in
+        the other frame: keys are as queries, but for the sign of c.
+        """
+        D, d = self.cfg.dim, self.cfg.motion_dim
+        grid = self.student.grid
+        self.student.pos_embed.copy_(0.3 * sincos_positions(grid, D))
+        c = F.normalize(torch.randn(d), dim=0)
+        source_pos, target_pos = self.motion_pos.chunk(2, 1)    # views
+        source_pos.copy_(sincos_positions(grid, d) + 0.5 * d ** 0.5 * c)
+        target_pos.copy_(sincos_positions(grid, d) - 0.5 * d ** 0.5 * c)
+        self.motion_tokens.add_(d ** 0.5 * c)
+        nn.init.orthogonal_(self.student_embed.weight)
+        for blocks in self.motion_blocks.values():
+            for block in blocks:
+                query, key, value = block.attn.qkv.weight.chunk(3)      # views
+                nn.init.orthogonal_(query)
+                key.copy_(query - 2 * torch.outer(query @ c, c))
+                mlp = block.mlp
+                for weight in (value, block.attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
+                    nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def train(self, mode=True):
         super().train(mode)
@@ -513,8 +557,11 @@ class Midway(nn.Module):
                 gates.append(gate)
         return h[:, K:], gates
 
-    def dynamics(self, z, zt):
-        """Levels z of sources, zt of targets, each (B, L, D) -> list of Level, lowest first."""
+    def dynamics(self, z, zt, detach=False):
+        """
+        Levels z of sources, zt of targets, each (B, L, D) -> list of Level, lowest first. detach:
+        predictions teach m nothing.
+        """
         m = None
         source = v = z[-1]
         vt = zt[-1]
@@ -529,7 +576,7 @@ class Midway(nn.Module):
                         vt = self.teacher_backward[str(i)](zt[i], vt)
             else:       # our choice: the level's own features, as v and vt; the paper doesn't say
                 v, vt = z[i], zt[i]
-            pred, gates = self.predict_forward(i, m, v)
+            pred, gates = self.predict_forward(i, m.detach() if detach else m, v)
             # our choice: CLS is a token like the others, predicted and in the loss, as released
             levels.append(Level(m, v, gates, pred, zt[i], prediction_loss(pred, zt[i])))
             # our choice: else z_l; paper: predictions go in "instead of the features z_l"
@@ -542,10 +589,14 @@ class Midway(nn.Module):
         loss = 0.0
         logs = {}
         if self.cfg.latent_dynamics:
-            levels, z = self.both_directions(batch["motion"])
+            shifted = "shift" in batch
+            levels, z = self.both_directions(batch["motion"], detach=shifted)
             # our choice: averaged (paper); the released code sums
             logs["dynamics"] = sum(level.loss for level in levels) / len(levels)
             loss = loss + logs["dynamics"]
+            if shifted:     # our choice: a warm-up on pairs cut from one frame; train.py ends it
+                logs["shift"], rest = self.shift_terms(levels, batch["shift"])
+                loss = loss + logs["shift"] + 0.03 * rest
             logs["feature_std"] = fp32(z[-1]).std(0).mean()     # over the frames, place by place
             for i, level in zip(self.predicted, levels):
                 name = self.levels[i]
@@ -559,14 +610,24 @@ class Midway(nn.Module):
             logs.update(dino=dino, cls_std=fp32(cls).std(0).mean(), **meters)
         return loss, {name: value.detach() for name, value in logs.items()}
 
-    def both_directions(self, motion):
+    def shift_terms(self, levels, shift):
+        """
+        Known shifts (B, 2), as shares of the crop -> how far the first two numbers of m are from
+        them, in patches squared, and the variance of its other numbers, where content would come in.
+        """
+        shift = self.student.grid * torch.cat([shift, -shift])  # (2B, 2) in patches, both ways
+        m = torch.stack([fp32(level.m).mean(1) for level in levels])    # (levels, 2B, d)
+        error = F.mse_loss(m[..., :2], shift.expand(len(m), -1, -1))
+        return error, m[..., 2:].var(1, correction=0).mean()
+
+    def both_directions(self, motion, detach=False):
         """Motion crops (B, 2, 3, H, W), in both directions -> Levels and z of 2B rows."""
         # our choice: rows [x; y] -> [y; x], as released; paper: B.1 calls only DINO symmetrical
         frames = normalize(motion).transpose(0, 1).flatten(0, 1)        # (2B, 3, H, W)
         z = self.student(frames, self.levels)
         with torch.no_grad():
             zt = [level.roll(len(motion), 0) for level in self.teacher(frames, self.levels)]
-        return self.dynamics(z, zt), z
+        return self.dynamics(z, zt, detach), z
 
     def dino_term(self, global_crops, local_crops):
         """DINO over the crops of both frames: loss, CLS features (crops*B, D), meters."""
@@ -724,10 +785,11 @@ def load_official(path):
 
 if __name__ == "__main__":
     model = Midway(Config(**PRESETS["tiny"]))
+    size, small = model.cfg.size, model.cfg.local_size
     batch = dict(
-        motion=torch.rand(4, 2, 3, 48, 48),             # (B, frame, channel, height, width)
-        globals=torch.rand(4, 2, 2, 3, 48, 48),         # (B, frame, box, channel, height, width)
-        locals=torch.rand(4, 2, 2, 3, 24, 24))
+        motion=torch.rand(4, 2, 3, size, size),         # (B, frame, channel, height, width)
+        globals=torch.rand(4, 2, 2, 3, size, size),     # (B, frame, box, channel, height, width)
+        locals=torch.rand(4, 2, 2, 3, small, small))
     loss, logs = model(batch)
     print(f"loss {loss:.3f}:", {name: round(value.item(), 3) for name, value in logs.items()})
     for level in model.eval().predict(*batch["motion"].unbind(1)):
