@@ -124,7 +124,7 @@ RECIPES = {
     # our choice: pans of a patch or so over rich textures, in which only motion changes; for half
     # of the steps pairs are cut from one frame, and their latents learn the known shift
     "tiny": PAPER | dict(
-        steps=1200, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05, betas=(0.9, 0.99),
+        steps=1500, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05, betas=(0.9, 0.99),
         weight_decay_end=0.04, shift_warmup=0.5, motion_colours="none",
         scenes=dict(size=64, sprites=0, speed=0.0, pan=12.0, zoom=0.0, roll=0.0, grain=24.0)),
     "vit_s": PAPER | dict(scenes=SCENES),
