@@ -1,50 +1,28 @@
 """
 A checkpoint in, tables and pictures out.
 
-    python eval.py out/midway-tiny                      # every task that its model has, on synthetic scenes
+    python eval.py out/midway-tiny          # every task that its model has, on synthetic scenes
     python eval.py out/midway-tiny --task segmentation --data PATH/TO/LABELLED
-    python eval.py out/midway-tiny --task identity-bias --against out/midway-ungated
-    python eval.py PATH/midway-bdd-vit-s-ep300.pth --task heatmap --data clip.mp4       # the authors' weights
-    python eval.py out/moog-tiny --task points --data PATH/TO/RGBD --out out/points
-    python eval.py out/melomotion-report --task tables --seeds 10 --out out/tables
+    python eval.py PATH/midway-bdd-vit-s-ep300.pth --task heatmap --data clip.mp4
 
-Tasks of midway
-    latents         do the motion latents carry motion: errors with the right latents, others, none; variance
-                    and rank; on scenes also whether a linear readout can tell the camera's motion from them
-    heatmap         where the forward model takes a token of the source (Fig. 6): heatmap.png
-    identity-bias   on scenes, how often that is where the token came from; gated and not, with --against
-    track           regions followed by heatmaps (Fig. 7), against true tracks where there are any: track.png
-    segmentation    linear or UperNet readout, frozen or --finetune: mIoU and segmentation.png
-    flow            DPT readout of optical flow, frozen or --finetune, large images in tiles: flow.png
+model       task            what it tells
+midway      latents         do the motion latents carry motion
+            heatmap         where the forward model takes a token (Fig. 6): heatmap.png, .gif
+            identity-bias   how often that is where the token came from
+            track           regions followed by heatmaps (Fig. 7)
+            segmentation    linear or UperNet readout: mIoU
+            flow            DPT readout of optical flow, in tiles: end-point error
+moog        tokens          what each token is of: tokens.png, .gif, _single.png, _pca.png
+            points, boxes   a readout learns to follow points or boxes
+            depth           a readout learns the depth of each pixel
+            unroll          PSNR of long clips, with more or fewer tokens, and in open loop
+melomotion  tables          the report's tables beside ours, with the controls that it lacks
+            figures         Figure 1, twice as long, and motion.gif
 
-    --data for segmentation: CamVid, Cityscapes, BDD100K or ADE20K as unpacked, or images/ and labels/; for
-    flow: Sintel, FlyingChairs, FlyingThings3D or KITTI as unpacked, or folders with frame1.png, frame2.png
-    and flow.flo; see data.py. Where flow has no training split, its readout learns on scenes and is tested on
-    all pairs. For heatmap, latents and track: videos; track also takes RGB-D clips, TAP-Vid's .pkl, and a
-    video with --tracks. The dynamics want frames as large as in training: others are made so.
-
-Tasks of moog
-    tokens    what each token is of: tokens.png and tokens.gif paint each pixel in the colour of the token
-              that it looks at most; on scenes, how often that is still the same token one frame later.
-              tokens_single.png: where four tokens are looked at; tokens_pca.png: their leading components
-    points    a readout learns to follow points: TAP-Vid's metrics and points.png
-    boxes     the same for boxes: intersection over union and boxes.png
-    depth     a readout learns the depth of each pixel: depth.png
-    unroll    PSNR of predicted frames in clips longer than those of training (scenes: 8 frames, played forth
-              and back), and with other numbers of tokens: unroll.png
-
-    Readouts learn from frozen features, with --finetune end to end, on scenes or on --data: a folder of RGB-D
-    clips with tracks.npz (points, depth), a TAP-Vid .pkl (points), a folder with boxes_xyxy.txt (boxes). The
-    last third of its clips, at least one, is for the test. Beside ours: the same readout on a random MooG,
-    and what needs no model. No column of the paper's: its tables could not be verified.
-
-Tasks of melomotion
-    tables    all tables of the report beside ours, with the controls that it lacks; trains every ablation
-              with --seeds seeds: some 2 minutes on one core for 3
-    figures   Figure 1 as figure1.png, and motion.gif, twice as long: truth, prediction, their paths
-
-Tables are printed and, with the command, the seeds and the versions, written to results.json, task by task,
-beside the pictures: with the checkpoint, or in --out.
+Beside each readout stand the same readout on random weights, and what needs no model. --data is
+`scenes`, a labelled data set as data.py knows them or, for heatmap, latents, track, tokens and
+unroll, videos. Of data sets without a split the last third of the clips is for the test; with
+nothing to train on, scenes serve. Tables and pictures go to the checkpoint's folder, or to --out.
 """
 import argparse
 import importlib
@@ -57,10 +35,11 @@ import statistics
 import sys
 import time
 from copy import deepcopy
-from functools import cache
+from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # as in train.py: waiting CPU threads soon sleep
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py: waiting CPU threads soon sleep
 
 import imageio.v3 as iio
 import matplotlib
@@ -68,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, jvp, stack_module_state, vmap
+from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -76,60 +55,133 @@ import data
 import midway
 import moog
 import train
-from melomotion import RECIPES, Config, FlowBaseline, MeloMotion, place, position_loss, warp
 from moog import psnr       # one of the metrics, for whoever imports this file
+from train import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-Stop = train.UserError
+BAR = dict(leave=False, disable=not sys.stderr.isatty())        # of tqdm
 
 
-# ---- checkpoints, tables -------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 def load(path):
-    """A checkpoint of train.py, or the authors' (.pth of Midway, .npz of MooG) -> model, its name, config."""
-    path = Path(path)
+    """A checkpoint of train.py, or the authors' (.pth, .npz) -> model, its name, config, path."""
+    path = Path(path).expanduser()
     path = path / "ckpt.pt" if path.is_dir() else path
     official = {".pth": "midway", ".npz": "moog"}.get(path.suffix)
     if official and path.exists():
         return importlib.import_module(official).load_official(path), official, {}, path
-    ckpt = train.read_checkpoint(path)
+    ckpt = train.read_checkpoint(path)                  # only of our three models
     name = ckpt["config"]["model"]
+    module = importlib.import_module(name)
     try:
-        module = importlib.import_module(name)
         model = getattr(module, train.MODELS[name])(module.Config(**ckpt["config"]["config"]))
         model.load_state_dict(ckpt["model"])
-    except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Stop(f"{path} does not fit {name}.py: {' '.join(str(error).split())[:200]}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"{path} does not fit {name}.py: {one_line(error)[:200]}") from None
     return model.eval(), name, ckpt["config"], path
 
 
-class Report:
-    """What a run finds out: tables are printed as they come and kept for results.json."""
+class Run:
+    """A model, the configuration of its training, the arguments of this evaluation, its results."""
 
-    def __init__(self, out, seeds):
-        self.out, self.seeds, self.tables = out, seeds, {}
-        self.lessons = None             # of MooG, clips for its readouts
+    def __init__(self, model, name, config, args, out):
+        self.model = model
+        self.name = name
+        self.config = config
+        self.cfg = model.cfg
+        self.args = args
+        self.out = out
+        self.on_scenes = args.data == "scenes"
+        self.tables = {}
+
+    @cached_property
+    def untrained(self):
+        """A model of the same Config that has learnt nothing."""
+        torch.manual_seed(self.args.seed + 1)
+        return type(self.model)(self.cfg).to(self.args.device).eval()
+
+    @cached_property
+    def scene_options(self):
+        """Those of the checkpoint's training; if there were none, of preset tiny's."""
+        module = importlib.import_module(self.name)
+        options = self.config.get("scenes") or module.RECIPES["tiny"]["scenes"]
+        return vars(data.SceneOptions(**options))
+
+    @cache
+    def scenes(self, split="eval", frames=2, **changes):
+        """Scenes like those of training, of the model's size. Longer clips than training's move no
+        farther in all: their sprites stay in sight."""
+        slower = min(1.0, getattr(self.cfg, "frames", 2) / frames)
+        options = dict(self.scene_options, size=self.cfg.size)
+        options["speed"] *= slower
+        options["pan"] *= slower
+        return data.Scenes(frames=frames, seed=self.args.seed, split=split, **options | changes)
+
+    def truth(self, scenes, numbers, points=1):
+        """Clips of scenes with all that data.Scenes knows of them, on the run's device."""
+        parts = []
+        for i in range(0, len(numbers), 16):                    # few at a time: memory
+            parts.append(scenes.batch(numbers[i:i + 16], truth=True, points=points))
+        return {name: torch.cat([part[name] for part in parts]).to(self.args.device)
+                for name in parts[0]}
+
+    def clips(self, frames, count):
+        """Held-out clips (count, frames, 3, S, S) in [0, 1] of --data."""
+        args = self.args
+        numbers = [range(i, min(i + 8, count)) for i in range(0, count, 8)]
+        if self.on_scenes:
+            scenes = self.scenes("eval", frames)
+            loader = (scenes.batch(some) for some in numbers)
+        else:
+            videos = data.VideoOptions(gap=tuple(args.gap), repeat=1, stride=args.stride or 1)
+            inputs = dict(frames=frames, size=self.cfg.size)
+            loader = data.make_loader(args.data, inputs, numbers, args.device, args.seed, workers=0,
+                                      split="eval", videos=videos)
+        video = torch.cat([batch["video"] for batch in loader])
+        return moog.as_float(video.to(args.device))
+
+    @cached_property
+    def scene_pool(self):
+        """What MooG's readouts learn from, if it is scenes, and what they are tested on."""
+        held_out = scene_clips(self, "eval", TESTS)
+        tests = [{name: x[i:i + 16] for name, x in held_out.items()} for i in range(0, TESTS, 16)]
+        return scene_clips(self, "train", POOL), {}, tests
+
+    def table(self, title, columns, rows):
+        """Rows are a name and its cells: text, numbers, or lists of numbers, one for each seed."""
+        self.tables[title] = [dict(zip(["", *columns], row)) for row in rows]
+        lines = [["", *columns]]
+        for row in rows:
+            lines.append([show(cell) for cell in row])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        tqdm.write(f"\n{title}")
+        for name, *cells in lines:
+            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+            tqdm.write("  ".join([name.ljust(widths[0]), *aligned]))
 
     def picture(self, figure, name):
         figure.savefig(self.out / name, dpi=110)
         plt.close(figure)
 
-    def table(self, title, columns, rows):
-        """Rows are a name and its cells: text, numbers, or lists of numbers, one for each seed."""
-        self.tables[title] = [dict(zip(["", *columns], row)) for row in rows]
-        text = [["", *columns]] + [[show(cell) for cell in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*text)]
-        tqdm.write(f"\n{title}\n" + "\n".join(
-            "  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])])
-            for line in text))
+    def gif(self, figures, name, duration=300):
+        frames = []
+        for figure in figures:
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            frames.append(np.asarray(canvas.buffer_rgba())[..., :3])
+            plt.close(figure)
+        iio.imwrite(self.out / name, np.stack(frames), duration=duration, loop=0)
 
 
 def show(cell):
     """A table's cell as text; of a list mean ± standard deviation."""
-    if isinstance(cell, list) and not all(map(math.isfinite, cell)):
-        return f"diverged, {sum(not math.isfinite(x) for x in cell)} of {len(cell)}"
     if isinstance(cell, list):
+        lost = sum(not math.isfinite(x) for x in cell)
+        if lost:
+            return f"diverged, {lost} of {len(cell)}"
         spread = statistics.stdev(cell) if len(cell) > 1 else 0.0
         return show(statistics.fmean(cell)) + (f" ± {show(spread)}" if spread else "")
     if isinstance(cell, float):
@@ -137,54 +189,78 @@ def show(cell):
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
-def progress(items, what):
-    return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
-
-
 def as_images(video):
     """(..., 3, H, W), uint8 or float -> (..., H, W, 3) for matplotlib, from any device."""
     return moog.as_float(video).movedim(-3, -1).clamp(0, 1).cpu().numpy()
 
 
+def image_grid(rows, columns=(), width=1.4, note=""):
+    """A figure of images (H, W, 3) in rows (label, images), a note below; and its axes."""
+    most = max(len(images) for _, images in rows)
+    H, W = rows[0][1][0].shape[:2]
+    size = (width * most + 0.3, width * H / W * len(rows) + 0.55)
+    figure, axes = plt.subplots(len(rows), most, squeeze=False, layout="constrained", figsize=size)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    for (label, images), line in zip(rows, axes):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, image in zip(line, images):
+            axis.imshow(image, interpolation="nearest" if H < 100 else None)
+            axis.autoscale(False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], columns):
+        axis.set_title(title, fontsize=9)
+    figure.supxlabel(note, fontsize=9)
+    return figure, axes
+
+
 # ---- metrics -------------------------------------------------------------------------------------
 def as_double(*arrays):
-    return [torch.as_tensor(x).cpu().double() for x in arrays]              # MPS has no float64
+    return [torch.as_tensor(x).cpu().double() for x in arrays]          # MPS has no float64
 
 
 def flow_errors(flow, target, valid=None):
-    """Lengths of the errors and of the true vectors in pixels, of all valid pixels of flows (B, 2, H, W)."""
+    """Lengths of errors and of true vectors, at all valid pixels of flows (B, 2, H, W)."""
     flow, target = as_double(flow, target)
     if flow.shape != target.shape or flow.ndim != 4 or flow.shape[1] != 2:
-        raise ValueError(f"flows must both be (B, 2, H, W), not {[*flow.shape]} and {[*target.shape]}")
+        raise ValueError(f"want flows (B, 2, H, W), not {[*flow.shape]} and {[*target.shape]}")
     valid = target.abs().amax(1) < 1e9 if valid is None else torch.as_tensor(valid).cpu().bool()
-    return ((flow - target).norm(dim=1)[valid], target.norm(dim=1)[valid])
+    error = (flow - target).norm(dim=1)
+    return error[valid], target.norm(dim=1)[valid]
 
 
 def end_point_error(flow, target, valid=None):
-    """
-    Mean length of the error in pixels: flows (B, 2, H, W), valid (B, H, W), by default where |target| < 1e9.
-    nan if no pixel is valid. Raises ValueError if the shapes differ.
-    """
-    return flow_errors(flow, target, valid)[0].mean().item()
+    """Mean length of the error in pixels: flows (B, 2, H, W), valid (B, H, W), by default where
+    |target| < 1e9. nan if no pixel is valid."""
+    error, _ = flow_errors(flow, target, valid)
+    return error.mean().item()
+
+
+def outliers(error, length):
+    """KITTI's: off by more than 3 pixels and by more than 5 %."""
+    return (error > 3) & (error > 0.05 * length)
 
 
 def fl_all(flow, target, valid=None):
-    """Per cent of valid pixels that are off by more than 3 pixels and by more than 5 %: KITTI's outliers."""
+    """Per cent of valid pixels that are KITTI's outliers; arguments as in end_point_error."""
     error, length = flow_errors(flow, target, valid)
-    return 100 * ((error > 3) & (error > 0.05 * length)).double().mean().item()
+    return 100 * outliers(error, length).double().mean().item()
 
 
 def confusion(pred, target, num_classes, ignore_index=255):
-    """(true class, predicted class) -> pixels, over maps of any shape without those to ignore: (K, K)."""
-    pred, target = torch.as_tensor(pred).long(), torch.as_tensor(target).long()
+    """(true class, predicted class) -> pixels, of maps of any shape: (K, K)."""
+    pred = torch.as_tensor(pred).long()
+    target = torch.as_tensor(target).long()
     if pred.shape != target.shape:
         raise ValueError(f"{[*pred.shape]} predictions do not match {[*target.shape]} labels")
     counted = target != ignore_index
-    for what, x in (("label", target[counted]), ("prediction", pred[counted])):
-        if x.numel() and not (0 <= x.min() and x.max() < num_classes):
-            raise ValueError(f"{what} {(x.max() if x.max() >= num_classes else x.min()).item()} is neither a "
-                             f"class (0 to {num_classes - 1}) nor the value to ignore ({ignore_index})")
-    pairs = target[counted] * num_classes + pred[counted]
+    pred = pred[counted]
+    target = target[counted]
+    for x in (target, pred):
+        if len(x) and not 0 <= x.min() <= x.max() < num_classes:
+            raise ValueError(f"classes {x.min()} to {x.max()}: want 0 to {num_classes - 1}, or "
+                             f"{ignore_index} for what is to be ignored")
+    pairs = target * num_classes + pred
     return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
@@ -197,53 +273,55 @@ def iou_scores(counts):
 
 
 def mean_iou(pred, target, num_classes, ignore_index=255):
-    """
-    Over all maps (N, H, W) together, as mmsegmentation does: mean intersection over union of the classes that
-    are predicted or true somewhere, IoU of each class (K,), nan if it is nowhere, and share of pixels right.
-    Raises ValueError on labels out of range.
-    """
+    """Over all maps (N, H, W) together, as in mmsegmentation: mean intersection over union of the
+    classes that are there or predicted, IoU of each (K,), nan if nowhere, share of pixels right."""
     return iou_scores(confusion(pred, target, num_classes, ignore_index))
 
 
-def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first", valid=None):
-    """
-    TAP-Vid's metrics, each (B,), one number per video: `average_jaccard`, `delta_avg` (share of visible
-    points within 1, 2, 4, 8, 16 pixels, mean over these), `occlusion_accuracy`, and jaccard_N, delta_N.
-    tracks (B, P, T, 2) in pixels of 256 x 256, visible (B, P, T) bool, query_frames (B, P). mode: "first"
-    counts only frames after a point's query, "strided" all but the query's. nan where nothing is to be seen.
-    valid (B, P, T): where the truth is known, by default everywhere; the rest is not counted.
-    """
+def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first",
+                     valid=None):
+    """TAP-Vid's metrics, each (B,), one number per video: `average_jaccard`, `delta_avg` (share of
+    visible points within 1, 2, 4, 8, 16 pixels, mean of these), `occlusion_accuracy`, jaccard_N,
+    delta_N. tracks (B, P, T, 2) in pixels of 256 x 256, visible (B, P, T), query_frames (B, P).
+    mode: "first" counts the frames after a point's query, "strided" all but the query's. nan where
+    nothing is to be seen. valid (B, P, T): where the truth is known; the rest is not counted."""
     if mode not in ("first", "strided"):
         raise ValueError(f"mode={mode!r} must be 'first' or 'strided'")
     tracks, target = as_double(tracks, target_tracks)
-    seen, true = (torch.as_tensor(x).cpu().bool() for x in (visible, target_visible))
-    t, query = torch.arange(tracks.shape[2]), torch.as_tensor(query_frames).cpu()[..., None]
+    said = torch.as_tensor(visible).cpu().bool()
+    true = torch.as_tensor(target_visible).cpu().bool()
+    t = torch.arange(tracks.shape[2])
+    query = torch.as_tensor(query_frames).cpu()[..., None]
     counted = (t > query if mode == "first" else t != query).expand(true.shape)
-    counted = counted if valid is None else counted & torch.as_tensor(valid).cpu().bool()
-    total = lambda x: (x & counted).sum((1, 2)).double()
+    if valid is not None:
+        counted = counted & torch.as_tensor(valid).cpu().bool()
+
+    def total(x):
+        return (x & counted).sum((1, 2)).double()
+
     square = (tracks - target).square().sum(-1)
-    out = dict(occlusion_accuracy=total(seen == true) / counted.sum((1, 2)))
+    out = dict(occlusion_accuracy=total(said == true) / counted.sum((1, 2)))
     for n in (1, 2, 4, 8, 16):
-        near = square < n ** 2
-        hit = near & true
+        hit = (square < n ** 2) & true
         out[f"delta_{n}"] = total(hit) / total(true)
-        out[f"jaccard_{n}"] = total(hit & seen) / (total(true) + total(seen & ~hit))
-    for name, of in (("average_jaccard", "jaccard"), ("delta_avg", "delta")):
-        out[name] = torch.stack([out[f"{of}_{n}"] for n in (1, 2, 4, 8, 16)]).mean(0)
+        out[f"jaccard_{n}"] = total(hit & said) / (total(true) + total(said & ~hit))
+    for name, part in (("average_jaccard", "jaccard"), ("delta_avg", "delta")):
+        out[name] = torch.stack([out[f"{part}_{n}"] for n in (1, 2, 4, 8, 16)]).mean(0)
     return out
 
 
 def average_jaccard(tracks, visible, target_tracks, target_visible, query_frames, mode="first"):
     """TAP-Vid's average Jaccard of each video, (B,): see tracking_metrics."""
-    return tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames,
-                            mode)["average_jaccard"]
+    metrics = tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode)
+    return metrics["average_jaccard"]
 
 
 def depth_metrics(depth, target, valid=None):
-    """abs_rel, rmse (in the target's unit) and delta_1.25, the share within a factor of 1.25; any shapes."""
+    """abs_rel, rmse (the target's unit) and delta_1.25, the share within a factor of 1.25."""
     depth, target = as_double(depth, target)
     valid = target > 0 if valid is None else torch.as_tensor(valid).cpu().bool()
-    depth, target = depth[valid], target[valid]
+    depth = depth[valid]
+    target = target[valid]
     ratio = torch.maximum(depth / target, target / depth)
     return {"abs_rel": ((depth - target).abs() / target).mean().item(),
             "rmse": (depth - target).square().mean().sqrt().item(),
@@ -255,125 +333,656 @@ def abs_rel(depth, target, valid=None):
     return depth_metrics(depth, target, valid)["abs_rel"]
 
 
+def box_area(box):
+    return (box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1)
+
+
 def box_iou(boxes, target):
     """Intersection over union of boxes (..., 4) with (..., 4), x1 y1 x2 y2: (...), one by one."""
     boxes, target = as_double(boxes, target)
-    area = lambda box: (box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1)
-    both = area(torch.cat([torch.maximum(boxes, target)[..., :2], torch.minimum(boxes, target)[..., 2:]], -1))
-    return both / (area(boxes) + area(target) - both).clamp(min=1e-12)
+    low = torch.maximum(boxes, target)[..., :2]
+    high = torch.minimum(boxes, target)[..., 2:]
+    both = box_area(torch.cat([low, high], -1))
+    return both / (box_area(boxes) + box_area(target) - both).clamp(min=1e-12)
 
 
 @cache
 def colour_wheel():
-    """Middlebury's 55 colours, (55, 3), 0 to 255: red, yellow, green, cyan, blue, magenta and back."""
-    steps = (15, 6, 4, 11, 13, 6)
-    corners = np.array([(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1), (1, 0, 0)]) * 255
-    return np.concatenate([a + np.sign(b - a) * np.floor(255 * np.arange(n) / n)[:, None]
-                           for a, b, n in zip(corners, corners[1:], steps)])
+    """Middlebury's 55 colours from red over yellow to magenta, (55, 3), 0 to 255."""
+    codes = ("100", "110", "010", "011", "001", "101", "100")
+    corners = [255 * np.array(list(map(int, code))) for code in codes]
+    parts = []
+    for a, b, n in zip(corners, corners[1:], (15, 6, 4, 11, 13, 6)):
+        parts.append(a + np.sign(b - a) * np.floor(255 * np.arange(n) / n)[:, None])
+    return np.concatenate(parts)
 
 
 def flow_to_color(flow, fastest=None):
-    """
-    Flow (2, H, W) or (H, W, 2) in Middlebury's colours, uint8 (H, W, 3): hue is direction, white is still.
-    fastest: the speed of full colour, in pixels; by default the field's own largest.
-    """
+    """Flow (2, H, W) or (H, W, 2) in Middlebury's colours, uint8 (H, W, 3): hue is direction, white
+    is still. fastest: the speed of full colour, in pixels; by default the field's largest."""
     flow = np.asarray(torch.as_tensor(flow).detach().cpu().double())
     u, v = flow if len(flow) == 2 else np.moveaxis(flow, -1, 0)
-    wheel, speed = colour_wheel() / 255, np.hypot(u, v)
+    wheel = colour_wheel() / 255
+    speed = np.hypot(u, v)
     speed = speed / ((speed.max() if fastest is None else fastest) + 1e-5)
     turn = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
     low = np.floor(turn).astype(int)
     part = (turn - low)[..., None]
     colour = (1 - part) * wheel[low] + part * wheel[(low + 1) % len(wheel)]
     speed = speed[..., None]
-    return np.uint8(np.floor(255 * np.where(speed <= 1, 1 - speed * (1 - colour), 0.75 * colour)))
+    colour = np.where(speed <= 1, 1 - speed * (1 - colour), 0.75 * colour)
+    return np.uint8(np.floor(255 * colour))
 
 
-# ---- training of readouts ------------------------------------------------------------------------
-def fit(modules, loss, steps, what, lr=1e-3, weight_decay=1e-4):
+# ---- probe: one driver for every trained readout -------------------------------------------------
+class Task:
     """
-    AdamW on the parameters of the modules that want a gradient: `steps` of loss(i), i = 0, 1, ...; after a
-    warm-up of a twentieth of the steps the learning rate follows a cosine to 0. The first module is the
-    readout; others are finetuned at a tenth of its rate. All end in eval mode. our choice: one recipe for all
-    readouts; mmsegmentation, CroCo v2 and TAP-Net each have their own, for far more steps.
+    What a readout learns from a model's features, and how it is scored. Batches are dicts of
+    tensors on the run's device. A subclass has
+        prepare()                       opens the data; sets `tests`, the number of test batches
+        train_batches(steps)            yields batches;     test_batch(i) -> batch
+        head(model) -> readout;         features(model, batch) -> what it sees
+        loss(prediction, batch);        measure(prediction, batch) -> {name: tensor}, to be joined
+        image(batch) -> one to draw;    mark(axis, prediction or None for the truth, batch) draws
     """
-    for module in modules:
-        module.train()
-    groups = [dict(params=[p for p in module.parameters() if p.requires_grad], lr=lr if k == 0 else lr / 10)
-              for k, module in enumerate(modules)]
-    parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-    factor = lambda i: min((i + 1) / (0.05 * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
+    lr = 1e-3
+
+    def __init__(self, run):
+        self.run = run
+        self.args = run.args
+        self.prepare()
+
+    def models(self):
+        return {"this model": self.run.model, "random init": self.run.untrained}
+
+    def unfreeze(self, model):
+        """Finetuning trains what requires gradients: here more of it may be made to."""
+
+    def predict(self, head, features, batch):
+        return head(features)
+
+    def test(self, model, head, batch):
+        """The prediction that is measured."""
+        return self.predict(head, self.features(model, batch), batch)
+
+    def baselines(self, batch):
+        """{name: prediction} of what needs no model."""
+        return {}
+
+    def score(self, measured):
+        """{row of the table: number}"""
+        return {name: x.nanmean().item() for name, x in measured.items()}
+
+    def draw(self, shown):
+        """A figure of some test batches with their predictions, [(batch, {name: prediction})]."""
+        names = ["image", "truth", *shown[0][1]]
+        rows = [("", [self.image(batch)] * len(names)) for batch, _ in shown]
+        figure, axes = image_grid(rows, names, width=2.0)
+        for line, (batch, predictions) in zip(axes, shown):
+            for axis, prediction in zip(line[1:], (None, *predictions.values())):
+                self.mark(axis, prediction, batch)
+        return figure
+
+
+def train_readout(task, model, name):
+    """AdamW on the readout, and with --finetune on a copy of the model at a tenth of its learning
+    rate; warm-up over a twentieth of the steps, then a cosine to 0. our choice: one recipe for all
+    readouts; mmsegmentation, CroCo v2 and TAP-Net each have their own, for far more steps."""
+    args = task.args
+    steps = args.steps or task.steps
+    lr = args.lr or task.lr
+    if args.finetune:
+        model = deepcopy(model).train()
+        task.unfreeze(model)
+    torch.manual_seed(args.seed)                        # readouts of all models begin alike
+    head = task.head(model).to(args.device).train()
+    groups = [dict(params=list(head.parameters()), lr=lr)]
+    if args.finetune:
+        groups.append(dict(params=[p for p in model.parameters() if p.requires_grad], lr=lr / 10))
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+
+    def factor(i):
+        return min((i + 1) / (0.05 * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for i in progress(range(steps), what):
-        loss(i).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for batch in tqdm(task.train_batches(steps), f"{task.name}, {name}", steps, **BAR):
+        with torch.set_grad_enabled(args.finetune):
+            features = task.features(model, batch)
+        task.loss(task.predict(head, features, batch), batch).backward()
+        for group in groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    for module in modules:
-        module.eval()
+    return model.eval(), head.eval()
+
+
+def probe(run, task):
+    """Trains the task's readout on each of its models: one table of scores, one picture."""
+    trained = {name: train_readout(task, model, name) for name, model in task.models().items()}
+    measured = {}
+    shown = []
+    picked = set(np.linspace(0, task.tests - 1, 4).round().astype(int))
+    for i in tqdm(range(task.tests), f"{task.name}, test", **BAR):
+        batch = task.test_batch(i)
+        with torch.no_grad():
+            predictions = {name: task.test(*models, batch) for name, models in trained.items()}
+            predictions |= task.baselines(batch)
+        for name, prediction in predictions.items():
+            measured.setdefault(name, []).append(task.measure(prediction, batch))
+        if i in picked:
+            shown.append((batch, predictions))
+    scores = {}
+    for name, parts in measured.items():
+        joined = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
+        scores[name] = task.score(joined)
+    rows = [[row, *(score[row] for score in scores.values())] for row in scores[name]]
+    how = "finetuned" if run.args.finetune else "frozen features"
+    run.table(f"{task.title}; {how}, {run.args.steps or task.steps} steps", list(scores), rows)
+    run.picture(task.draw(shown), f"{task.name}.png")
+
+
+# ---- heads of the readouts -----------------------------------------------------------------------
+def conv_bn(ins, outs, size=3):
+    conv = nn.Conv2d(ins, outs, size, padding=size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outs), nn.ReLU())
+
+
+def resized(x, size):
+    return F.interpolate(x, size, mode="bilinear")
+
+
+class UperNet(nn.Module):
+    """UperNet on four maps of a ViT (B, D, h, w), lowest first: made a pyramid, pyramid pooling on
+    the coarsest, top-down sums, all fused at the finest; and an auxiliary head. our choice: the
+    pyramid by transposed convolutions, as in iBOT; else mmsegmentation's, D channels wide."""
+
+    def __init__(self, dim, classes):
+        super().__init__()
+        twice = nn.ConvTranspose2d(dim, dim, 2, 2)
+        four_times = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim),
+                                   nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2))
+        half = nn.MaxPool2d(2, ceil_mode=True)
+        self.pyramid = nn.ModuleList([four_times, twice, nn.Identity(), half])
+        self.pools = (1, 2, 3, 6)
+        self.pooled = nn.ModuleList(conv_bn(dim, dim, 1) for _ in self.pools)
+        self.bottleneck = conv_bn(dim * (1 + len(self.pools)), dim)
+        self.lateral = nn.ModuleList(conv_bn(dim, dim, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv_bn(dim, dim) for _ in range(3))
+        self.head = nn.Sequential(conv_bn(4 * dim, dim), nn.Dropout2d(0.1),
+                                  nn.Conv2d(dim, classes, 1))
+        self.auxiliary = nn.Sequential(conv_bn(dim, 256), nn.Dropout2d(0.1),
+                                       nn.Conv2d(256, classes, 1))
+
+    def forward(self, maps):
+        levels = [scale(x) for scale, x in zip(self.pyramid, maps)]     # 4, 2, 1 and 1/2 times h, w
+        top = levels[-1]
+        pooled = [top]
+        for conv, size in zip(self.pooled, self.pools):
+            pooled.append(resized(conv(F.adaptive_avg_pool2d(top, size)), top.shape[-2:]))
+        x = self.bottleneck(torch.cat(pooled, 1))
+        fused = [x]                                                     # coarsest first
+        for lateral, smooth, level in zip(self.lateral, self.smooth, levels[2::-1]):
+            x = lateral(level) + resized(x, level.shape[-2:])
+            fused.append(smooth(x))
+        finest = fused[-1].shape[-2:]
+        whole = torch.cat([resized(x, finest) for x in fused], 1)
+        return [self.head(whole), self.auxiliary(maps[-1])]
+
+
+class ConvUnit(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+                                  nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class DPT(nn.Module):
+    """Dense prediction transformer head, as CroCo v2 has it: four token maps on one grid, taken to
+    4, 2, 1 and 1/2 times the grid, fused from coarse to fine; 3 channels (u, v, confidence) at
+    image size. Widths are in proportion to D, CroCo's at D = 384."""
+
+    def __init__(self, ins, dim):
+        super().__init__()
+        steps = [dim * 2**k // 4 for k in range(4)]
+        width = 2 * dim // 3
+        scales = [nn.ConvTranspose2d(steps[0], steps[0], 4, 4),
+                  nn.ConvTranspose2d(steps[1], steps[1], 2, 2),
+                  nn.Identity(), nn.Conv2d(steps[3], steps[3], 3, 2, 1)]
+        self.assemble = nn.ModuleList()
+        for channels, step, scale in zip(ins, steps, scales):
+            out = nn.Conv2d(step, width, 3, padding=1, bias=False)
+            self.assemble.append(nn.Sequential(nn.Conv2d(channels, step, 1), scale, out))
+        self.before = nn.ModuleList(ConvUnit(width) for _ in range(3))
+        self.after = nn.ModuleList(ConvUnit(width) for _ in range(4))
+        self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(4))
+        self.enter = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.leave = nn.Sequential(nn.Conv2d(width // 2, 32, 3, padding=1), nn.ReLU(),
+                                   nn.Conv2d(32, 3, 1))
+
+    def forward(self, maps, size):
+        levels = [assemble(x) for assemble, x in zip(self.assemble, maps)]
+        x = levels[3]
+        for k in (3, 2, 1, 0):
+            if k < 3:
+                x = x + self.before[k](levels[k])
+            x = self.after[k](x)
+            finer = levels[k - 1].shape[-2:] if k else [2 * n for n in x.shape[-2:]]
+            x = self.mix[k](F.interpolate(x, finer, mode="bilinear", align_corners=True))
+        # twice as large for patches of 16, as CroCo's; for others what gives the image's size
+        return self.leave(F.interpolate(self.enter(x), size, mode="bilinear", align_corners=True))
+
+
+def laplacian_loss(flow, confidence, target, valid):
+    """CroCo v2's: mean of |error|_1 / d + log d, d = 0.25 + 3.75 sigmoid(confidence)."""
+    d = 0.25 + 3.75 * torch.sigmoid(confidence)                         # (B, H, W)
+    error = (flow - torch.where(valid[:, None], target, 0)).abs().sum(1)
+    return ((error / d + d.log()) * valid).sum() / valid.sum().clamp(min=1)
+
+
+def tile_offsets(length, window, overlap):
+    """Where tiles of `window` pixels begin to cover `length` and overlap by that share or more."""
+    count = 1 + math.ceil((length - window) / ((1 - overlap) * window))
+    return np.round(np.linspace(0, length - window, count)).astype(int).tolist()
+
+
+def tiled_flow(predict, frames, window, overlap):
+    """Flow (2, H, W) of frames (2, 3, H, W) in [0, 1]: means of overlapping tiles, weighted by
+    their confidence. predict(tiles (B, 2, 3, S, S)) -> flow (B, 2, S, S), confidence (B, S, S), S =
+    window. Images smaller than a tile are enlarged first."""
+    H, W = frames.shape[-2:]
+    h, w = max(H, window), max(W, window)
+    if (h, w) != (H, W):
+        frames = F.interpolate(frames, (h, w), mode="bicubic").clamp(0, 1)
+    total = torch.zeros(3, h, w, device=frames.device)
+    for y in tile_offsets(h, window, overlap):
+        columns = tile_offsets(w, window, overlap)
+        tiles = torch.stack([frames[..., y:y + window, x:x + window] for x in columns])
+        flow, confidence = predict(tiles)
+        weight = torch.exp(-20 * (torch.sigmoid(confidence / 5) - 0.5))[:, None]    # small d: sure
+        for x, part in zip(columns, torch.cat([weight * flow, weight], 1)):
+            total[:, y:y + window, x:x + window] += part
+    scale = torch.tensor([W / w, H / h], device=frames.device).view(2, 1, 1)
+    return resized((total[:2] / total[2])[None], (H, W))[0] * scale
+
+
+# ---- Midway: segmentation and flow ---------------------------------------------------------------
+class Crops(torch.utils.data.Dataset):
+    """Sample i of a training: crop(a random sample of the data set, a generator of its own)."""
+
+    def __init__(self, labelled, crop, seed):
+        self.labelled, self.crop, self.seed = labelled, crop, seed
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.seed, i))
+        return self.crop(self.labelled[int(rng.integers(len(self.labelled)))], rng)
+
+
+def random_crop(frames, labels, size, zoom, flip, rng):
+    """A random rectangle of frames (T, H, W, 3) and of label maps {name: (..., H, W)}, enlarged by
+    zoom (y, x) to size x size, flipped (y, x) or not: dict(image=(T, 3, size, size) uint8,
+    **labels). Labels are those of the nearest pixels; `flow` is scaled and turned with them. our
+    choice: never more than the image, so that nothing is to be padded."""
+    h, w = (min(max(1, round(size / z)), side) for z, side in zip(zoom, frames.shape[1:3]))
+    top = int(rng.integers(frames.shape[1] - h + 1))
+    left = int(rng.integers(frames.shape[2] - w + 1))
+    rows = top + ((np.arange(size) + 0.5) * h / size).astype(int)
+    columns = left + ((np.arange(size) + 0.5) * w / size).astype(int)
+    axes = [axis for axis, turned in zip((-2, -1), flip) if turned]
+    out = {name: torch.from_numpy(x[..., rows[:, None], columns]) for name, x in labels.items()}
+    if "flow" in out:
+        factor = np.array([size / w, size / h]) * (1 - 2 * np.array(flip)[::-1])        # x, y
+        out["flow"] = out["flow"] * torch.tensor(factor, dtype=torch.float32).view(2, 1, 1)
+    out["image"] = torch.stack([data.crop_uint8(x, (top, left, h, w), size) for x in frames])
+    return {name: x.flip(axes) for name, x in out.items()}
+
+
+def jitter(images, generator, chance, strength):
+    """Brightness, contrast, saturation (factors) and hue (turns) of images (B, T, 3, H, W) in [0,
+    1] changed by up to their strength, each with that chance; alike in the T frames of a sample."""
+    n = len(images)
+    order = torch.rand(n, 4, generator=generator).argsort(1)
+    factors = torch.rand(n, 4, generator=generator) * 2 - 1                 # -1 .. 1
+    factors *= (torch.rand(n, 4, generator=generator) < chance) * torch.tensor(strength)
+    never = torch.zeros(n, dtype=torch.bool)
+    params = dict(order=order, factors=factors + torch.tensor(data.NEUTRAL), gray=never, blur=never,
+                  solarize=never)
+    tall = images.transpose(1, 2).flatten(2, 3)                             # (B, 3, T*H, W)
+    return data.photometric(tall, params).unflatten(2, (images.shape[1], -1)).transpose(1, 2)
+
+
+class ImageTask(Task):
+    """Dense readouts of images (B, T, 3, H, W) in [0, 1], which learn from scenes or from crops of
+    a data set. `scenes` is {split: data.Scenes}; `training` and `testing` are data sets, or
+    None."""
+    training = testing = None
+    many, chance, strength = 1, 1.0, (0, 0, 0, 0)       # scenes of a test batch; those of jitter()
+
+    def from_scenes(self, split, numbers):
+        return self.labelled(self.run.truth(self.scenes[split], numbers))
+
+    def train_batches(self, steps):
+        n = self.args.batch_size
+        numbers = [range(i * n, i * n + n) for i in range(steps)]
+        if self.training is None:
+            for some in numbers:
+                yield self.from_scenes("train", some)
+            return
+        generator = torch.Generator().manual_seed(self.args.seed)
+        crops = Crops(self.training, self.crop, self.args.seed)
+        for batch in data.sample_loader(crops, numbers, self.args.device):
+            batch = {name: x.to(self.args.device) for name, x in batch.items()}
+            image = jitter(batch["image"] / 255, generator, self.chance, self.strength)
+            yield batch | dict(image=image)
+
+    def test_batch(self, i):
+        if self.testing is None:
+            return self.from_scenes("eval", range(self.many * i, self.many * (i + 1)))
+        return self.whole(self.testing[i])
+
+    def image(self, batch):
+        return as_images(batch["image"][0, 0])
+
+    def mark(self, axis, prediction, batch):
+        axis.imshow(self.paint(prediction, batch), extent=axis.images[0].get_extent())
+
+    def maps(self, tokens, images):
+        """Tokens (B, L, C) of images (B, ..., H, W) -> map (B, C, h, w). CLS is dropped."""
+        grid = [n // self.run.cfg.patch for n in images.shape[-2:]]
+        return tokens[:, 1:].mT.unflatten(-1, grid)
+
+
+class Segmentation(ImageTask):
+    """our choice: jitter of a strength below mmsegmentation's."""
+    name, many, chance, strength = "segmentation", 32, 0.5, (0.3, 0.3, 0.3, 0.05)
+
+    def prepare(self):
+        args, cfg = self.args, self.run.cfg
+        backward = cfg.latent_dynamics and cfg.backward and args.head == "linear"
+        if args.features == "backward" and not backward:
+            raise UserError("--features backward: for the linear readout of a model that has them")
+        # paper: 512 for 224
+        self.size = args.size or round(16 / 7 * cfg.size / cfg.patch) * cfg.patch
+        if self.size % cfg.patch:
+            raise UserError(f"--size {self.size}: no multiple of the patch size, {cfg.patch}")
+        if self.run.on_scenes:
+            plain = dict(frames=1, size=self.size, sprites=4, flat=0.8, radius=(0.15, 0.3))
+            self.scenes = {split: self.run.scenes(split, **plain) for split in ("train", "eval")}
+            self.labels = ["background", *data.SHAPES]
+            self.steps, self.tests = 250, 8
+        else:
+            options = dict(num_classes=args.classes or None, ignore_index=args.ignore_index)
+            self.training = data.Segmentation(args.data, "train", **options)
+            self.testing = data.Segmentation(args.data, "val", **options)
+            self.labels = self.testing.names or list(map(str, range(self.testing.num_classes)))
+            self.steps, self.tests = 2000, len(self.testing)
+        self.title = f"segmentation in per cent; {args.head} readout, {args.features} features"
+
+    def labelled(self, clips):
+        return dict(image=clips["video"], classes=clips["classes"][:, 0])
+
+    def crop(self, sample, rng):
+        """Scaled by 0.5 to 2, as in mmsegmentation, flipped half of the time."""
+        classes = sample["classes"]
+        zoom = self.size / min(classes.shape) * rng.uniform(0.5, 2)
+        flip = (False, rng.random() < 0.5)
+        labels = dict(classes=classes)
+        return random_crop(sample["image"][None], labels, self.size, (zoom, zoom), flip, rng)
+
+    def whole(self, sample):
+        """The image, its short side the task's size; classes as large as the labels are."""
+        patch, sides = self.run.cfg.patch, sample["classes"].shape
+        shape = [round(self.size * side / min(sides) / patch) * patch for side in sides]
+        image = torch.from_numpy(sample["image"]).permute(2, 0, 1)[None].to(self.args.device) / 255
+        image = F.interpolate(image, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        classes = torch.from_numpy(sample["classes"]).to(self.args.device)
+        return dict(image=image[:, None], classes=classes[None])
+
+    def head(self, model):
+        D, K = model.cfg.dim, len(self.labels)
+        if self.args.head == "upernet":
+            return UperNet(D, K)
+        return nn.Sequential(nn.BatchNorm2d(D), nn.Conv2d(D, K, 1))
+
+    def predict(self, head, features, batch):
+        """Logits: of UperNet also of its auxiliary head."""
+        return head(features) if self.args.head == "upernet" else [head(features[0])]
+
+    def features(self, model, batch):
+        """(B, D, h, w) each: the backward layers' lowest level (paper: its linear readout's), or
+        the encoder's last or four. our choice: the student's; the paper doesn't say."""
+        image, depth = batch["image"][:, 0], model.cfg.depth
+        if self.args.head == "upernet":
+            z = model.student(midway.normalize(image), [depth * k // 4 for k in (1, 2, 3, 4)])
+        elif self.args.features == "backward":
+            z = model.features(image)
+            v = z[-1]
+            for i in reversed(model.predicted):
+                v = model.student_backward[str(i)](z[i], v)
+            z = [v]
+        else:
+            z = model.student(midway.normalize(image), [depth])
+        return [self.maps(x, image) for x in z]
+
+    def loss(self, prediction, batch):
+        """Mean over the labelled pixels; the auxiliary head counts 0.4 times."""
+        classes = batch["classes"]
+        loss = 0.0
+        for weight, logits in zip((1.0, 0.4), prediction):
+            logits = resized(logits.float(), classes.shape[-2:])
+            each = F.cross_entropy(logits, classes, ignore_index=255, reduction="sum")
+            loss = loss + weight * each / (classes != 255).sum().clamp(min=1)
+        return loss
+
+    def test(self, model, head, batch):
+        logits = self.predict(head, self.features(model, batch), batch)[0]
+        return resized(logits, batch["classes"].shape[-2:]).argmax(1)
+
+    @cached_property
+    def prior(self):
+        """The commonest class of each place: what can be said without looking. (1, 1, 64, 64)"""
+        counts = torch.zeros(len(self.labels), 64, 64)
+        names = torch.arange(len(self.labels)).view(1, -1, 1, 1)
+        if self.training is None:
+            maps = (self.from_scenes("train", [i])["classes"][0].cpu() for i in range(512))
+        else:
+            numbers = range(len(self.training))
+            maps = (torch.from_numpy(self.training[i]["classes"]) for i in numbers)
+        for classes in maps:
+            counts += (F.interpolate(classes[None, None].float(), (64, 64)) == names)[0]
+        return counts.argmax(0)[None, None].float()
+
+    def baselines(self, batch):
+        prior = F.interpolate(self.prior, batch["classes"].shape[-2:]).long()[0]
+        return {"position prior": prior.expand_as(batch["classes"])}
+
+    def measure(self, prediction, batch):
+        counts = confusion(prediction.cpu(), batch["classes"].cpu(), len(self.labels))
+        return dict(counts=counts[None])
+
+    def score(self, measured):
+        miou, per_class, accuracy = iou_scores(measured["counts"].sum(0))
+        each = {f"IoU {name}": 100 * x for name, x in zip(self.labels, per_class.tolist())}
+        return {"mIoU": 100 * miou, "pixel accuracy": 100 * accuracy} | each
+
+    def paint(self, prediction, batch):
+        """What is ignored is black."""
+        classes = (batch["classes"] if prediction is None else prediction)[0].cpu().numpy()
+        hue = classes / max(len(self.labels) - 1, 1)
+        return np.where(classes[..., None] == 255, 0, plt.get_cmap("turbo")(hue)[..., :3])
+
+
+class Flow(ImageTask):
+    """paper: B.4. A DPT readout of the encoder's last level, the target's tokens after the highest
+    midway path, and the predictions of the highest and of the lowest level. Beside it the same with
+    random dynamics around the encoder. our choice: learning rate 1e-3 (CroCo v2: 2e-5, for a
+    million steps); colours jittered as theirs, but never apart in the two frames (theirs: one time
+    in five)."""
+    name, chance, strength = "flow", 1.0, (0.4, 0.4, 0.4, 0.5 / math.pi)
+
+    def prepare(self):
+        pan = self.run.scene_options["pan"] / 2
+        moving = dict(sprites=4, speed=pan, pan=pan, zoom=0.02, roll=0.02)
+        larger = 2 * self.run.cfg.size                  # than a tile
+        self.scenes = dict(train=self.run.scenes("train", **moving),
+                           eval=self.run.scenes("eval", size=larger, **moving))
+        self.tests = 16
+        if not self.run.on_scenes:
+            self.testing = data.FlowPairs(self.args.data, "val")
+            self.tests = len(self.testing)
+            self.training = self.training_split()
+        self.steps = 2000 if self.training else 250
+        where = "the training split" if self.training else "scenes"
+        self.title = f"optical flow, learnt on {where}: end-point error in pixels"
+
+    def training_split(self):
+        try:
+            training = data.FlowPairs(self.args.data, "train")
+        except ValueError:              # the data set is there, its training split is not
+            return None
+        training.items = [item for item in training.items if item not in self.testing.items]
+        return training if training.items else None     # without splits, each split is everything
+
+    def models(self):
+        """Of a model without dynamics, as paper: its encoder with random dynamics."""
+        model = self.run.model
+        torch.manual_seed(self.args.seed + 1)
+        alone = midway.Midway(replace(model.cfg, latent_dynamics=True)).to(self.args.device).eval()
+        alone.student = deepcopy(model.student)
+        alone.teacher = deepcopy(model.teacher)
+        if self.args.encoder_only or not model.cfg.latent_dynamics:
+            return {"encoder only": alone}
+        return {"this model": model, "encoder only": alone}
+
+    def labelled(self, clips):
+        flow = clips["flow"][:, 0]
+        return dict(image=clips["video"], flow=flow, valid=torch.ones_like(flow[:, 0]).bool())
+
+    def crop(self, sample, rng):
+        """As CroCo v2's. our choice: flow is taken from the nearest pixel, sparse or not."""
+        both = 2 ** (rng.uniform(-0.2, 0.5) * (rng.random() < 0.8))
+        each = 2 ** (rng.uniform(-0.2, 0.2, 2) * (rng.random() < 0.8))
+        flip = (rng.random() < 0.1, rng.random() < 0.5)                             # y, x
+        labels = dict(flow=sample["flow"], valid=sample["valid"])
+        return random_crop(sample["frames"], labels, self.run.cfg.size, both * each, flip, rng)
+
+    def whole(self, sample):
+        pair = {name: torch.from_numpy(x)[None].to(self.args.device) for name, x in sample.items()}
+        return pair | dict(image=pair["frames"].movedim(-1, 2) / 255)           # (1, 2, 3, H, W)
+
+    def head(self, model):
+        D, d = model.cfg.dim, model.cfg.motion_dim
+        return DPT((D, d, D, D), D)
+
+    def unfreeze(self, model):
+        """The target's branch too, as in CroCo v2."""
+        model.target_grad = True
+        model.teacher_embed.requires_grad_(True)
+        if model.cfg.backward:
+            model.teacher_backward.requires_grad_(True)
+
+    def features(self, model, batch):
+        """Four maps. Finetuned, the target takes the student's encoder: all is trained."""
+        source, target = batch["image"].unbind(1)
+        z = model.features(source)
+        zt = model.features(target, teacher=not self.args.finetune)
+        levels = model.dynamics(z, zt)
+        tokens = model.midway_path(model.predicted[-1], None, z[-1], zt[-1])    # (B, K + 2L, d)
+        target_tokens = tokens[:, model.cfg.motion_tokens + z[-1].shape[1]:]    # (B, L, d)
+        maps = (z[-1], target_tokens, levels[-1].pred, levels[0].pred)
+        return [self.maps(x, source) for x in maps]
+
+    def predict(self, head, features, batch):
+        out = head(features, batch["image"].shape[-2:]).float()
+        return out[:, :2], out[:, 2]
+
+    def loss(self, prediction, batch):
+        return laplacian_loss(*prediction, batch["flow"], batch["valid"])
+
+    def test(self, model, head, batch):
+        def predict(tiles):
+            tiles = dict(image=tiles)
+            return self.predict(head, self.features(model, tiles), tiles)
+
+        return tiled_flow(predict, batch["image"][0], model.cfg.size, self.args.overlap)[None]
+
+    def baselines(self, batch):
+        flow, valid = batch["flow"], batch["valid"]
+        median = flow[0][:, valid[0]].median(1).values if valid.any() else flow.new_zeros(2)
+        constant = median.view(1, 2, 1, 1).expand_as(flow)
+        return {"zero": torch.zeros_like(flow), "best constant": constant}
+
+    def measure(self, prediction, batch):
+        error, length = flow_errors(prediction, batch["flow"], batch["valid"])
+        wrong = outliers(error, length)
+        return dict(sums=torch.tensor([[error.sum(), wrong.sum(), len(error)]]))
+
+    def score(self, measured):
+        error, wrong, pixels = measured["sums"].T
+        return {"mean over pairs": (error / pixels).nanmean().item(),
+                "mean over pixels": (error.sum() / pixels.sum()).item(),
+                "per cent of outliers (Fl-all)": (100 * wrong.sum() / pixels.sum()).item()}
+
+    def paint(self, prediction, batch):
+        """All in the scale of the truth, in which what is unknown is white."""
+        target = torch.where(batch["valid"], batch["flow"], 0)[0]
+        flow = target if prediction is None else prediction[0]
+        return flow_to_color(flow, target.norm(dim=0).max().item())
 
 
 # ---- Midway: what the dynamics know --------------------------------------------------------------
-def predicted_levels(model):
-    """The numbers of the predicted levels, lowest first; Stop if the model has none."""
-    if not model.cfg.latent_dynamics:
-        raise Stop("this model has no latent dynamics (latent_dynamics=False): only --task segmentation fits")
-    return range(len(model.predicted))
-
-
-def random_init(model, args):
-    """A model of the same Config that has learnt nothing."""
-    torch.manual_seed(args.seed + 1)
-    return type(model)(model.cfg).to(args.device).eval()
-
-
-def cut_scenes(model, config, args, split="eval", points=1, **change):
-    """
-    Function of sample numbers: scenes like those of training, of which the model sees the middle, as large as
-    its crops. video, flow, classes, tracks and visible as in data.Scenes, moved to the cut; `seen`: what is
-    to be seen in the next frame too.
-    """
-    S, options = model.cfg.size, (config.get("scenes") or midway.SCENES) | dict(frames=2) | change
-    options["size"] = max(options["size"], S)
-    cut, scenes = (options["size"] - S) // 2, data.Scenes(**options, seed=args.seed, split=split)
-    line = torch.arange(S, dtype=torch.float32)
-    here = torch.stack(torch.meshgrid(line, line, indexing="xy"))           # (2, S, S)
-    inside = lambda x, dim: ((x >= -0.5) & (x <= S - 0.5)).all(dim)
-
-    def batch(numbers):
-        whole, inner = scenes.batch(numbers, truth=True, points=points), slice(cut, cut + S)
-        out = {name: whole[name][..., inner, inner] for name in ("video", "flow", "classes")}
-        out["seen"] = ~whole["occluded"][..., inner, inner] & inside(out["flow"] + here, 2)
-        out["tracks"] = whole["tracks"] - cut
-        out["visible"] = whole["visible"] & inside(out["tracks"], -1)
-        return {name: value.to(args.device) for name, value in out.items()}
-    return batch
-
-
+@torch.no_grad()
 def perturb(model, i, m, v, token, draws=32, seed=0):
-    """
-    Forwarded feature perturbation: which predicted tokens feel it if one source token changes.
-    paper: Sec. 4.4. Random vectors r are tangents of one spatial token of v each, all others zero and m held
-    fixed; the forward model takes them along, and the cosine of r with each predicted token's tangent is
-    averaged over the draws.
-    i      level, as model.predict_forward counts them: model.predicted[0] is the lowest
-    m, v   (B, K, d), (B, L, D) of that level, from model.predict
-    token  (B,) long, number of the patch, 0 .. h*w - 1
-    Returns heatmaps (B, h*w) over the target, without gradient.
-    """
-    v, place = v.contiguous(), F.one_hot(token + 1, v.shape[1])[..., None].to(v)        # (B, L, 1), after CLS
+    """Forwarded feature perturbation: which predicted tokens feel it if one source token changes.
+    paper: Sec. 4.4. Random vectors r are tangents of one token (B,) of v each, all others zero and
+    m held fixed; the forward model takes them along, and the cosine of r with each predicted
+    token's tangent is averaged over the draws. i: the level, one of model.predicted; m, v (B, K,
+    d), (B, L, D) of that level. Returns heatmaps (B, h*w) over the target, without gradient."""
+    v = v.contiguous()
+    place = F.one_hot(token + 1, v.shape[1])[..., None].to(v)               # (B, L, 1), after CLS
     generator = torch.Generator().manual_seed(seed)
     r = torch.randn(draws, len(v), v.shape[2], generator=generator).to(v)   # (draws, B, D)
 
+    def forward(v):
+        return model.predict_forward(i, m, v)[0]
+
     def heat(r):
-        forward = lambda v: model.predict_forward(i, m, v)[0]
-        tangent = jvp(forward, (v,), (place * r[:, None],))[1][:, 1:]       # (B, h*w, D)
-        return F.cosine_similarity(r[:, None], tangent, dim=-1)
-    # Forward mode has no rule for the fast attention kernels, and inference_mode would make tangents zero.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        return vmap(heat, chunk_size=max(1, 2**18 // v[..., 0].numel()))(r).mean(0)
+        _, tangent = jvp(forward, (v,), (place * r[:, None],))              # (B, L, D)
+        return F.cosine_similarity(r[:, None], tangent[:, 1:], dim=-1)      # (B, h*w)
+
+    # Forward mode has no rule for the fast attention kernels. Attention fills the memory.
+    tokens = v.shape[1] + m.shape[1]
+    chunk = max(1, 2**25 // (len(v) * model.cfg.forward_heads * tokens**2))
+    with sdpa_kernel(SDPBackend.MATH):
+        return vmap(heat, chunk_size=chunk)(r).mean(0)
+
+
+def level_names(model):
+    """Names of the predicted levels, lowest first, as in model.predict's list."""
+    if not model.cfg.latent_dynamics:
+        raise UserError("this model has no latent dynamics: only --task segmentation and flow fit")
+    return [f"level {model.levels[i]}" for i in model.predicted]
+
+
+def predict_pairs(model, pairs):
+    """model.predict() of many pairs (n, 2, 3, S, S): m, v, target of each level."""
+    parts = [model.predict(*some.unbind(1)) for some in pairs.split(64)]
+    levels = []
+    for same in zip(*parts):
+        columns = zip(*((level.m, level.v, level.target) for level in same))
+        levels.append([torch.cat(column) for column in columns])
+    return levels
+
+
+def heatmaps(model, pairs, token, args):
+    """Heatmaps (n, h*w) of a token (n,) of each pair's source, for each level, lowest first."""
+    heats = []
+    for i, (m, v, _) in zip(model.predicted, predict_pairs(model, pairs)):
+        heats.append(perturb(model, i, m, v, token, args.draws, args.seed))
+    return heats
 
 
 def yx(token, grid):
@@ -381,1528 +990,788 @@ def yx(token, grid):
     return torch.stack([token.div(grid, rounding_mode="floor"), token % grid], -1).float()
 
 
-def moving_tokens(model, batch, generator, least=1.0):
-    """
-    Of each pair with known flow, a random token that moves by `least` patches or more and stays in sight:
-    rows of the batch (n,), tokens (n,), and true landing points (n, 2) in rows and columns of the grid.
-    """
-    p, at = model.cfg.patch, slice(model.cfg.patch // 2, None, model.cfg.patch)
-    shift = batch["flow"][:, 0, :, at, at].flatten(2).mT.flip(-1) / p       # (B, h*w, 2), down and right
-    fits = batch["seen"][:, 0, at, at].flatten(1) & (shift.norm(dim=-1) >= least)
+def moving_tokens(model, batch, generator):
+    """Of each pair of scenes a random token that moves by a patch or more and stays in sight: rows
+    of the batch (n,), tokens (n,), true landing points (n, 2) in rows and columns of the grid."""
+    p = model.cfg.patch
+    at = slice(p // 2, None, p)
+    shift = batch["flow"][:, 0, :, at, at].flatten(2).mT.flip(-1) / p  # (B, h*w, 2), down and right
+    fits = ~batch["occluded"][:, 0, at, at].flatten(1) & (shift.norm(dim=-1) >= 1)
     rows = fits.any(1).nonzero()[:, 0]
-    token = torch.multinomial(fits[rows].float().cpu(), 1, generator=generator)[:, 0].to(rows.device)
+    if not len(rows):
+        raise UserError("nothing moves by a patch or more in this checkpoint's scenes")
+    token = torch.multinomial(fits[rows].float().cpu(), 1, generator=generator)
+    token = token[:, 0].to(rows.device)
     # p // 2 is half a pixel after the centre of an even patch, the centre of an odd one
     off = (p // 2 + 0.5) / p - 0.5
     return rows, token, yx(token, model.cfg.size // p) + off + shift[rows, token]
 
 
-def ridge_r2(x, y, tests):
-    """R^2 on the last `tests` of ridge regression of y (n, 2) on x (n, features); strength chosen before."""
-    x, y, n = x.cpu().double(), y.cpu().double(), len(x) - tests
-    x = torch.cat([(x - x[:n].mean(0)) / x[:n].std(0).clamp(min=1e-9), torch.ones_like(x[:, :1])], 1)
+def ridge(x, y, tests):
+    """Ridge regression of y (n, k) on x (n, d): R^2 on the last `tests`, and what it says there."""
+    x, y = as_double(x, y)
+    n = len(x) - tests
+    x = (x - x[:n].mean(0)) / x[:n].std(0).clamp(min=1e-9)
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
-    def r2(fit, test, strength):
+    def score(fit, test, strength):
         a = x[fit]
-        dual = torch.linalg.solve(a @ a.T + strength * x.shape[1] * torch.eye(len(a)).to(a), y[fit])
-        off = x[test] @ (a.T @ dual) - y[test]
-        return 1 - (off.square().sum() / (y[test] - y[fit].mean(0)).square().sum()).item()
+        gram = a @ a.T + strength * x.shape[1] * torch.eye(len(a)).to(a)
+        said = x[test] @ (a.T @ torch.linalg.solve(gram, y[fit]))
+        off = (said - y[test]).square().sum()
+        return 1 - (off / (y[test] - y[fit].mean(0)).square().sum()).item(), said
+
     part = n * 3 // 4
-    best = max((1e-2, 1e-1, 1, 10, 100), key=lambda s: r2(slice(part), slice(part, n), s))
-    return r2(slice(n), slice(n, None), best)
+    scores = {s: score(slice(part), slice(part, n), s)[0] for s in (1e-2, 1e-1, 1, 10, 100)}
+    return score(slice(n), slice(n, None), max(scores, key=scores.get))
 
 
-def camera_probe(nets, config, args, count=1024, tests=256):
-    """How well a linear readout of all of a pair's latents tells its mean flow: [name, R^2] of each level."""
-    first, m, flow = next(iter(nets.values())), {}, []
-    for split, total in (("train", count), ("eval", tests)):
-        scenes = cut_scenes(first, config, args, split)
-        for i in progress(range(0, total, 32), f"camera's motion, {split}"):
-            batch = scenes(range(i, i + 32))
-            flow.append(batch["flow"][:, 0].mean((2, 3)))
-            for who, net in nets.items():
-                for k, level in enumerate(net.predict(*batch["video"].unbind(1))):
-                    name = f"{who}level {net.levels[net.predicted[k]]}"
-                    m.setdefault(name, []).append(level.m.flatten(1))
-    return [[name, ridge_r2(torch.cat(x), torch.cat(flow), tests)] for name, x in m.items()]
-
-
-@torch.no_grad()
-def latents(model, config, args, report):
-    """Do the motion latents carry motion? Their variance, their rank, and what exchanging them costs."""
-    predicted_levels(model)
-    n, steps, rows = min(args.batch_size, 32), 8, {}
-    options = dict(config.get("scenes") or midway.SCENES)
-    options.pop("frames", None)
-    loader = list(data.make_loader(
-        args.data, model.cfg.inputs, [range(i * n, i * n + n) for i in range(steps)], args.device, args.seed,
-        split="eval", colours=False, scenes=data.SceneOptions(**options),
-        videos=data.VideoOptions(gap=args.gap)))
-    nets = {"": model, "random init, ": random_init(model, args)}
-    for who, net in nets.items():
-        for batch in loader:
-            errors = net.report(batch)
-            levels = net.both_directions(batch["motion"])[0]
-            for k in predicted_levels(net):
-                name, m = f"{who}level {net.levels[net.predicted[k]]}", levels[k].m.float()
-                share = torch.linalg.svdvals(m)
-                share = share / share.sum(1, keepdim=True)                  # (2B, K)
-                rank = (-(share * share.clamp(min=1e-12).log()).sum(1)).exp().mean()
-                numbers = [x.item() for x in errors[f"2-2cos, {name.removeprefix(who)}"].values()]
-                rows.setdefault(name, []).append([*numbers, m.var(0).mean().item(), rank.item()])
-    if args.data == "scenes":
-        report.table("can the camera's motion be read off the latents? R^2 of ridge regression on held-out "
-                     "scenes (0: no better than the mean)", ["R^2"], camera_probe(nets, config, args))
-    report.table(
-        f"motion latents of {steps * n} pairs: 2 - 2 cos of the prediction with the right latents, others, "
-        "none, and of copying",
-        [*next(iter(errors.values())), "variance of m", f"rank of {model.cfg.motion_tokens} tokens"],
-        [[name, *(sum(x) / len(x) for x in zip(*row))] for name, row in rows.items()])
-
-
-def compared(model, args):
-    """{name: model}: this one, the one to hold it against, if any, and one that has learnt nothing."""
-    nets = {"this model": model}
-    if args.against:
-        other, name, _, path = load(args.against)
-        fits = lambda cfg: (cfg.latent_dynamics, cfg.size, cfg.patch)
-        if name != "midway" or fits(other.cfg) != fits(model.cfg):
-            raise Stop(f"--against {args.against}: want another Midway with dynamics, of this size and patch")
-        nets[str(path.parent.name or path)] = other.to(args.device)
-    gated = lambda net: "gated" if net.cfg.gating else "not gated"
-    nets = {f"{name} ({gated(net)})": net for name, net in nets.items()}
-    return nets | {"random init": random_init(model, args)}
+def latent_errors(model, i, m, v, target, motion=None):
+    """2 - 2 cos of level i's predictions with other latents of that level alone."""
+    others = {"right": m, "shuffled": m.roll(1, 0), "none": torch.zeros_like(m)}
+    if motion is not None:
+        distance = torch.cdist(motion, motion).fill_diagonal_(math.inf)
+        others["same motion"] = m[distance.argmin(1)]
+    errors = {}
+    for name, latents in others.items():
+        pred, _ = model.predict_forward(i, latents, v)
+        errors[name] = midway.prediction_loss(pred, target).item()
+    return errors
 
 
 @torch.no_grad()
-def identity_bias(model, config, args, report):
-    """our choice: a number for Fig. 6: how often the heatmap of a moving token peaks where the token was."""
-    predicted_levels(model)
-    if args.data != "scenes":
-        raise Stop("identity-bias needs known motion, which only scenes have: leave out --data")
-    generator, found, scenes = torch.Generator().manual_seed(args.seed), [], cut_scenes(model, config, args)
-    for i in range(0, 256, 64):
-        batch = scenes(range(i, i + 64))
-        row, token, truth = moving_tokens(model, batch, generator)
-        found.append((batch["video"][row], token, truth))
-    video, token, truth = (torch.cat(x)[:128] for x in zip(*found))
-    if not len(token):
-        raise Stop("nothing moves by a patch or more in this checkpoint's scenes: no identity bias to see")
-    grid = model.cfg.size // model.cfg.patch
-    source, every = yx(token, grid), yx(torch.arange(grid * grid, device=token.device), grid)
-
-    def scores(peak):                       # (..., n, 2)
-        off, stay = (peak - truth).norm(dim=-1), (peak - source).norm(dim=-1)
-        return [(stay < off).float().mean().item(), (off <= 1).float().mean().item(), off.mean().item()]
-
-    rows = []
-    for name, net in compared(model, args).items():
-        for k in reversed(predicted_levels(net)):
-            heat = torch.cat([perturb(net, net.predicted[k], level.m, level.v, t, args.draws, args.seed)
-                              for v, t in zip(progress(video.split(32), name), token.split(32))
-                              for level in [net.predict(v[:, 0], v[:, 1])[k]]])
-            rows.append([f"{name}, level {net.levels[net.predicted[k]]}", *scores(yx(heat.argmax(1), grid))])
-    report.table(f"identity bias: where the heatmaps of {len(token)} moving tokens peak, scenes",
-                 ["nearer to the source", "within 1 patch of truth", "patches from truth"],
-                 rows + [["always at the source", *scores(source)],
-                         ["anywhere, by chance", *scores(every[:, None])]])
-
-
-def video_pairs(model, args, count):
-    """Pairs of frames from videos, squares of the model's size: (count, 2, 3, S, S) in [0, 1]."""
-    loader = data.make_loader(args.data, dict(frames=2, size=model.cfg.size), [range(count)], args.device,
-                              args.seed, 0, split="eval", videos=data.VideoOptions(args.gap, repeat=1))
-    return next(iter(loader))["video"] / 255
-
-
-def changed_tokens(z, zt, count):
-    """our choice of what to look at in videos: tokens that differ most from those at their place in the other
-    frame, (B, count)."""
-    return F.cosine_similarity(z[:, 1:], zt[:, 1:], dim=-1).topk(count, largest=False).indices
-
-
-@torch.no_grad()
-def heatmap(model, config, args, report):
-    """Fig. 6: where the forward model takes a token of the source, level by level."""
-    levels, grid, p, each = predicted_levels(model), model.cfg.size // model.cfg.patch, model.cfg.patch, 2
-    if args.data == "scenes":
-        batch = cut_scenes(model, config, args)(range(32))
-        generator = torch.Generator().manual_seed(args.seed)
-        row, token, truth = (x[:6] for x in moving_tokens(model, batch, generator))
-        video = batch["video"][row]
-        if not len(token):
-            raise Stop("nothing moves by a patch or more in this checkpoint's scenes: give videos as --data")
+def latents(run, tests=256, fits=1024):
+    """Do the motion latents carry motion? Content and colours make the right latents better than
+    another pair's too; only motion makes those of another scene with the same motion as good."""
+    names = level_names(run.model)
+    motion = None
+    if run.on_scenes:
+        parts = [run.truth(run.scenes("train"), range(fits)),
+                 run.truth(run.scenes("eval"), range(tests))]
+        video = torch.cat([part["video"] for part in parts])
+        flow = torch.cat([part["flow"][:, 0].mean((2, 3)) for part in parts])           # (n, 2)
+        colours = video[:, 1].mean((2, 3))                                              # (n, 3)
+        motion = flow[-tests:]
     else:
-        video, truth = video_pairs(model, args, 3).repeat_interleave(each, 0), None
-        z, zt = (model.features(video[::each, t])[-1] for t in (0, 1))
-        token = changed_tokens(z, zt, each).flatten()
-    if args.at:
-        x, y = (min(int(share * grid), grid - 1) for share in args.at)
-        token, truth = torch.full_like(token, y * grid + x), None
-    found = model.predict(video[:, 0], video[:, 1])
-    heats = {f"level {model.levels[model.predicted[k]]}": perturb(
-        model, model.predicted[k], found[k].m, found[k].v, token, args.draws, args.seed) for k in levels}
-    source = yx(token, grid)
-    figure, axes = plt.subplots(2 + len(heats), len(token), layout="constrained", squeeze=False,
-                                figsize=(1.75 * len(token), 1.8 * (2 + len(heats)) + 0.4))
-    spot = lambda at: ((at + 0.5) * p - 0.5).flip(-1).tolist()              # grid -> (x, y) in pixels
-    for n, column in enumerate(axes.T):
-        frames = as_images(video[n])
-        for axis, name in zip(column, ("source", "target", *heats)):
-            axis.imshow(frames[0] if name == "source" else frames[1])
-            if name in heats:
-                heat = F.interpolate(heats[name][n].view(1, 1, grid, grid).cpu(), frames.shape[1:3],
-                                     mode="bilinear")[0, 0]
-                heat = heat.numpy()
-                axis.imshow(heat, cmap="inferno", alpha=np.clip(0.2 + 0.7 * heat / heat.max(), 0, 1))
-            (x, y), half = spot(source[n]), p / 2
-            square = axis.add_patch(plt.Rectangle((x - half, y - half), p, p, fill=False, color="lime", lw=2))
-            if truth is not None and name != "source":
-                landed, = axis.plot(*spot(truth[n]), "x", color="cyan", ms=9, mew=2.5)
-            axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[:, 0], ("source", "target", *heats)):
-        axis.set_ylabel(name + ",\nheatmap" * (name in heats), fontsize=10)
-    marks = [square] + ([] if truth is None else [landed])
-    figure.legend(marks, ["where the token is in the source", "where it is in the target"][:len(marks)],
-                  loc="outside lower center", ncols=2, fontsize=10, frameon=False)
-    report.picture(figure, "heatmap.png")
-    rows = [["to the source", *((yx(h.argmax(1), grid) - source).norm(dim=1).mean().item()
-                                for h in heats.values())]]
+        video = run.clips(2, tests)
+    errors = []
+    found = []
+    read = {}                                   # what the latents say of the camera's motion
+    for who, model in (("", run.model), ("random init, ", run.untrained)):
+        copies = model.features(video[-tests:, 0], teacher=True)
+        for name, i, level in zip(names, model.predicted, predict_pairs(model, video)):
+            m, v, target = (x[-tests:] for x in level)
+            row = latent_errors(model, i, m, v, target, motion)
+            row["copying"] = midway.prediction_loss(copies[i], target).item()
+            row["variance of m"] = m.var(0).mean().item()
+            errors.append([who + name, *row.values()])
+            if run.on_scenes:
+                m = level[0].flatten(1)
+                r2, said = ridge(m, flow, tests)
+                found.append([who + name, r2, ridge(m, colours, tests)[0]])
+                read[who + name] = said
+    run.table(f"motion latents of {tests} pairs: 2 - 2 cos of the prediction with latents that are",
+              list(row), errors)
+    if found:
+        run.table("R^2 of a linear readout of the latents, held out (0: no better than the mean)",
+                  ["camera's motion", "mean colours of the target"], found)
+        motion_gif(run, video[-tests:], motion, read[names[0]])
+
+
+def motion_gif(run, pairs, motion, read, count=12):
+    """latents.gif: pairs with the camera's motion in the source, true and as read off the latents."""
+    figures = []
+    middle = np.array([run.cfg.size / 2 - 0.5] * 2)
+    for pair, true, said in zip(as_images(pairs[:count]), motion.cpu(), read):
+        figure, axes = image_grid([("", list(pair))], ["first frame", "second frame"], 2.2)
+        for arrow, colour, width in ((true, "white", 6), (said, "#e66100", 2.5)):
+            axes[0, 0].annotate("", middle + arrow.numpy(), middle,
+                                arrowprops=dict(arrowstyle="->", color=colour, lw=width))
+        figures.append(figure)
+    run.gif(figures, "latents.gif", 900)
+
+
+def models_to_compare(run):
+    """{name: model}: this one, the one to hold it against, one that has learnt nothing."""
+    nets = {"this model": run.model}
+    if run.args.against:
+        other, name, _, path = load(run.args.against)
+        same = name == "midway" and other.cfg.latent_dynamics
+        if not same or (other.cfg.size, other.cfg.patch) != (run.cfg.size, run.cfg.patch):
+            raise UserError(f"--against {path}: no Midway with dynamics, of this size and patch")
+        nets[path.parent.name] = other.to(run.args.device)
+    return nets | {"random init": run.untrained}
+
+
+@torch.no_grad()
+def identity_bias(run):
+    """our choice, a number for Fig. 6: how often heatmaps of moving tokens stay behind."""
+    level_names(run.model)
+    if not run.on_scenes:
+        raise UserError("identity-bias needs known motion, that of scenes: leave out --data")
+    batch = run.truth(run.scenes(), range(256))
+    generator = torch.Generator().manual_seed(run.args.seed)
+    row, token, truth = (x[:128] for x in moving_tokens(run.model, batch, generator))
+    grid = run.cfg.size // run.cfg.patch
+    every = torch.arange(grid * grid, device=token.device)[:, None]
+    peaks = {}
+    for name, net in models_to_compare(run).items():
+        gates = "gated" if net.cfg.gating else "not gated"
+        heats = heatmaps(net, batch["video"][row], token, run.args)
+        for level, heat in zip(level_names(net), heats):
+            peaks[f"{name} ({gates}), {level}"] = heat.argmax(1)
+    peaks |= {"always at the source": token, "anywhere, by chance": every}
+    rows = []
+    for name, peak in peaks.items():
+        off = (yx(peak, grid) - truth).norm(dim=-1)
+        stay = (yx(peak, grid) - yx(token, grid)).norm(dim=-1)
+        shares = [(stay < off).float().mean().item(), (off <= 1).float().mean().item()]
+        rows.append([name, *shares, off.mean().item()])
+    run.table(f"identity bias: where the heatmaps of {len(token)} moving tokens peak, scenes",
+              ["nearer to the source", "within 1 patch of truth", "patches from truth"], rows)
+
+
+def changed_tokens(model, pairs, count):
+    """our choice of what to look at in videos: the tokens (n, count) of sources that differ most
+    from those at their place in the target."""
+    z, zt = (model.features(pairs[:, t])[-1][:, 1:] for t in (0, 1))
+    return F.cosine_similarity(z, zt, dim=-1).topk(count, largest=False).indices
+
+
+def model_view(frame):
+    """The central square of a frame (H, W, 3), which the model sees: a box for crop_uint8."""
+    H, W = frame.shape[:2]
+    side = min(H, W)
+    return (H - side) // 2, (W - side) // 2, side, side
+
+
+def look(run, frames, token=None, truth=None):
+    """Fig. 6 for pairs of frames [(source, target)], (H, W, 3) uint8: a figure with a row for each,
+    the tokens (n,) that were changed (if not given, those at --at, or that differ most), and
+    heatmaps."""
+    S, grid = run.cfg.size, run.cfg.size // run.cfg.patch
+    views = [data.crop_uint8(x, model_view(x), S) / 255 for pair in frames for x in pair]
+    pairs = torch.stack(views).unflatten(0, (-1, 2)).to(run.args.device)
+    if run.args.at:
+        x, y = (min(int(share * grid), grid - 1) for share in run.args.at)
+        token = torch.full((len(pairs),), y * grid + x, device=pairs.device)
+    elif token is None:
+        token = changed_tokens(run.model, pairs, 1)[:, 0]
+    heats = heatmaps(run.model, pairs, token, run.args)
+    rows = [("", [source, target] + [target] * len(heats)) for source, target in frames]
+    names = ["source", "target", *(f"heatmap, {name}" for name in level_names(run.model))]
+    figure, axes = image_grid(rows, names, width=1.9)
+    for b, line in enumerate(axes):
+        top, left, side, _ = model_view(frames[b][0])
+        top, left, patch = top - 0.5, left - 0.5, side / grid
+        y, x = divmod(token[b].item(), grid)
+        for axis, heat in zip(line, [None, None, *heats]):
+            if heat is not None:
+                heat = (heat[b] / heat[b].max().clamp(min=1e-9)).clamp(0, 1).view(grid, grid).cpu()
+                axis.imshow(heat, "inferno", alpha=0.15 + 0.7 * heat, interpolation="bilinear",
+                            extent=(left, left + side, top + side, top))
+            axis.add_patch(plt.Rectangle((left, top), side, side, fill=False, color="white"))
+            corner = (left + x * patch, top + y * patch)
+            axis.add_patch(plt.Rectangle(corner, patch, patch, fill=False, color="lime", lw=1.5))
+            if truth is not None and axis is not line[0]:
+                down, right = (truth[b].tolist())
+                axis.plot(left + (right + 0.5) * patch, top + (down + 0.5) * patch, "xc", mew=2)
+    return figure, token, heats
+
+
+@torch.no_grad()
+def heatmap(run):
+    """Fig. 6: where the forward model takes a token (green); and the same over time."""
+    args, grid = run.args, run.cfg.size // run.cfg.patch
+    names = level_names(run.model)
+    token = truth = None
+    if run.on_scenes:
+        batch = run.truth(run.scenes(), range(32))
+        generator = torch.Generator().manual_seed(args.seed)
+        row, token, truth = (x[:6] for x in moving_tokens(run.model, batch, generator))
+        frames = np.uint8(255 * as_images(batch["video"][row]))
+    elif args.time is not None:
+        frames = [data.read_frames(args.data, [args.time, args.time + args.gap[0]])[0]]
+    else:
+        videos = data.Videos(args.data, gap=tuple(args.gap), repeat=1, seed=args.seed,
+                             transform=lambda frames, rng: frames)
+        frames = [videos[i] for i in range(6)]
+    truth = None if args.at else truth
+    figure, token, heats = look(run, frames, token, truth)
+    run.picture(figure, "heatmap.png")
+    places = {"to the source (0: identity)": yx(token, grid)}
     if truth is not None:
-        rows.append(["to the true place", *((yx(h.argmax(1), grid) - truth).norm(dim=1).mean().item()
-                                            for h in heats.values())])
-    report.table(f"distance from the heatmap's peak in patches, mean of the {len(token)} in heatmap.png",
-                 list(heats), rows)
+        places["to the true place (crosses)"] = truth
+    rows = []
+    for name, place in places.items():
+        off = [(yx(heat.argmax(1), grid) - place).norm(dim=1).mean().item() for heat in heats]
+        rows.append([name, *off])
+    run.table(f"distance from the heatmap's peak in patches, mean of {len(token)} in heatmap.png",
+              names, rows)
+    first, *later = np.uint8(255 * as_images(run.clips(9, 1)[0]))
+    token = None
+    figures = []
+    for frame in later:
+        figure, token, _ = look(run, [(first, frame)], token)
+        figures.append(figure)
+    run.gif(figures, "heatmap.gif")
 
 
 @torch.no_grad()
 def follow_tokens(model, clip, start, query, draws=32, seed=0):
-    """
-    Fig. 7: tokens `start` (P,) of frames `query` (P,) of a clip (T, 3, S, S), followed from frame to frame.
-    Two ways, (2, T, P): of the five hottest target tokens the one with the most similar features, paper:
-    Sec. 4.4, and of all target tokens the most similar one. Features: the encoder's highest level.
-    """
-    T, i, tokens = len(clip), model.predicted[-1], start.repeat(2, len(clip), 1)
-    z = F.normalize(torch.cat([model.features(x)[-1] for x in clip.split(16)])[:, 1:], dim=-1)  # (T, h*w, D)
-    for t in range(T - 1):
-        top, now = model.predict(clip[t:t + 1], clip[t + 1:t + 2])[-1], tokens[:, t]
+    """Fig. 7: tokens `start` (P,) of frames `query` (P,) of a clip (T, 3, S, S), followed in two
+    ways, (2, T, P): of the five hottest target tokens the one with the most similar features,
+    paper: Sec. 4.4, and of all target tokens the most similar one. Features: the encoder's highest
+    level."""
+    tokens = start.repeat(2, len(clip), 1)
+    z = torch.cat([model.features(x)[-1] for x in clip.split(16)])[:, 1:]
+    z = F.normalize(z, dim=-1)                                              # (T, h*w, D)
+    for t in range(len(clip) - 1):
+        top = model.predict(clip[t:t + 1], clip[t + 1:t + 2])[-1]
+        now = tokens[:, t]                                                  # (2, P)
         alike = z[t][now] @ z[t + 1].T                                      # (2, P, h*w)
-        heat = perturb(model, i, top.m.expand(len(start), -1, -1), top.v.expand(len(start), -1, -1), now[0],
-                       draws, seed + t)
+        m, v = (x.expand(len(start), -1, -1) for x in (top.m, top.v))
+        heat = perturb(model, model.predicted[-1], m, v, now[0], draws, seed + t)
         five = heat.topk(min(5, heat.shape[1])).indices                     # (P, 5)
         best = five.gather(1, alike[0].gather(1, five).argmax(1, keepdim=True))[:, 0]
-        tokens[:, t + 1] = torch.where(t < query, start, torch.stack([best, alike[1].argmax(1)]))
+        moved = torch.stack([best, alike[1].argmax(1)])
+        tokens[:, t + 1] = torch.where(t < query, start, moved)
     return tokens
 
 
-def track_clips(model, config, args):
-    """
-    Clips to track on: lists of (T, 3, S, S) videos, tracks (T, P, 2) in pixels and valid (T, P), or two Nones
-    if nothing is known, and query frames (P,).
-    """
-    S, T = model.cfg.size, 8
-    if args.tracks and args.data == "scenes":
-        raise Stop(f"--tracks {args.tracks}: give the video that it is of as --data")
-    if args.data == "scenes":
-        pan = (config.get("scenes") or midway.SCENES)["pan"] / 3            # some are to stay for 8 frames
-        batch = cut_scenes(model, config, args, points=64, frames=T, pan=pan)(range(16))
-        for b in range(len(batch["video"])):
-            some = batch["visible"][b].float().mean(0).topk(8).indices      # those that stay longest
-            yield (batch["video"][b], batch["tracks"][b][:, some], batch["visible"][b][:, some],
-                   torch.zeros(8, dtype=torch.long, device=args.device))
-    elif args.tracks or str(args.data).endswith(".pkl") or (Path(args.data).is_dir() and
-                                                            any(Path(args.data).rglob("tracks.npz"))):
+def track_clips(run):
+    """Videos (T, 3, S, S) to track in, with tracks (T, P, 2) in pixels and visible (T, P) of up to
+    32 points, or two Nones if nothing is known."""
+    args, S = run.args, run.cfg.size
+    if run.on_scenes:
+        if args.tracks:
+            raise UserError(f"--tracks {args.tracks}: give the video that it is of as --data")
+        batch = run.truth(run.scenes("eval", 8), range(16), points=8)
+        yield from zip(batch["video"], batch["tracks"], batch["visible"])
+    elif args.tracks or args.data.endswith(".pkl") or any(Path(args.data).rglob("tracks.npz")):
         source = data.PointTracks(args.tracks or args.data, args.data if args.tracks else None)
-        for clip in (source[i] for i in range(len(source))):
-            every = slice(None, None, args.stride or 1)
-            video = torch.from_numpy(clip["video"][every]).permute(0, 3, 1, 2)
-            H, W = video.shape[2:]
-            tracks, valid = (torch.from_numpy(clip[name][every]).to(args.device)
-                             for name in ("tracks", "visible"))
-            video = F.interpolate(video, (S, S), mode="bicubic", antialias=True)           # squashed
-            video = video.to(args.device) / 255
-            tracks = (tracks + 0.5) * torch.tensor([S / W, S / H], device=args.device) - 0.5
-            yield video, tracks, valid, valid.int().argmax(0)
+        for item in (source[i] for i in range(len(source))):
+            clip = square_clip(item, S, args.device)
+            clip = {name: x[::args.stride or 1] for name, x in clip.items()}
+            visible = clip["visible"]
+            known = visible.any(0).nonzero()[:, 0]          # others have no place to start
+            known = known[::math.ceil(max(len(known), 1) / 32)]
+            yield clip["video"] / 255, clip["tracks"][:, known] * S - 0.5, visible[:, known]
     else:
-        stride = args.stride or 6                                           # of 30 frames per second: 0.2 s
-        loader = data.make_loader(args.data, dict(frames=T, size=S), [range(3)], args.device, args.seed, 0,
-                                  split="eval", videos=data.VideoOptions(stride=stride, repeat=1))
-        for video in next(iter(loader))["video"] / 255:
-            yield video, None, None, torch.zeros(4, dtype=torch.long, device=args.device)
+        args.stride = args.stride or 6                      # of 30 frames per second: 0.2 s
+        for video in run.clips(8, 3):
+            yield video, None, None
 
 
 @torch.no_grad()
-def track(model, config, args, report):
-    """Fig. 7: regions followed by heatmaps and by features alone, against true tracks where there are any."""
-    predicted_levels(model)
-    grid, p, sums, shown = model.cfg.size // model.cfg.patch, model.cfg.patch, {}, []
-    untrained = random_init(model, args)
-    scored = 0
-    for video, tracks, valid, query in progress(track_clips(model, config, args), "track"):
+def track(run):
+    """Fig. 7: regions followed by heatmaps and by features alone, and how far from true tracks."""
+    model, args, p = run.model, run.args, run.cfg.patch
+    grid = run.cfg.size // p
+    level_names(model)
+    off = {}
+    shown = []
+    for video, tracks, visible in tqdm(track_clips(run), "track", **BAR):
         if tracks is None:
-            z, zt = (model.features(video[t][None])[-1] for t in (0, -1))
-            start = changed_tokens(z, zt, len(query))[0]
-        elif not valid.any():
-            continue
+            start = changed_tokens(model, video[None, [0, -1]], 4)[0]
+            query = torch.zeros_like(start)
         else:
-            known = valid.any(0).nonzero()[:, 0]        # a point that is never seen has no place to start
-            known = known[torch.linspace(0, len(known) - 1, min(len(known), 32)).round().long()]
-            tracks, valid, query = tracks[:, known], valid[:, known], query[known]
-            first = tracks.gather(0, query[None, :, None].expand(1, -1, 2))[0]          # (P, 2)
-            x, y = ((first + 0.5) / p).long().clamp(0, grid - 1).unbind(-1)
-            start = y * grid + x
-        found = follow_tokens(model, video, start, query, args.draws, args.seed)
-        if len(shown) < (2 if tracks is not None else 3):
-            shown.append((video, found, tracks, valid, query))
-        if tracks is None:
-            continue
-        scored += 1
-        truth = ((tracks + 0.5) / p - 0.5).flip(-1)                         # (T, P, 2), rows and columns
-        counted = valid & (torch.arange(len(video), device=valid.device)[:, None] > query)
-        nearest = truth.round().clamp(0, grid - 1)
-        other = follow_tokens(untrained, video, start, query, args.draws, args.seed)
-        ways = {f"{who}, {way}": place for who, places in (("this model", found), ("random init", other))
-                for way, place in zip(("heatmap and features", "features alone"), yx(places, grid))}
-        ways |= {"stays put": yx(start, grid).expand_as(truth), "best that a grid can do": nearest}
-        for name, place in ways.items():
-            sums.setdefault(name, []).append((place - truth).norm(dim=-1)[counted])
-    if not shown:
-        raise Stop(f"--data {args.data}: no point is ever to be seen in it")
-    track_picture(model, shown, report)
-    if sums:
-        report.table(
-            f"tracks of {scored} clip{'s' * (scored > 1)}: mean distance from the truth in patches "
-            f"of {p} pixels, on a {grid} x {grid} grid", ["patches", "within 1 patch"],
-            [[name, torch.cat(x).mean().item(), (torch.cat(x) <= 1).float().mean().item()]
-             for name, x in sums.items()])
-
-
-def track_picture(model, shown, report):
-    """Four frames of each clip; the last frames' places are fading tails."""
-    p, grid = model.cfg.patch, model.cfg.size // model.cfg.patch
-    names = ["heatmap and\nfeatures", "features alone"] + ["truth"] * (shown[0][2] is not None)
-    figure, axes = plt.subplots(len(shown) * len(names), 4, figsize=(7.2, 1.75 * len(shown) * len(names)),
-                                layout="constrained", squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-    colours = [c for k, c in enumerate(plt.get_cmap("tab10").colors) if k != 7]     # grey is hard to see
-    for c, (video, found, tracks, valid, query) in enumerate(shown):
-        pixels = list(((yx(found, grid) + 0.5) * p - 0.5).flip(-1).cpu())           # (T, P, 2), x and y
-        seen = [torch.arange(len(video))[:, None] >= query.cpu()] * 2
+            query = visible.int().argmax(0)                                 # (P,)
+            x, y = ((at_query_frames(tracks[None], query[None])[0] + 0.5) / p).long().unbind(-1)
+            start = y.clamp(0, grid - 1) * grid + x.clamp(0, grid - 1)
+        since = torch.arange(len(video), device=query.device)[:, None] - query          # (T, P)
+        ways = {}
+        for who, net in (("this model", model), ("random init", run.untrained)):
+            both = yx(follow_tokens(net, video, start, query, args.draws, args.seed), grid)
+            ways[f"{who}, heatmap and features"], ways[f"{who}, features alone"] = both
+        drawn = {name.split(", ")[1]: (x, since >= 0) for name, x in list(ways.items())[:2]}
         if tracks is not None:
-            pixels, seen = pixels + [tracks.cpu()], seen + [valid.cpu()]
-        times = torch.linspace(0, len(video) - 1, 4).round().long().tolist()
-        for r, (name, places, visible) in enumerate(zip(names, pixels, seen)):
-            line = axes[c * len(names) + r]
-            line[0].set_ylabel(f"clip {c + 1}, {name}", fontsize=9)
-            for axis, t in zip(line, times):
-                axis.imshow(as_images(video[t]))
-                axis.set(xticks=[], yticks=[])
-                axis.set_title("" if r else f"frame {t}", fontsize=9)
-                for k in range(min(places.shape[1], 6)):
-                    jitter = 0 if name == "truth" else p * 0.06 * (k - 2.5)         # tokens of several points
-                    tail = [(places[s, k] + jitter).tolist() for s in range(t + 1) if visible[s, k]]
-                    for age, (a, b) in enumerate(zip(tail[::-1][1:], tail[::-1])):
-                        axis.plot(*zip(a, b), color=colours[k], lw=2, alpha=max(0.15, 0.9 - 0.12 * age))
-                    if tail and visible[t, k]:
-                        axis.plot(*tail[-1], "o", color=colours[k], ms=6, mec="white", mew=1)
-    report.picture(figure, "track.png")
-
-
-# ---- Midway: segmentation ------------------------------------------------------------------------
-def conv_bn(ins, outs, size=3):
-    return nn.Sequential(nn.Conv2d(ins, outs, size, padding=size // 2, bias=False), nn.BatchNorm2d(outs),
-                         nn.ReLU())
-
-
-def resized(x, like):
-    """A map (B, C, h, w) in the height and width of another, or of a (H, W)."""
-    return F.interpolate(x, like if isinstance(like, tuple) else like.shape[-2:], mode="bilinear")
-
-
-class Linear(nn.Module):
-    """The linear readout: batch normalisation and a 1 x 1 convolution on one map (B, D, h, w)."""
-
-    def __init__(self, dim, classes):
-        super().__init__()
-        self.head = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1))
-
-    def forward(self, maps):
-        return self.head(maps[-1]), None
-
-
-class UperNet(nn.Module):
-    """
-    UperNet on four maps of a ViT (B, D, h, w), lowest first: made a pyramid, pyramid pooling on the coarsest,
-    top-down sums, all fused at the finest. Also an auxiliary head on the last map. our choice: the pyramid by
-    transposed convolutions, as in iBOT; for the rest mmsegmentation's, D channels wide.
-    """
-
-    def __init__(self, dim, classes, pools=(1, 2, 3, 6)):
-        super().__init__()
-        up = lambda: nn.ConvTranspose2d(dim, dim, 2, 2)
-        self.pyramid = nn.ModuleList([nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up()), up(),
-                                      nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
-        self.pools, self.pooled = pools, nn.ModuleList(conv_bn(dim, dim, 1) for _ in pools)
-        self.bottleneck = conv_bn(dim * (1 + len(pools)), dim)
-        self.lateral = nn.ModuleList(conv_bn(dim, dim, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(conv_bn(dim, dim) for _ in range(3))
-        self.head = nn.Sequential(conv_bn(4 * dim, dim), nn.Dropout2d(0.1), nn.Conv2d(dim, classes, 1))
-        self.auxiliary = nn.Sequential(conv_bn(dim, 256), nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))
-
-    def forward(self, maps):
-        levels = [scale(x) for scale, x in zip(self.pyramid, maps)]         # 4, 2, 1 and 1/2 times h, w
-        top = levels[-1]
-        parts = [resized(conv(F.adaptive_avg_pool2d(top, size)), top)
-                 for conv, size in zip(self.pooled, self.pools)]
-        out = [self.bottleneck(torch.cat([top, *parts], 1))]
-        for lateral, level in zip(reversed(self.lateral), levels[2::-1]):
-            x = lateral(level)
-            out.append(x + resized(out[-1], x))
-        fused = [out[0]] + [smooth(x) for smooth, x in zip(self.smooth, out[1:])]
-        fused = torch.cat([resized(x, out[-1]) for x in reversed(fused)], 1)
-        return self.head(fused), self.auxiliary(maps[-1])
-
-
-class Segmenter(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, classes, H, W), and those of the auxiliary head, if there is one."""
-
-    def __init__(self, model, classes, head, features, frozen):
-        super().__init__()
-        self.model, self.features, self.frozen = model, features, frozen
-        self.head = (UperNet if head == "upernet" else Linear)(model.cfg.dim, classes)
-        self.pyramid = head == "upernet"
-
-    def maps(self, images):
-        """(B, D, h, w) each: the backward layers' lowest level, or the encoder's last or four."""
-        model, depth = self.model, self.model.cfg.depth
-        if self.features == "backward":
-            z = model.features(images)
-            v = z[-1]
-            for i in reversed(model.predicted):
-                v = model.student_backward[str(i)](z[i], v)
-            z = [v]
-        else:       # blocks 3, 6, 9, 12 of 12, whatever the dynamics tap
-            taps = [depth * (k + 1) // 4 for k in range(4)] if self.pyramid else [depth]
-            z = model.student(midway.normalize(images), taps)
-        size = [n // model.cfg.patch for n in images.shape[-2:]]
-        return [x[:, 1:].mT.unflatten(-1, size) for x in z]
-
-    def forward(self, images):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.maps(images)
-        return [None if x is None else resized(x, images) for x in self.head(maps)]
-
-
-class TrainingCrops(torch.utils.data.Dataset):
-    """
-    Sample i of a run on a data.Segmentation: image scaled by 0.5 to 2, square crop of which no class has more
-    than three quarters (if ten tries find one), flipped half of the time. Beyond the image: black, ignored.
-    """
-
-    def __init__(self, labelled, size, seed):
-        self.labelled, self.size, self.seed = labelled, size, seed
-
-    def __getitem__(self, i):
-        rng, n = np.random.default_rng((self.seed, i)), self.size
-        sample = self.labelled[int(rng.integers(len(self.labelled)))]
-        image, classes = sample["image"], sample["classes"]
-        side = round(min(classes.shape) / rng.uniform(0.5, 2))
-        pad = [(0, max(0, side - length)) for length in classes.shape]
-        image, classes = np.pad(image, [*pad, (0, 0)]), np.pad(classes, pad, constant_values=255)
-        at = ((np.arange(n) + 0.5) * side / n).astype(int)
-        for _ in range(10):
-            top, left = (int(rng.integers(length - side + 1)) for length in classes.shape)
-            crop = classes[top:top + side, left:left + side][at[:, None], at]
-            counts = np.bincount(crop[crop != 255], minlength=1)
-            if counts.max() <= 0.75 * max(counts.sum(), 1):
-                break
-        flip = bool(rng.random() < 0.5)
-        image = data.crop_uint8(image, (top, left, side, side), n, flip)
-        return image, torch.from_numpy(crop[:, ::-1].copy() if flip else crop)
-
-
-def jitter(images, generator):
-    """Brightness, contrast, saturation by 0.7 to 1.3, hue by 0.05 turns, for half of the images each."""
-    n = len(images)
-    order = torch.rand(n, 4, generator=generator).argsort(1)
-    factors = torch.rand(n, 4, generator=generator) * 2 - 1                 # -1 .. 1
-    factors *= (torch.rand(n, 4, generator=generator) < 0.5) * torch.tensor([0.3, 0.3, 0.3, 0.05])
-    never = torch.zeros(n, dtype=torch.bool)
-    return data.photometric(images, dict(
-        order=order, factors=factors + torch.tensor(data.NEUTRAL), gray=never, blur=never, solarize=never))
-
-
-def labelled_scenes(config, args, split):
-    """numbers -> images (B, 3, S, S), classes (B, S, S) of scenes like training's, with plain sprites."""
-    options = config.get("scenes") or midway.SCENES
-    options = options | dict(frames=1, sprites=4, flat=0.8, radius=(0.15, 0.3))
-    scenes = data.Scenes(**options, seed=args.seed, split=split)
-
-    def batch(numbers):
-        clips = scenes.batch(numbers, truth=True, points=1)
-        return clips["video"][:, 0].to(args.device), clips["classes"][:, 0].to(args.device)
-    return batch
-
-
-def whole_images(labelled, size, patch, device):
-    """Images (1, 3, h, w) in [0, 1] whose short side is `size`, their classes (1, H, W), both as tensors."""
-    for n in range(len(labelled)):
-        sample = labelled[n]
-        H, W = sample["classes"].shape
-        shape = [max(patch, round(size * length / min(H, W) / patch) * patch) for length in (H, W)]
-        image = torch.from_numpy(sample["image"]).permute(2, 0, 1)[None]
-        image = F.interpolate(image, shape, mode="bicubic", antialias=True)
-        yield image.to(device) / 255, torch.from_numpy(sample["classes"])[None].to(device)
-
-
-class SegmentationTask:
-    """What segmentation needs of its data: training batches, test images, classes; scenes or a folder."""
-
-    def __init__(self, model, config, args):
-        cfg = model.cfg
-        self.args, self.size = args, args.size or round(16 / 7 * cfg.size / cfg.patch) * cfg.patch
-        if args.size and args.size < 2 * cfg.patch or self.size % cfg.patch:
-            raise Stop(f"--size {self.size} must be 2, 3, ... times the patch size, {cfg.patch}")
-        if args.data == "scenes":
-            self.classes, self.names, self.steps = 9, ("background", *data.SHAPES), 250
-            self.train, self.test = (labelled_scenes(config, args, s) for s in ("train", "eval"))
-            self.test_batches = 8               # of 32 scenes
-            return
-        options = dict(num_classes=args.classes or None, ignore_index=args.ignore_index)
-        self.labelled = [data.Segmentation(args.data, split, **options) for split in ("train", "val")]
-        self.classes, self.names, self.steps = self.labelled[0].num_classes, self.labelled[0].names, 2000
-        self.patch, self.test_batches = cfg.patch, len(self.labelled[1])
-
-    def batches(self, steps):
-        """`steps` training batches: images (B, 3, S, S) in [0, 1], classes (B, S, S)."""
-        n, device = self.args.batch_size, self.args.device
-        numbers = [range(i * n, i * n + n) for i in range(steps)]
-        if self.args.data == "scenes":
-            yield from map(self.train, numbers)
-            return
-        crops = TrainingCrops(self.labelled[0], self.size, self.args.seed)
-        loader = data.sample_loader(crops, numbers, device)
-        generator = torch.Generator().manual_seed(self.args.seed)
-        for images, classes in loader:
-            yield jitter(images.to(device) / 255, generator), classes.to(device)
-
-    def tests(self):
-        """Held-out images (B, 3, h, w), classes (B, H, W)."""
-        if self.args.data == "scenes":
-            return (self.test(range(32 * i, 32 * i + 32)) for i in range(self.test_batches))
-        return whole_images(self.labelled[1], self.size, self.patch, self.args.device)
-
-
-def position_prior(task, size=64):
-    """The commonest class of each place: what can be said without looking. -> (1, size, size)."""
-    counts = torch.zeros(task.classes, size, size)
-    labels = ((classes.cpu() for _, classes in map(task.train, (range(i, i + 32) for i in range(0, 512, 32))))
-              if task.args.data == "scenes" else
-              (torch.from_numpy(task.labelled[0][i]["classes"])[None] for i in range(len(task.labelled[0]))))
-    for classes in labels:
-        small = F.interpolate(classes[:, None].float(), (size, size), mode="nearest")[:, 0].long()
-        for k in range(task.classes):
-            counts[k] += (small == k).sum(0)
-    return counts.argmax(0, keepdim=True)
-
-
-def train_segmenter(model, task, args, what):
-    model = deepcopy(model) if args.finetune else model
-    torch.manual_seed(args.seed)
-    net = Segmenter(model, task.classes, args.head, args.features, not args.finetune).to(args.device)
-    steps = args.steps or task.steps
-    batches = task.batches(steps)
-
-    def loss(i):
-        images, classes = next(batches)
-        each = [F.cross_entropy(x.float(), classes, ignore_index=255, reduction="sum") for x in net(images)
-                if x is not None]
-        return sum(w * x for w, x in zip((1, 0.4), each)) / (classes != 255).sum().clamp(min=1)
-    fit([net.head] + [model] * args.finetune, loss, steps, what, args.lr)
-    return net.eval()
-
-
-def segmentation(model, config, args, report):
-    """A linear or UperNet readout on frozen or finetuned features; against random features and no image."""
-    if args.features == "backward" and not (model.cfg.latent_dynamics and model.cfg.backward):
-        raise Stop("this model has no backward layers: use --features encoder")
-    if args.features == "backward" and args.head == "upernet":
-        raise Stop("--head upernet reads four levels of the encoder: leave out --features backward")
-    if args.batch_size < 2:
-        raise Stop("batch normalisation in the readouts needs a --batch-size of 2 or more")
-    task = SegmentationTask(model, config, args)
-    nets = {"this model": train_segmenter(model, task, args, "segmentation, this model"),
-            "random init": train_segmenter(random_init(model, args), task, args, "segmentation, random init")}
-    prior = position_prior(task)
-    counts, shown = {name: 0 for name in (*nets, "position prior")}, []
-    with torch.no_grad():
-        picked = set(np.linspace(0, task.test_batches - 1, 4).round().astype(int))
-        for number, (images, classes) in enumerate(progress(task.tests(), "segmentation, test")):
-            said = {name: resized(net(images)[0], classes).argmax(1) for name, net in nets.items()}
-            said["position prior"] = F.interpolate(prior[None].float(), classes.shape[1:]).long()[0].expand(
-                len(classes), -1, -1)
-            said, classes = {name: x.cpu() for name, x in said.items()}, classes.cpu()
-            for name, pred in said.items():
-                counts[name] = counts[name] + confusion(pred, classes, task.classes)
-            if number in picked:
-                shown.append([x[0].cpu() for x in (images, classes, *said.values())])
-    scores = {name: iou_scores(c) for name, c in counts.items()}
-    # paper: Table 1, ViT-S on BDD100K; its linear readout is of the backward layers
-    comparable = not args.finetune and (args.head == "upernet" or args.features == "backward")
-    paper = {"linear": 39.7, "upernet": 50.4}[args.head] if comparable else ""
-    where = (f"{args.head} readout, {args.features if args.head == 'linear' else 'encoder'} features, "
-             f"{'finetuned' if args.finetune else 'frozen'}, {args.steps or task.steps} steps, held-out "
-             f"{'scenes' if args.data == 'scenes' else 'images'}; per cent")
-    columns = [*scores, "paper, other data: ViT-S, BDD100K"]
-    report.table(f"segmentation: {where}", columns, [
-        ["mIoU", *(100 * s[0] for s in scores.values()), paper],
-        ["pixel accuracy", *(100 * s[2] for s in scores.values()), ""],
-        *([f"IoU {name}", *(100 * s[1][k].item() for s in scores.values()), ""]
-          for k, name in enumerate(task.names or [f"class {k}" for k in range(task.classes)])
-          if task.classes <= 20)])
-    segmentation_picture(task, shown, list(said), report)
-
-
-PALETTE = ("#dddddd", "#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#aa4499", "#44aa99", "#882255",
-           "#999933", "#e69f00", "#661100")     # Tol's muted colours, told apart by colour-blind eyes too
-
-
-def segmentation_picture(task, shown, names, report):
-    colours = [matplotlib.colors.to_rgb(c) for c in PALETTE]
-    if task.classes > len(colours):
-        colours = plt.get_cmap("turbo")(np.linspace(0, 1, task.classes))[:, :3].tolist()
-    table = np.zeros((256, 3))              # what is ignored is black
-    table[:task.classes] = colours[:task.classes]
-    columns, shape = ["image", "truth", *names], shown[0][1].shape
-    height = 2.1 * min(1.05, 1.1 * shape[0] / shape[1])
-    figure, axes = plt.subplots(len(shown), len(columns), layout="constrained", squeeze=False,
-                                figsize=(2.1 * len(columns), height * len(shown) + 0.6))
-    for row, pick in zip(axes, shown):
-        for axis, name, x in zip(row, columns, pick):
-            axis.imshow(as_images(x) if name == "image" else table[x.numpy()], interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[0], columns):
-        axis.set_title(name, fontsize=11)
-    if task.classes <= 40:
-        names = task.names or [f"class {k}" for k in range(task.classes)]
-        patches = [matplotlib.patches.Patch(color=colours[k], label=names[k]) for k in range(task.classes)]
-        patches += [matplotlib.patches.Patch(color="black", label="ignored")] * (task.names is None or
-                                                                              task.args.data != "scenes")
-        figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=10, frameon=False)
-    report.picture(figure, "segmentation.png")
-
-
-# ---- Midway: optical flow ------------------------------------------------------------------------
-class ConvUnit(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-                                  nn.Conv2d(width, width, 3, padding=1))
-
-    def forward(self, x):
-        return x + self.body(x)
-
-
-class DPT(nn.Module):
-    """
-    Dense prediction transformer head, as CroCo v2 has it: four token maps on one grid, taken to 4, 2, 1 and
-    1/2 times the grid, fused from coarse to fine; 3 channels (u, v, confidence) at image size. Widths are in
-    proportion to D and CroCo's at D = 384.
-    """
-
-    def __init__(self, ins, dim):
-        super().__init__()
-        steps, width = [dim * 2**k // 4 for k in range(4)], 2 * dim // 3
-        scale = [nn.ConvTranspose2d(steps[0], steps[0], 4, 4), nn.ConvTranspose2d(steps[1], steps[1], 2, 2),
-                 nn.Identity(), nn.Conv2d(steps[3], steps[3], 3, 2, 1)]
-        self.assemble = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, s, 1), sc, nn.Conv2d(s, width, 3, padding=1, bias=False))
-            for i, s, sc in zip(ins, steps, scale))
-        self.before = nn.ModuleList(ConvUnit(width) for _ in range(3))
-        self.after = nn.ModuleList(ConvUnit(width) for _ in range(4))
-        self.mix = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(4))
-        self.enter = nn.Conv2d(width, width // 2, 3, padding=1)
-        self.leave = nn.Sequential(nn.Conv2d(width // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 3, 1))
-
-    def forward(self, maps, size):
-        levels, x = [make(m) for make, m in zip(self.assemble, maps)], None
-        for k in (3, 2, 1, 0):
-            x = levels[3] if x is None else x + self.before[k](levels[k])
-            x = self.after[k](x)
-            x = F.interpolate(x, levels[k - 1].shape[-2:] if k else [2 * n for n in x.shape[-2:]],
-                              mode="bilinear", align_corners=True)
-            x = self.mix[k](x)
-        # twice as large for patches of 16, as CroCo's; for others what gives the image's size
-        return self.leave(F.interpolate(self.enter(x), size, mode="bilinear", align_corners=True))
-
-
-class FlowNet(nn.Module):
-    """Frames (B, 3, S, S), S as in training -> flow in pixels (B, 2, S, S), confidence (B, S, S)."""
-
-    def __init__(self, model, frozen):
-        super().__init__()
-        D, d = model.cfg.dim, model.cfg.motion_dim
-        self.model, self.frozen, self.head = model, frozen, DPT((D, d, D, D), D)
-
-    def maps(self, source, target):
-        """paper: B.4: encoder, the target's tokens after the highest midway path, predictions top and low."""
-        model = self.model
-        z = model.features(source)
-        with torch.no_grad():
-            zt = model.features(target, teacher=True)
-        levels = model.dynamics(z, zt)
-        tokens = model.midway_path(model.predicted[-1], None, z[-1], zt[-1])            # (B, K + 2L, d)
-        target_tokens = tokens[:, model.cfg.motion_tokens + z[-1].shape[1]:]            # (B, L, d)
-        grid = model.cfg.size // model.cfg.patch
-        return [x[:, 1:].mT.unflatten(-1, (grid, grid))                                 # CLS is dropped
-                for x in (z[-1], target_tokens, levels[-1].pred, levels[0].pred)]
-
-    def forward(self, source, target):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.maps(source, target)
-        out = self.head(maps, source.shape[-2:]).float()
-        return out[:, :2], out[:, 2]
-
-
-def laplacian_loss(flow, confidence, target, valid):
-    """CroCo v2's: mean over valid pixels of |error|_1 / d + log d, d = 0.25 + 3.75 sigmoid(confidence)."""
-    d = 0.25 + 3.75 * torch.sigmoid(confidence)                             # (B, H, W)
-    each = (flow - torch.where(valid[:, None], target, 0)).abs().sum(1) / d + d.log()
-    return (each * valid).sum() / valid.sum().clamp(min=1)
-
-
-def tile_offsets(length, window, overlap):
-    """Where tiles of `window` pixels begin so that they cover `length` and overlap by that share or more."""
-    count = 1 + math.ceil((length - window) / ((1 - overlap) * window))
-    return np.round(np.linspace(0, length - window, count)).astype(int).tolist()
-
-
-@torch.no_grad()
-def tiled_flow(net, frames, overlap):
-    """
-    Flow (2, H, W) of frames (2, 3, H, W) in [0, 1] of any size: means of overlapping tiles, weighted by
-    confidence. Images smaller than a tile are enlarged first.
-    """
-    S, (H, W) = net.model.cfg.size, frames.shape[-2:]
-    h, w = max(H, S), max(W, S)
-    if (h, w) != (H, W):
-        frames = F.interpolate(frames, (h, w), mode="bicubic").clamp(0, 1)
-    corners = [(y, x) for y in tile_offsets(h, S, overlap) for x in tile_offsets(w, S, overlap)]
-    total = torch.zeros(3, h, w, device=frames.device)
-    for i in range(0, len(corners), 64):
-        tiles = torch.stack([frames[..., y:y + S, x:x + S] for y, x in corners[i:i + 64]])
-        flow, confidence = net(tiles[:, 0], tiles[:, 1])
-        weight = torch.exp(-20 * (torch.sigmoid(confidence / 5) - 0.5))[:, None]        # small d: sure
-        for (y, x), part in zip(corners[i:i + 64], torch.cat([weight * flow, weight], 1)):
-            total[:, y:y + S, x:x + S] += part
-    flow = total[:2] / total[2]
-    if (h, w) != (H, W):
-        scale = torch.tensor([W / w, H / h], device=flow.device).view(2, 1, 1)
-        flow = F.interpolate(flow[None], (H, W), mode="bilinear")[0] * scale
-    return flow
-
-
-def flow_scenes(model, config, args, split, wide=False):
-    """
-    Function of sample numbers: frames (B, 2, 3, S, S), flow (B, 2, S, S), valid (B, S, S) of scenes like the
-    checkpoint's, with sprites. S: the model's size, or wide: the scenes' own, larger than a tile.
-    """
-    options = config.get("scenes") or midway.SCENES
-    fast = options["pan"] / 2
-    options = options | dict(sprites=4, speed=fast, pan=fast, zoom=0.02, roll=0.02, frames=2)
-    scenes = data.Scenes(**options, seed=args.seed, split=split)
-    source = ((lambda numbers: scenes.batch(numbers, truth=True, points=1)) if wide else
-              cut_scenes(model, config, args, split, **options))
-
-    def batch(numbers):
-        clips = source(numbers)
-        video, flow = (clips[name].to(args.device) for name in ("video", "flow"))
-        return video, flow[:, 0], torch.ones_like(flow[:, 0, 0], dtype=torch.bool)
-    return batch
-
-
-class FlowCrops(torch.utils.data.Dataset):
-    """
-    Sample i of a run on data.FlowPairs, cropped and augmented as in CroCo v2: scaled by 2^-0.2 to 2^0.5, each
-    axis stretched by up to 2^0.2, flipped. our choice: flow is taken from the nearest pixel, sparse or not.
-    """
-
-    def __init__(self, pairs, size, seed):
-        self.pairs, self.size, self.seed = pairs, size, seed
-
-    def __getitem__(self, i):
-        rng, n = np.random.default_rng((self.seed, i)), self.size
-        sample = self.pairs[int(rng.integers(len(self.pairs)))]
-        frames, flow, valid = sample["frames"], sample["flow"], sample["valid"]
-        scale = 2 ** (rng.uniform(-0.2, 0.5) * (rng.random() < 0.8) +
-                      rng.uniform(-0.2, 0.2, 2) * (rng.random() < 0.8))             # y, x
-        h, w = (min(length, max(1, round(n / s))) for length, s in zip(valid.shape, scale))
-        top, left = (int(rng.integers(length - side + 1)) for length, side in zip(valid.shape, (h, w)))
-        at = [start + ((np.arange(n) + 0.5) * side / n).astype(int) for start, side in ((top, h), (left, w))]
-        flow = flow[:, at[0][:, None], at[1]] * np.float32([n / w, n / h])[:, None, None]   # (2, n, n)
-        valid = valid[at[0][:, None], at[1]]
-        frames = torch.stack([data.crop_uint8(frame, (top, left, h, w), n) for frame in frames])
-        flow, valid = torch.from_numpy(flow), torch.from_numpy(valid)
-        for axis, chance in ((2, 0.5), (1, 0.1)):       # left and right, top and bottom
-            if rng.random() < chance:
-                frames, flow, valid = frames.flip(axis + 1), flow.flip(axis), valid.flip(axis - 1)
-                flow[2 - axis] *= -1
-        return frames, flow, valid
-
-
-def flow_batches(model, config, args, pairs, steps):
-    """`steps` training batches: frames (B, 2, 3, S, S) in [0, 1], flow (B, 2, S, S), valid (B, S, S)."""
-    n = args.batch_size
-    numbers = [range(i * n, i * n + n) for i in range(steps)]
-    if pairs is None:
-        yield from map(flow_scenes(model, config, args, "train"), numbers)
-        return
-    loader = data.sample_loader(FlowCrops(pairs, model.cfg.size, args.seed), numbers, args.device)
-    generator = torch.Generator().manual_seed(args.seed)
-    for frames, flow, valid in loader:
-        frames = frames.to(args.device) / 255
-        together = jitter(frames.transpose(1, 2).flatten(2, 3), generator)  # both frames above each other
-        yield together.unflatten(2, (2, -1)).transpose(1, 2), flow.to(args.device), valid.to(args.device)
-
-
-def train_flow(model, config, args, pairs, steps, what):
-    model = deepcopy(model) if args.finetune else model
-    torch.manual_seed(args.seed)
-    net = FlowNet(model, not args.finetune).to(args.device)
-    batches = flow_batches(model, config, args, pairs, steps)
-
-    def loss(i):
-        frames, target, valid = next(batches)
-        return laplacian_loss(*net(frames[:, 0], frames[:, 1]), target, valid)
-    fit([net.head] + [model] * args.finetune, loss, steps, what, args.lr)
-    return net.eval()
-
-
-def encoder_only(model, args):
-    """The same encoders; midway paths, backward layers and forward model forget all they have learnt."""
-    net = random_init(model, args)
-    net.student, net.teacher = deepcopy(model.student), deepcopy(model.teacher)
-    return net
-
-
-def flow_pairs(args):
-    """--data's pairs to train on, or None where there are none (then scenes serve), and those to test on."""
-    if args.data == "scenes":
-        return None, None
-    test = data.FlowPairs(args.data, "val")
-    try:
-        training = data.FlowPairs(args.data, "train")
-    except ValueError:                      # the data set is there, its training split is not
-        return None, test
-    training.items = [item for item in training.items if item not in test.items]    # of those without splits
-    return training if training.items else None, test
-
-
-def flow_tests(model, config, args, pairs):
-    """Names, frames (2, 3, H, W) in [0, 1], flow (2, H, W), valid (H, W) of the pairs to test on."""
-    if pairs is None:
-        scenes = flow_scenes(model, config, args, "eval", wide=True)
-        yield from zip((f"scene {n}" for n in range(16)), *scenes(range(16)))
-    else:
-        for name, pair in zip(pairs.names, (pairs[i] for i in range(len(pairs)))):
-            if not pair["valid"].any():
-                tqdm.write(f"left out {name}: no pixel of its flow is known")
-                continue
-            frames = torch.from_numpy(pair["frames"]).permute(0, 3, 1, 2) / 255
-            flow, valid = torch.from_numpy(pair["flow"]), torch.from_numpy(pair["valid"])
-            yield name, *(x.to(args.device) for x in (frames, flow, valid))
-
-
-def flow(model, config, args, report):
-    """A DPT readout of optical flow, against the encoder with dynamics that know nothing, and constants."""
-    predicted_levels(model)
-    train_pairs, test_pairs = flow_pairs(args)
-    steps = args.steps or (250 if args.data == "scenes" else 2000)
-    nets = {"encoder only": encoder_only(model, args)}
-    nets = nets if args.encoder_only else {"this model": model} | nets
-    nets = {name: train_flow(net, config, args, train_pairs, steps, f"flow, {name}")
-            for name, net in nets.items()}
-    count, rows, shown = 16 if test_pairs is None else len(test_pairs), {}, []
-    picked = set(np.linspace(0, count - 1, 4).round().astype(int))
-    tests = progress(flow_tests(model, config, args, test_pairs), "flow, test")
-    for number, (name, frames, target, valid) in enumerate(tests):
-        said = {who: tiled_flow(net, frames, args.overlap) for who, net in nets.items()}
-        if number in picked:
-            shown.append((name, *(x.cpu() for x in (frames[0], target, valid, next(iter(said.values()))))))
-        best = target[:, valid].median(1).values.view(2, 1, 1).expand_as(target)
-        for who, x in (said | {"zero": torch.zeros_like(target), "best constant": best}).items():
-            error, length = flow_errors(x[None], target[None], valid[None])
-            wrong = (error > 3) & (error > 0.05 * length)
-            rows.setdefault(name, {})[who] = [error.sum().item(), wrong.sum().item(), len(error)]
-    if not rows:
-        raise Stop(f"--data {args.data}: no flow is known in any of its pairs")
-    whos = list(next(iter(rows.values())))
-    total = {who: [sum(x) for x in zip(*(row[who] for row in rows.values()))] for who in whos}
-    pairs = [[name, *(row[who][0] / row[who][2] for who in whos), ""] for name, row in rows.items()]
-    report.table(
-        f"optical flow, {'finetuned' if args.finetune else 'frozen'}, {steps} steps on "
-        f"{'scenes' if train_pairs is None else 'the training split'}: end-point error in pixels",
-        [*whos, "paper, other data: ViT-S, Sintel final"],
-        (pairs if test_pairs is not None and len(pairs) <= 30 else []) + [
-            ["mean over pairs", *(sum(x) / len(x) for x in zip(*(row[1:-1] for row in pairs))), ""],
-            ["mean over pixels", *(total[who][0] / total[who][2] for who in whos),
-             4.9 if args.finetune else ""],
-            ["per cent of outliers (Fl-all)", *(100 * total[who][1] / total[who][2] for who in whos), ""]])
-    if shown:
-        flow_picture(shown, report)
-
-
-def flow_picture(shown, report):
-    shape = max(0.4, shown[0][2].shape[1] / shown[0][2].shape[2])
-    figure, axes = plt.subplots(len(shown), 5, figsize=(10.5, (2.1 * shape + 0.4) * len(shown)),
-                                layout="constrained", squeeze=False, width_ratios=(1, 1, 1, 1, 0.6))
-    side = np.linspace(-1, 1, 101)
-    wheel = np.stack(np.meshgrid(side, side), -1)
-    wheel_image = np.where((wheel ** 2).sum(-1, keepdims=True) <= 1, flow_to_color(wheel, 1.0), 255)
-    for row, (name, frame, target, valid, said) in zip(axes, shown):
-        target = torch.where(valid, target, 0)
-        fastest = target.norm(dim=0).max().item()
-        error = torch.where(valid, (said - target).norm(dim=0), math.nan)
-        row[0].imshow(as_images(frame))
-        row[1].imshow(flow_to_color(target, fastest))
-        row[2].imshow(flow_to_color(said, fastest))
-        shades = row[3].imshow(error.numpy(), cmap="cividis", vmin=0, vmax=max(fastest, 1e-3))
-        figure.colorbar(shades, ax=row[3], shrink=0.8)
-        row[4].imshow(wheel_image)
-        row[4].set_title(f"rim: {fastest:.1f} px", fontsize=9)
-        row[0].set_ylabel(name.replace("_", "\n", 1), fontsize=9)
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-        row[4].set_frame_on(False)
-    for axis, title in zip(axes[0], ("frame 1", "true flow", "predicted flow", "error, pixels")):
-        axis.set_title(title, fontsize=11)
-    report.picture(figure, "flow.png")
-
-
-# ---- MooG: pictures ------------------------------------------------------------------------------
-def film(rows, columns=None, width=1.1):
-    """A figure of rows (label, images of one height), with `columns` above the first; labels may be empty."""
-    most = max(len(images) for _, images in rows)
-    H, W = rows[0][1][0].shape[:2]
-    figure, axes = plt.subplots(len(rows), most, squeeze=False, layout="constrained",
-                                figsize=(width * most + 0.3, 1.02 * width * H / W * len(rows) + 0.3))
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03)
-    for (label, images), line in zip(rows, axes):
-        line[0].set_ylabel(label, fontsize=9)
-        for axis, image in zip(line, images):
-            axis.imshow(image, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], columns or ()):
-        axis.set_title(title, fontsize=9)
-    return figure, axes
-
-
-# ---- MooG: tokens --------------------------------------------------------------------------------
-PCA_CLIPS = 24                          # of 12 frames, as published
-
-
-def scene_options(model, config, args, frames, split="eval"):
-    """Options of data.Scenes: those of the model's training; if there are none, those of preset tiny."""
-    known = config.get("scenes") or moog.RECIPES["tiny"]["scenes"]
-    return known | dict(size=model.cfg.size, frames=frames, split=split, seed=args.seed)
-
-
-def eval_video(model, config, args, frames, count):
-    """Held-out clips (count, frames, 3, H, W) in [0, 1] of --data."""
-    options = scene_options(model, config, args, frames)
-    options = {name: options[name] for name in options if name not in ("frames", "split", "seed")}
-    numbers = [range(i, min(i + 8, count)) for i in range(0, count, 8)]
-    loader = data.make_loader(args.data, dict(frames=frames, size=model.cfg.size), numbers, args.device,
-                              args.seed, 0, split="eval", scenes=data.SceneOptions(**options),
-                              videos=data.VideoOptions(stride=args.stride or 1))
-    video = torch.cat([batch["video"] for batch in loader])
-    return moog.as_float(video)
-
-
-def attention_chunks(model, states, size, use, index=None):
-    """
-    use(attention (B, T, P, N) of pixels to tokens, mean over the heads of the last layer), whose results
-    (B, T, P, ...) are joined: piece by piece, as the attention of all pixels may not fit.
-    """
-    look = lambda piece: model.decode(states, size, piece, return_attention=True)[1].mean(2)
-    whole = torch.arange(size[0] * size[1], device=states.device)
-    if model.cfg.decoder_self_attention:            # pixels that look at each other can't be parted
-        seen = look(whole)
-        if index is not None:
-            seen = seen.gather(2, index[..., None].expand(*index.shape, seen.shape[-1]))
-        return use(seen)
-    pieces = (whole if index is None else index).split(1024, -1)
-    return torch.cat([use(look(piece)) for piece in pieces], 2)
-
-
-def top_tokens(model, states, size, index=None):
-    """Number of the token that each pixel looks at most, mean over the heads of the last layer: (B, T, P)."""
-    return attention_chunks(model, states, size, lambda seen: seen.argmax(-1), index)
-
-
-@torch.no_grad()
-def tokens(model, config, args, report):
-    T, size = max(model.cfg.frames, 8), (model.cfg.size, model.cfg.size)
-    video = eval_video(model, config, args, T, 2)
-    states = model.predict_ahead(video[:, :-1])        # (B, T, N, D), each from the frames before its own
-    prediction = model.decode(states, size)
-    top = top_tokens(model, states, size).unflatten(-1, size)               # (B, T, H, W)
-    N = states.shape[2]
-    hues = torch.rand(N, generator=torch.Generator().manual_seed(0))
-    colours = torch.tensor(plt.get_cmap("hsv")(hues.numpy())[:, :3], dtype=torch.float32)
-    values = 0.45 + 0.55 * torch.rand(N, 1, generator=torch.Generator().manual_seed(1))
-    painted = (colours * values).to(top.device)[top].movedim(-1, 2)         # (B, T, 3, H, W)
-    blended = 0.75 * painted + 0.25 * video.mean(2, keepdim=True)
-    rows = [(name, as_images(x[b])) for b in range(len(video)) for name, x in
-            (("frame", video), ("predicted", prediction), ("tokens", blended))]
-    times = [f"t = {t}" for t in range(8)]
-    report.picture(film([(name, clip[:8]) for name, clip in rows], times)[0], "tokens.png")
-    strip = np.concatenate([np.concatenate([clip for _, clip in rows[3 * b:3 * b + 3]], 2) for b in
-                            range(len(video))], 1)                          # (T, B*H, 3*W, 3)
-    strip = np.uint8(255 * strip).repeat(2, 1).repeat(2, 2)
-    iio.imwrite(report.out / "tokens.gif", strip, duration=250, loop=0)
-
-    # four tokens of the first clip, drawn from the twelve that most of its pixels look at
-    most = top[0, 1:8].flatten().bincount(minlength=N).argsort(descending=True)[:12]
-    four = most[torch.randperm(len(most), generator=torch.Generator().manual_seed(args.seed))[:4]]
-    seen = attention_chunks(model, states[:1, :8], size, lambda seen: seen[..., four])[0].unflatten(1, size)
-    seen = seen / seen[1:].amax((0, 1, 2)).clamp(min=1e-12)                 # t = 0 is decoded from noise
-    maps = plt.get_cmap("viridis")(seen.clamp(max=1).cpu().numpy())[..., :3]
-    rows = [("frame", as_images(video[0])[:8])] + [
-        (f"token {n}", maps[..., i, :]) for i, n in enumerate(four.tolist())]
-    report.picture(film(rows, times)[0], "tokens_single.png")
-    components(model, config, args, report, times)
-
-    if args.data == "scenes" and scene_options(model, config, args, T).get("sprites", 4):
-        report.table(
-            "share of points on sprites whose token is the same one frame later",
-            ["where the point went", "where it was", "at another point"],
-            [["this model", *follow(model, config, args)]])
-
-
-def components(model, config, args, report, times):
-    """tokens_pca.png: three leading components of the tokens, as RGB, fitted to PCA_CLIPS clips of 12 frames.
-    A pixel shows the mean of the tokens weighted by how much it looks at them."""
-    video, size = eval_video(model, config, args, 12, PCA_CLIPS), (model.cfg.size, model.cfg.size)
-    states = torch.cat([model.predict_ahead(clips[:, :-1]) for clips in video.split(4)])
-    flat = states.flatten(0, 2)
-    centred = flat - flat.mean(0)
-    variances, axes = torch.linalg.eigh((centred.mT @ centred).cpu().double())    # (D,) rising, (D, D)
-    three = (centred @ axes[:, -3:].flip(-1).to(centred)).unflatten(0, states.shape[:3])
-    share = variances[-3:].sum() / variances.sum()
-    paint = lambda b: attention_chunks(model, states[b:b + 1, :8], size, lambda seen: seen @ three[b:b + 1, :8])
-    painted = torch.cat([paint(b) for b in range(3)])                       # (B, T, H*W, 3)
-    low, high = painted[:, 1:].flatten(0, 2).quantile(torch.tensor([0.02, 0.98]).to(painted), dim=0)
-    painted = ((painted - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(2, size).cpu().numpy()
-    rows = [row for b in range(3) for row in
-            (("frame", as_images(video[b])[:8]), ("components", painted[b]))]
-    figure, _ = film(rows, times)
-    figure.supxlabel(f"three leading components of the tokens: {share:.0%} of their variance", fontsize=9)
-    report.picture(figure, "tokens_pca.png")
-
-
-@torch.no_grad()
-def follow(model, config, args):
-    """
-    How often the token that a sprite's point looks at most stays the same from a frame to the next: at the
-    place to which the point has moved, by the scenes' true tracks, and at the place that it has left, of
-    points that are visible in both and have left their place to another layer. Also how often by chance: the
-    same at the place of another point of the clip.
-    """
-    cfg = model.cfg
-    size, T = (cfg.size, cfg.size), max(cfg.frames, 8)
-    scenes = data.Scenes(**scene_options(model, config, args, T))
-    clips = scenes.batch(range(1000, 1064), truth=True, points=256)
-    clips = {name: value.to(args.device) for name, value in clips.items()}
-    states = torch.cat([model.predict_ahead(clip[:, :-1]) for clip in clips["video"].split(8)])    # (B, T, N, D)
-    tracks, ids = clips["tracks"], clips["ids"].flatten(2)                  # (B, T, P, 2), (B, T, H*W)
-    x, y = tracks.round().long().clamp(0, cfg.size - 1).unbind(-1)
-    index = y * cfg.size + x                                                # (B, T, P)
-    left = index.roll(1, 1)                                                 # where the point was at t - 1
-    sprite = ids[:, :1].gather(2, index[:, :1])                             # (B, 1, P)
-    visible = clips["visible"] & ((tracks >= 0) & (tracks <= cfg.size - 1)).all(-1)
-    counts = (visible[:, 1:] & visible[:, :-1] & (sprite > 0) & (ids.gather(2, left) != sprite)[:, 1:])
-    counts[:, 0] = False                            # frame 0 is decoded from noise
-    here, there = (top_tokens(model, states, size, i) for i in (index, left))
-    before, here, there = here[:, :-1], here[:, 1:], there[:, 1:]
-    return [(now == before)[counts].float().mean().item() for now in (here, there, here.roll(1, 2))]
-
-
-# ---- MooG: readouts ------------------------------------------------------------------------------
-# our choice of all: clips to learn from, held-out ones, points of each, frames of a clip, queries of a step
-POOL, TESTS, POINTS, FRAMES, QUERIES = 1024, 64, 64, 8, 32
-READOUT_STEPS = dict(points=250, boxes=250, depth=150)
-FIRST = 10**6                           # number of the first clip: no training of a MooG comes so far
-
-
-def shares(boxes, width, height):
-    """Boxes x1 y1 x2 y2 in pixels, whose centres are integers, as shares y1 x1 y2 x2 of the frame; whether
-    more than half of each lies in the frame. What sticks out is cut off."""
-    whole = ((boxes + 0.5) / torch.tensor([width, height] * 2).to(boxes))[..., [1, 0, 3, 2]]
-    cut, area = whole.clamp(0, 1), lambda box: (box[..., 2:] - box[..., :2]).prod(-1)
-    return cut, area(cut) > area(whole) / 2
-
-
-def scene_clips(model, config, args, split, count):
-    """
-    Clips of scenes with what readouts are to say of them, places as shares of the frame's size. Their points
-    are on sprites, if there are any in frame 0: nobody could follow those on a plain background.
-    """
-    scenes = data.Scenes(**scene_options(
-        model, config, args, max(model.cfg.frames, FRAMES), split))
-    generator, parts = torch.Generator().manual_seed(args.seed), []
-    for i in range(0, count, 16):
-        clip = scenes.batch(range(FIRST + i, FIRST + min(i + 16, count)), truth=True, points=8 * POINTS)
-        clip = {name: value.to(args.device) for name, value in clip.items()}
-        x, y = clip["tracks"][:, 0].long().unbind(-1)
-        sprite = clip["ids"][:, 0].flatten(1).gather(1, y * scenes.size + x) > 0
-        drawn = torch.multinomial(sprite.cpu() + 1e-9, POINTS, generator=generator).to(args.device)
-        at = lambda x: x.gather(2, drawn[:, None].expand(-1, x.shape[1], -1))
-        parts.append(dict(
-            video=(255 * clip["video"]).round().byte(), boxes=clip["boxes"], depth=clip["depth"],
-            tracks=torch.stack([at(x) for x in clip["tracks"].unbind(-1)], -1), visible=at(clip["visible"])))
-    clips = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    clips["tracks"] = (clips["tracks"] + 0.5) / scenes.size
-    clips["boxes"], clips["inside"] = shares(clips["boxes"], scenes.size, scenes.size)
-    clips["valid"] = torch.ones_like(clips["visible"])
-    clips["query_frames"] = torch.zeros_like(clips["visible"][:, 0], dtype=torch.long)
-    return clips
-
-
-def real_clip(item, size, device):
-    """A clip of data.PointTracks or BoxTracks as one of scene_clips(), without its first axis: B. Frames are
-    squashed to size x size, as in TAP-Vid; depth takes the nearest measurement."""
-    H, W = item["video"].shape[1:3]
-    video = torch.as_tensor(item["video"]).movedim(-1, 1)
-    resize = lambda x, **how: F.interpolate(x, (size, size), **how)
-    clip = dict(video=resize(video, mode="bilinear", antialias=True))
-    if "boxes" in item:                             # one box a frame
-        clip["boxes"], clip["inside"] = shares(torch.as_tensor(item["boxes"])[:, None], W, H)
-    if "tracks" in item:
-        clip["tracks"] = (torch.as_tensor(item["tracks"]) + 0.5) / torch.tensor([W, H])
-        clip |= {name: torch.as_tensor(item[name]) for name in ("visible", "valid", "query_frames")}
-    if "depth" in item:
-        clip["depth"] = resize(torch.as_tensor(item["depth"])[:, None], mode="nearest-exact")[:, 0]
+            truth = ((tracks + 0.5) / p - 0.5).flip(-1)                     # rows and columns
+            drawn["truth"] = (truth, visible)
+            ways["stays put"] = yx(start, grid).expand_as(truth)
+            ways["best that a grid can do"] = truth.round().clamp(0, grid - 1)
+            for name, place in ways.items():
+                away = (place - truth).norm(dim=-1)[visible & (since > 0)]
+                off.setdefault(name, []).append(away)
+        shown.append((as_images(video[-1]), drawn))
+    rows = [("", [image] * len(drawn)) for image, drawn in shown[:4]]
+    figure, axes = image_grid(rows, list(drawn), width=2.2)
+    for line, (_, drawn) in zip(axes, shown):
+        for axis, (place, on) in zip(line, drawn.values()):
+            draw_tracks(axis, ((place + 0.5) * p - 0.5).flip(-1), on, on)
+    run.picture(figure, "track.png")
+    if off:
+        off = {name: torch.cat(x) for name, x in off.items()}
+        table = [[name, x.mean().item(), (x <= 1).float().mean().item()] for name, x in off.items()]
+        run.table(f"tracks: mean distance from the truth, patches of {p} pixels, {grid} x {grid}",
+                  ["patches", "within 1 patch"], table)
+
+
+def draw_tracks(axis, xy, on, seen):
+    """The ways of up to 5 points (T, P, 2) in pixels, where they are on (T, P); the end is hollow
+    if the point is said to be hidden, not seen (T, P)."""
+    x, y = xy.masked_fill(~on[..., None], math.nan).cpu().unbind(-1)
+    for k in range(min(x.shape[1], 5)):
+        color = f"C{k}"
+        end = dict(color=color, marker="o", mfc=color if seen[-1, k] else "none")
+        axis.plot(x[:, k], y[:, k], color=color)
+        axis.plot(x[-1, k], y[-1, k], **end)
+
+
+# ---- MooG: points, boxes, depth ------------------------------------------------------------------
+POOL, TESTS, POINTS, FRAMES = 1024, 64, 16, 8  # our choice: clips, held-out ones, points, frames
+
+
+def square_clip(item, size, device):
+    """A sample of data.PointTracks or BoxTracks as the readouts take it: frames squashed to size x
+    size, as in TAP-Vid, (T, 3, S, S) uint8; tracks (T, P, 2) and boxes y1 x1 y2 x2 (T, K, 4), cut
+    off at the rim, as shares of the frame; `inside` (T, K): more than half of a box is in it; depth
+    (T, S, S)."""
+    clip = {name: torch.as_tensor(x) for name, x in item.items()}
+    sides = torch.tensor(clip["video"].shape[2:0:-1])                       # W, H
+    video = clip["video"].movedim(-1, 1)
+    clip["video"] = F.interpolate(video, (size, size), mode="bilinear", antialias=True)
+    if "boxes" in clip:
+        boxes = clip["boxes"] if clip["boxes"].ndim == 3 else clip["boxes"][:, None]
+        boxes = boxes + 0.5                 # pixels' centres are integers
+        boxes = (boxes / sides.repeat(2))[..., [1, 0, 3, 2]]
+        clip["boxes"] = boxes.clamp(0, 1)
+        clip["inside"] = box_area(clip["boxes"]) > box_area(boxes) / 2
+    if "tracks" in clip:
+        clip["tracks"] = (clip["tracks"] + 0.5) / sides
+    if "depth" in clip:
+        depth = clip["depth"][:, None]
+        clip["depth"] = F.interpolate(depth, (size, size), mode="nearest-exact")[:, 0]
     return {name: x.to(device) for name, x in clip.items()}
 
 
-def window(clip, frames, generator):
-    """
-    A random window of a real clip, every second time mirrored; its points, drawn from those that are seen in
-    it, are given at a random one of the frames in which they are seen. None if nothing is to be learnt there.
-    """
-    T = len(clip["video"])
-    draw = lambda *shape: torch.rand(*shape, generator=generator)
-    start = int(draw(1) * (T - frames + 1))
+def random_window(clip, frames, generator):
+    """A random window of a clip, with POINTS points drawn from those that are seen in it, each
+    given where it is seen first; none counts if none is seen."""
+    start = torch.randint(len(clip["video"]) - frames + 1, (1,), generator=generator).item()
     out = {name: x[start:start + frames] for name, x in clip.items() if name != "query_frames"}
     if "tracks" in clip:
-        seen = (out["visible"] & out["valid"]).cpu()                        # (frames, P)
-        if not seen.any():
-            return None
-        drawn = torch.multinomial(seen.any(0).float(), POINTS, replacement=True, generator=generator)
-        at = torch.multinomial(seen[:, drawn].T.float(), 1, generator=generator)[:, 0]
-        drawn = drawn.to(clip["video"].device)
-        out |= {name: out[name][:, drawn] for name in ("tracks", "visible", "valid")}
-        out["query_frames"] = at.to(drawn.device)
-    if "boxes" in clip and not out["inside"][0].any():
-        return None
-    if draw(1) < 0.5:
-        out["video"] = out["video"].flip(-1)
-        if "tracks" in out:
-            out["tracks"] = torch.stack([1 - out["tracks"][..., 0], out["tracks"][..., 1]], -1)
-        if "boxes" in out:
-            y1, x1, y2, x2 = out["boxes"].unbind(-1)
-            out["boxes"] = torch.stack([y1, 1 - x2, y2, 1 - x1], -1)
-        if "depth" in out:
-            out["depth"] = out["depth"].flip(-1)
+        seen = out["visible"] & out["valid"]                                # (frames, P)
+        weight = seen.any(0).float().cpu() + 1e-9
+        drawn = torch.multinomial(weight, POINTS, replacement=True, generator=generator)
+        for name in ("tracks", "visible", "valid"):
+            out[name] = out[name][:, drawn.to(seen.device)]
+        seen = out["visible"] & out["valid"]
+        out["valid"] &= seen.any(0)
+        out["query_frames"] = seen.int().argmax(0)
     return out
 
 
-class Lessons:
-    """
-    What readouts learn from, and what they are tested on.
+def stacked(clips):
+    return {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
 
-    clips       of scenes, or windows of --data: of its clips all but the last third in the order of their
-                names, at least one, which are for the test; of a single one all is, and scenes are to learn
-    tests       scenes in batches, or whole clips of --data one by one (boxes: in windows of 16 frames)
-    models      the checkpoint's, and one of the same Config with random weights
-    """
 
-    def __init__(self, model, config, args, task):
-        torch.manual_seed(args.seed)
-        self.models = {"this model": model, "random init": moog.MooG(model.cfg).to(args.device).eval()}
-        self.features, self.real = {}, args.data != "scenes"
-        if not self.real:
-            self.clips = scene_clips(model, config, args, "train", POOL)
-            held_out = scene_clips(model, config, args, "eval", TESTS)
-            self.tests = [{name: x[i:i + 16] for name, x in held_out.items()}
-                          for i in range(0, TESTS, 16)]
-            return
-        items = (data.BoxTracks if task == "boxes" else data.PointTracks)(args.data)
-        wanted = dict(points="tracks", boxes="boxes", depth="depth")[task]
+def scene_clips(run, split, count):
+    """Scenes as windows of clips. Points are on sprites, if any: plain ground can't be followed."""
+    scenes = run.scenes(split, max(run.cfg.frames, FRAMES))
+    generator = torch.Generator().manual_seed(run.args.seed)
+    clips = []
+    for i in tqdm(range(count), f"clips, {split}", **BAR):
+        number = 10**6 + i                  # far from those that small presets learn from
+        item = {name: x[0] for name, x in scenes.batch([number], True, 8 * POINTS).items()}
+        x, y = item["tracks"][0].long().unbind(-1)
+        sprite = item["ids"][0, y, x] > 0                                   # (P,)
+        chosen = sprite if sprite.any() else ~sprite
+        clip = dict(video=(255 * item["video"]).round().byte().movedim(1, -1), depth=item["depth"],
+                    boxes=item["boxes"], tracks=item["tracks"][:, chosen],
+                    visible=item["visible"][:, chosen])
+        clip["valid"] = torch.ones_like(clip["visible"])
+        clip = square_clip(clip, run.cfg.size, "cpu")
+        clips.append(random_window(clip, scenes.frames, generator))
+    return {name: x.to(run.args.device) for name, x in stacked(clips).items()}
+
+
+class ClipTask(Task):
+    """Readouts of MooG learn from a pool of clips, whose frozen features are kept."""
+    steps, lr = 800, 3e-3
+    wanted = ""                             # what the clips must hold
+
+    def prepare(self):
+        if self.run.on_scenes:
+            self.title = f"{self.name} in held-out scenes"
+            self.pool, self.features_of, self.testing = self.run.scene_pool     # serve all tasks
+        else:
+            self.title = f"{self.name}, last third of the clips (of one shot: scenes seen before)"
+            self.features_of = {}
+            self.pool, self.testing = self.real_data()
+        self.tests = len(self.testing)
+
+    def real_data(self):
+        """The last third of the clips, by name, at least one, is for the test."""
+        run, path = self.run, self.args.data
+        items = (data.BoxTracks if self.wanted == "boxes" else data.PointTracks)(path)
         order = sorted(range(len(items)), key=lambda i: items.names[i])
-        kept = len(order) - max(len(order) // 3, 1)
-        clips = [real_clip(items[i], model.cfg.size, args.device) for i in order]
-        if not all(wanted in clip for clip in clips):
-            raise Stop(f"--data {args.data}: no {wanted} in it, which --task {task} needs")
-        whole = lambda clip: {name: x[None] for name, x in clip.items()}
-        self.tests = [whole(clip) for clip in clips[kept:]]
-        if task == "boxes":
-            self.tests = [{name: x[:, i:i + 16] for name, x in clip.items()} for clip in self.tests
-                          for i in range(0, clip["video"].shape[1] - 1, 16)]
-        if task == "depth" and not kept:
-            raise Stop(f"--data {args.data}: depth is to be learnt from other clips: want two or more")
+        clips = [square_clip(items[i], run.cfg.size, self.args.device) for i in order]
+        kept = len(clips) - max(len(clips) // 3, 1)
+        depth = self.wanted == "depth"
+        if not all(self.wanted in clip for clip in clips) or depth and not kept:
+            raise UserError(f"--data {path}: --task {self.name} wants clips with {self.wanted}" +
+                            ", two or more" * depth)
         names = ", ".join(items.names[i] for i in order[kept:])
-        tqdm.write(f"\n{args.data}: trained on {f'{kept} clips' if kept else 'scenes'}, tested on {names}")
+        learnt = f"{kept} clips" if kept else "scenes"
+        tqdm.write(f"\n{path}: trained on {learnt}, tested on {names}")
+        testing = []
+        for clip in clips[kept:]:
+            if self.wanted == "boxes":      # windows of 16 frames
+                for start in range(0, len(clip["video"]) - 1, 16):
+                    testing.append({name: x[None, start:start + 16] for name, x in clip.items()})
+            else:
+                testing.append({name: x[None] for name, x in clip.items()})
         if not kept:
-            self.clips = scene_clips(model, config, args, "train", POOL)
-            return
-        frames = min([max(model.cfg.frames, FRAMES), *(len(clip["video"]) for clip in clips[:kept])])
-        generator, found = torch.Generator().manual_seed(args.seed), []
-        for i in range(4 * POOL):
-            drawn = window(clips[i % kept], frames, generator)
-            found += [drawn] if drawn else []
-            if len(found) == max(POOL // 4, 1):      # few clips have few windows
-                break
-        if not found:
-            raise Stop(f"--data {args.data}: nothing to be seen in the clips to train on")
-        self.clips = {name: torch.stack([clip[name] for clip in found]) for name in found[0]}
+            return scene_clips(run, "train", POOL), testing
+        frames = min([max(run.cfg.frames, FRAMES), *(len(clip["video"]) for clip in clips[:kept])])
+        generator = torch.Generator().manual_seed(self.args.seed)
+        windows = [random_window(clips[i % kept], frames, generator) for i in range(POOL // 4)]
+        return stacked(windows), testing
 
-    @torch.no_grad()
-    def seen(self, name, at):
-        """What the frozen model `name` makes of the clips `at`: computed once, if it fits into 1 GB."""
-        video, model = self.clips["video"], self.models[name]
-        if name not in self.features:
-            first = model.unroll(video[:8]).features
-            fits = first.numel() / len(first) * len(video) < 2**28
-            self.features[name] = torch.cat([model.unroll(x).features for x in progress(
-                video.split(8), f"features, {name}")]) if fits else None
-        kept = self.features[name]
-        return model.unroll(video[at]).features if kept is None else kept[at]
+    def train_batches(self, steps):
+        generator = torch.Generator().manual_seed(self.args.seed)
+        count = len(self.pool["video"])
+        for _ in range(steps):
+            at = torch.randint(count, (self.args.batch_size,), generator=generator)
+            at = at.to(self.args.device)
+            yield {name: x[at] for name, x in self.pool.items()} | dict(at=at)
 
-    def train(self, build, loss, args, task):
-        """
-        {name of a model: (the model, its readout)}. build() -> readout; loss(readout, features, batch of
-        clips). With --finetune the models are copied, and trained together with their readouts.
-        """
-        out, steps = {}, args.steps or READOUT_STEPS[task]
-        for name, model in self.models.items():
-            torch.manual_seed(args.seed)            # both begin alike and see the same clips
-            model, readout = deepcopy(model) if args.finetune else model, build().to(args.device)
-            draws = torch.Generator().manual_seed(args.seed)
+    def test_batch(self, i):
+        return self.testing[i]
 
-            def step(i, name=name, model=model, readout=readout, draws=draws):
-                at = torch.randint(len(self.clips["video"]), (args.batch_size,), generator=draws)
-                at = at.to(args.device)
-                batch = {key: x[at] for key, x in self.clips.items()}
-                features = model.unroll(batch["video"]).features if args.finetune else self.seen(name, at)
-                return loss(readout, features, batch)
-            fit([readout, model] if args.finetune else [readout], step, steps, f"{task}, {name}", lr=args.lr)
-            out[name] = model, readout
-        return out
+    def features(self, model, batch):
+        if "at" not in batch or self.args.finetune:
+            return model.unroll(batch["video"]).features                    # (B, T, M, D)
+        if model not in self.features_of:
+            parts = [model.unroll(some).features.half() for some in self.pool["video"].split(8)]
+            self.features_of[model] = torch.cat(parts)
+        return self.features_of[model][batch["at"]].float()
+
+    def head(self, model):
+        """As the paper's at its width, 512. our choice: narrower and 2 layers if small."""
+        dim = model.cfg.dim
+        heads = max(dim // 64, 1) if dim >= 128 else math.gcd(dim, 4)
+        spec = (3 if dim >= 256 else 2, heads, dim)
+        return self.readout(dim, dim, spec, 4 * dim, model.cfg.decoder_bases)
+
+    def loss(self, prediction, batch):
+        """Of points and boxes their heads know it."""
+        return prediction[-1]
+
+    def image(self, batch):
+        return as_images(batch["video"][0, -1])
 
 
-def lessons(model, config, args, report, task):
-    """Lessons; those on scenes serve all tasks."""
-    if args.data != "scenes":
-        return Lessons(model, config, args, task)
-    report.lessons = report.lessons or Lessons(model, config, args, task)
-    return report.lessons
-
-
-def readout_sizes(cfg):
-    """Widths in proportion to the model's: at the paper's 512, the paper's. our choice: 2 layers if small."""
-    heads = max(cfg.dim // 64, 1) if cfg.dim >= 128 else 4 if cfg.dim % 4 == 0 else 1
-    return dict(width=cfg.dim, transformer=(3 if cfg.dim >= 256 else 2, heads, cfg.dim), hidden=4 * cfg.dim,
-                bases=cfg.decoder_bases)
-
-
-def tracker(kind, cfg):
-    """PointReadout or BoxReadout that begins near staying where the query is, see answers()."""
-    readout = kind(cfg.dim, **readout_sizes(cfg))
-    with torch.no_grad():
-        readout.values[-1].weight.mul_(0.1)
-    return readout
-
-
-def answers(readout, features, queries, query_frames=None):
-    """
-    readout(...) whose values are moved: queries + 2 * values - 1. our choice: what a readout learns is how
-    far things went from the query, not where they are. So it need not learn first to copy the query.
-    """
-    out = readout(features, queries, query_frames)
-    return out._replace(values=queries[:, None] + 2 * out.values - 1)
-
-
-def of_queries(x, frames):
+def at_query_frames(x, frames):
     """x (B, T, K, ...) at each query's own frame (B, K) -> (B, K, ...)."""
-    index = frames[:, None].reshape(len(x), 1, -1, *[1] * (x.ndim - 3))
-    return x.gather(1, index.expand(-1, -1, -1, *x.shape[3:]))[:, 0]
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, frames, torch.arange(x.shape[2], device=x.device)]
 
 
-def points(model, config, args, report):
-    """Point tracking: a query in one frame, followed through the others."""
-    school = lessons(model, config, args, report, "points")
+class Points(ClipTask):
+    """A query in one frame, followed through the others. Places are predicted, as in the paper."""
+    name, wanted, readout = "points", "tracks", moog.PointReadout
 
-    def loss(readout, features, batch):
-        K = torch.randint(POINTS, (QUERIES,), device=features.device)
-        tracks, visible, valid = (batch[name][:, :, K] for name in ("tracks", "visible", "valid"))
-        frames = batch["query_frames"][:, K]
-        time = torch.arange(tracks.shape[1], device=tracks.device)[:, None]
-        valid = valid & (time >= frames[:, None])
-        out = answers(readout, features, of_queries(tracks, frames), frames)
-        return readout.loss(out, tracks, visible, valid)
+    def since(self, batch):
+        """Frames since the query: (B, T, K)."""
+        time = torch.arange(batch["tracks"].shape[1], device=self.args.device)[:, None]
+        return time - batch["query_frames"][:, None]
 
-    trained = school.train(lambda: tracker(moog.PointReadout, model.cfg), loss, args, "points")
-    scores, shown = {name: [] for name in (*trained, "stays put")}, None
-    for test in progress(school.tests, "points, test"):
-        frames, tracks = test["query_frames"], test["tracks"]
-        queries = of_queries(tracks, frames)
-        guesses = {"stays put": (queries[:, None].expand_as(tracks), *[torch.ones_like(test["visible"])] * 2)}
-        for name, (seer, readout) in trained.items():
-            with torch.no_grad():
-                out = answers(readout, seer.unroll(test["video"]).features, queries, frames)
-            guesses[name] = out.values, out.visible, out.logits[..., 0] > 0
-        for name, guess in guesses.items():
-            scores[name].append(point_scores(*guess, test))
-        shown = shown or (test, guesses["this model"])
-    columns = list(scores)
-    scores = {name: {row: torch.cat([part[row] for part in parts]).nanmean().item() for row in parts[0]}
-              for name, parts in scores.items()}
-    report.table(f"points, {'end to end' if args.finetune else 'frozen features'}, pixels of 256 x 256",
-                 columns, [[row, *(scores[name][row] for name in columns)] for row in scores["stays put"]])
-    report.picture(points_picture(*shown), "points.png")
+    def predict(self, head, features, batch):
+        frames = batch["query_frames"]
+        out = head(features, at_query_frames(batch["tracks"], frames), frames)
+        counted = batch["valid"] & (self.since(batch) > 0)                  # as TAP-Vid counts
+        loss = head.loss(out, batch["tracks"], batch["visible"], counted)
+        return out.values, out.visible, loss
 
+    def baselines(self, batch):
+        start = at_query_frames(batch["tracks"], batch["query_frames"])[:, None]
+        visible = torch.ones_like(batch["visible"])
+        return {"stays put": (start.expand_as(batch["tracks"]), visible)}
 
-def point_scores(tracks, visible, seen, test):
-    """Rows of the table, each (B,), of tracks (B, T, P, 2), shares of the frame; seen: certain or not."""
-    turn = lambda x: x.transpose(1, 2).cpu()
-    tracks, target, true, valid = (turn(x) for x in (tracks, test["tracks"], test["visible"], test["valid"]))
-    frames = test["query_frames"].cpu()
-    sure, each = (tracking_metrics(256 * tracks, turn(x), 256 * target, true, frames, valid=valid)
-                  for x in (visible, seen))
-    counted = true & valid & (torch.arange(true.shape[2]) > frames[..., None])
-    away = torch.where(counted, 256 * (tracks - target).norm(dim=-1), torch.nan)
-    return {"average Jaccard": sure["average_jaccard"], "occlusion accuracy": sure["occlusion_accuracy"],
-            "average Jaccard, certain or not": each["average_jaccard"],
-            "occlusion accuracy, certain or not": each["occlusion_accuracy"],
-            "delta_avg": sure["delta_avg"], "delta_16": sure["delta_16"],
-            "mean distance, pixels": away.flatten(1).nanmean(1)}
+    def measure(self, prediction, batch):
+        """At small sizes the distance tells most: 4 pixels of 64 are 16 of TAP-Vid's 256."""
+        tracks, said = prediction[:2]
+        seen = batch["visible"] & batch["valid"] & (self.since(batch) > 0)
+        away = torch.where(seen, 256 * (tracks - batch["tracks"]).norm(dim=-1), torch.nan)
+        inputs = [256 * tracks, said, 256 * batch["tracks"], batch["visible"], batch["valid"]]
+        *inputs, valid = (x.transpose(1, 2) for x in inputs)                # (B, K, T, ...)
+        metrics = tracking_metrics(*inputs, batch["query_frames"], valid=valid)
+        return {"mean distance, pixels of 256": away.flatten(1).nanmean(1),
+                "delta_avg": metrics["delta_avg"], "average Jaccard": metrics["average_jaccard"]}
+
+    def mark(self, axis, prediction, batch):
+        """The ways since the query; hollow at the end: said to be hidden."""
+        xy, seen = (batch["tracks"], batch["visible"]) if prediction is None else prediction[:2]
+        size = batch["video"].shape[-1]
+        draw_tracks(axis, size * xy[0] - 0.5, self.since(batch)[0] >= 0, seen[0])
 
 
-def points_picture(test, guess, clips=3, most=8):
-    """Rows of clips: points with the way that they came, as they went and as predicted; hollow: hidden."""
-    clips, T = min(clips, len(test["video"])), test["video"].shape[1]
-    times = sorted({round(i * (T - 1) / 4) for i in range(5)})
-    rows = []
-    for b in range(clips):
-        images = as_images(test["video"][b])
-        rows += [(label, [images[t] for t in times]) for label in ("truth", "this model")]
-    figure, axes = film(rows, [f"t = {t}" for t in times], width=1.75)
-    S = test["video"].shape[-1]
-    tracks, valid, true = (test[name].cpu() for name in ("tracks", "valid", "visible"))
-    frames = test["query_frames"].cpu()
-    for b in range(clips):
-        lasting = (true[b].float().mean(0) >= 0.6).nonzero()[:, 0]          # points that can be seen for long
-        chosen = lasting[torch.linspace(0, len(lasting) - 1, min(most, len(lasting))).round().long()]
-        colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(chosen)))
-        for line, (places, seen) in enumerate(((tracks, true), (guess[0].cpu(), guess[2].cpu()))):
-            for axis, t in zip(axes[2 * b + line], times):
-                axis.set(xlim=(-0.5, S - 0.5), ylim=(S - 0.5, -0.5))
-                for p, colour in zip(chosen.tolist(), colours):
-                    first = int(frames[b, p])
-                    if t < first or line == 0 and not valid[b, t, p]:
-                        continue
-                    for s in range(max(first, t - 8), t):   # older is fainter
-                        if line == 0 and not (valid[b, s, p] and valid[b, s + 1, p] and
-                                              true[b, s, p] and true[b, s + 1, p]):
-                            continue
-                        axis.plot(*(S * places[b, s:s + 2, p] - 0.5).T, color=colour, lw=1.6,
-                                  alpha=max(0.15, 1 - (t - s) / 8))
-                    if line == 0 and not true[b, t, p] and not bool(places[b, t, p].abs().sum() > 0):
-                        continue
-                    axis.scatter(*(S * places[b, t, p] - 0.5), s=22, zorder=3, linewidths=1.3,
-                                 color=colour if seen[b, t, p] else "none", edgecolors=colour
-                                 if not seen[b, t, p] else "black")
-    figure.supxlabel("filled: said to be seen; hollow: hidden; lines: the way since the query", fontsize=9)
-    return figure
+class Boxes(ClipTask):
+    """A box in the first frame, followed through the others."""
+    name, wanted, readout = "boxes", "boxes", moog.BoxReadout
+
+    def counted(self, batch):
+        """Boxes of which more than half lies in the frame, now and in frame 0: (B, T, K)."""
+        return batch["inside"] & batch["inside"][:, :1]
+
+    def predict(self, head, features, batch):
+        out = head(features, batch["boxes"][:, 0])
+        counted = self.counted(batch)
+        return out.values, head.loss(out, batch["boxes"], counted, counted)
+
+    def baselines(self, batch):
+        return {"keeps its first box": (batch["boxes"][:, :1].expand_as(batch["boxes"]), None)}
+
+    def measure(self, prediction, batch):
+        order = [1, 0, 3, 2]                        # box_iou wants x1 y1 x2 y2
+        iou = box_iou(prediction[0][..., order], batch["boxes"][..., order])[:, 1:]
+        return {"mean intersection over union": iou[self.counted(batch)[:, 1:].cpu()]}
+
+    def mark(self, axis, prediction, batch):
+        boxes = batch["boxes"] if prediction is None else prediction[0]
+        for k in self.counted(batch)[0, -1].nonzero()[:, 0].tolist():
+            y1, x1, y2, x2 = (batch["video"].shape[-1] * boxes[0, -1, k] - 0.5).tolist()
+            color = f"C{k % 10}"
+            axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, lw=2))
 
 
-def boxes(model, config, args, report):
-    """Box tracking: a box in the first frame, followed through the others."""
-    if args.data == "scenes" and not scene_options(model, config, args, 1).get("sprites", 4):
-        raise Stop("boxes: the scenes of this checkpoint have no sprites")
-    school = lessons(model, config, args, report, "boxes")
+class Depth(ClipTask):
+    """Depth of every pixel, from its frame's features. our choice: the readout begins as the
+    model's own decoder of colours, with the median as its answer, and learns by a squared loss;
+    begun at random, with an absolute one, it stayed at the median for hundreds of steps."""
+    name, wanted, steps = "depth", "depth", 300
 
-    def loss(readout, features, batch):
-        valid = batch["inside"] & batch["inside"][:, :1]
-        out = answers(readout, features, batch["boxes"][:, 0])
-        return readout.loss(out, batch["boxes"], valid, valid)
+    def prepare(self):
+        super().prepare()
+        measured = self.pool["depth"][::4, ::2]
+        self.median = measured[measured > 0].median()
 
-    trained = school.train(lambda: tracker(moog.BoxReadout, model.cfg), loss, args, "boxes")
-    scores, shown = {name: [] for name in (*trained, "keeps its first box")}, None
-    order = [1, 0, 3, 2]                                    # box_iou wants x1 y1 x2 y2
-    for test in progress(school.tests, "boxes, test"):
-        target = test["boxes"]
-        guesses = {"keeps its first box": target[:, :1].expand_as(target)}
-        for name, (seer, readout) in trained.items():
-            with torch.no_grad():
-                guesses[name] = answers(readout, seer.unroll(test["video"]).features, target[:, 0]).values
-        counted = (test["inside"] & test["inside"][:, :1])[:, 1:]
-        for name, guess in guesses.items():
-            iou = box_iou(guess[..., order], target[..., order])[:, 1:]
-            scores[name].append(iou[counted].cpu())
-        shown = shown or (test, guesses["this model"])
-    scores = {name: torch.cat(parts) for name, parts in scores.items()}
-    if not len(scores["this model"]):
-        raise Stop("boxes: in no clip does more than half of a box stay in the frame from the first frame on")
-    report.table(f"boxes, {'end to end' if args.finetune else 'frozen features'}: intersection over union",
-                 list(scores), [["mean, frames after the query", *(x.mean().item() for x in scores.values())],
-                                ["share above 1/2", *((x > 0.5).double().mean().item() for x in
-                                                      scores.values())]])
-    report.picture(boxes_picture(*shown), "boxes.png")
-
-
-def boxes_picture(test, guess, clips=3):
-    T, S, clips = test["video"].shape[1], test["video"].shape[-1], min(clips, len(test["video"]))
-    times = sorted({round(i * (T - 1) / 5) for i in range(6)})
-    figure, axes = film([("", list(as_images(test["video"][b, times]))) for b in range(clips)],
-                        [f"t = {t}" for t in times], width=1.5)
-    target, inside, guess = (x.cpu() for x in (test["boxes"], test["inside"], guess))
-    for b in range(clips):
-        for axis, t in zip(axes[b], times):
-            axis.set(xlim=(-0.5, S - 0.5), ylim=(S - 0.5, -0.5))
-            for k in range(target.shape[2]):
-                if not (inside[b, 0, k] and inside[b, t, k]):
-                    continue
-                for box, style in ((target, dict(color="white", lw=2.4)), (guess, dict(
-                        color=("#e69f00", "#d55e00", "#cc79a7", "#f0e442")[k % 4], lw=1.4, ls="--"))):
-                    y1, x1, y2, x2 = (S * box[b, t, k] - 0.5).tolist()
-                    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
-    figure.supxlabel("white: truth; dashed: this model, from the box at t = 0", fontsize=9)
-    return figure
-
-
-def depth(model, config, args, report):
-    """Depth of every pixel, from the features of its frame."""
-    school, cfg = lessons(model, config, args, report, "depth"), model.cfg
-    measured = school.clips["depth"][::4, ::2].flatten()
-    median = measured[measured > 0].median()
-
-    def build():
-        sizes = readout_sizes(cfg)
-        readout = moog.DepthReadout(cfg.dim, sizes["transformer"], sizes["hidden"], sizes["bases"])
-        with torch.no_grad():           # our choice: begins near the median
-            readout.recon.weight.mul_(0.1)
-            readout.recon.bias.fill_(median)
+    def head(self, model):
+        cfg = model.cfg
+        readout = moog.DepthReadout(cfg.dim, cfg.decoder, cfg.mlp, cfg.decoder_bases)
+        known = model.decoder.state_dict()
+        known = {name: x for name, x in known.items() if not name.startswith("recon")}
+        readout.load_state_dict(known, strict=False)
+        readout.recon.weight.data *= 0.1
+        readout.recon.bias.data.fill_(self.median)
         return readout
 
-    def loss(readout, features, batch):
-        B, T, *size = batch["depth"].shape
-        factor = next(f for f in (8, 4, 2, 1) if size[0] % f == 0)
-        index = moog.subsample(size, factor, torch.randint(factor, (B, T, 2), device=features.device))
-        target = moog.gather_pixels(batch["depth"][:, :, None], index).flatten(0, 1)
-        return readout.loss(readout(features.flatten(0, 1), size, index.flatten(0, 1)), target, target > 0)
+    def train_batches(self, steps):
+        for batch in super().train_batches(steps):
+            B, T, *size = batch["depth"].shape
+            factor = math.gcd(size[0], 8)
+            offsets = torch.randint(factor, (B, T, 2), device=self.args.device)
+            yield batch | dict(index=moog.subsample(size, factor, offsets))         # (B, T, P)
 
-    trained = school.train(build, loss, args, "depth")
-    scores, shown = {name: [] for name in (*trained, "median")}, []
-    for test in progress(school.tests, "depth, test"):
-        target = test["depth"][:, 3::4]                     # all pixels of every fourth frame
-        guesses = {"median": torch.full_like(target, median)}
-        for name, (seer, readout) in trained.items():
-            guesses[name] = depth_of(seer, readout, test["video"])
-        for name, guess in guesses.items():
-            scores[name] += [depth_metrics(a.cpu(), b.cpu()) for a, b in zip(guess, target) if (b > 0).any()]
-        triples = (x.flatten(0, 1) for x in (test["video"][:, 3::4], target, guesses["this model"]))
-        shown += list(zip(*triples))
-    columns = list(scores)
-    if not scores["median"]:
-        raise Stop(f"--data {args.data}: no depth is measured in every fourth frame of the clips to test on")
-    report.table(f"depth, {'end to end' if args.finetune else 'frozen features'}", columns, [
-        [row, *(statistics.fmean(score[key] for score in scores[name]) for name in columns)]
-        for row, key in (("AbsRel", "abs_rel"), ("RMSE", "rmse"), ("delta < 1.25", "delta_1.25"))])
-    report.picture(depth_picture([shown[i * len(shown) // 5] for i in range(5)]), "depth.png")
+    def predict(self, head, features, batch):
+        index = batch["index"].flatten(0, 1)
+        out = head(features.flatten(0, 1), batch["depth"].shape[-2:], index)
+        return out.unflatten(0, features.shape[:2])                                 # (B, T, P, 1)
+
+    def loss(self, prediction, batch):
+        target = moog.gather_pixels(batch["depth"][:, :, None], batch["index"])
+        error = torch.where(target > 0, prediction - target, 0).square()
+        return error.sum() / (target > 0).sum().clamp(min=1)
+
+    def test(self, model, head, batch):
+        """All pixels, frame by frame: (B, T, H, W)."""
+        size = batch["depth"].shape[-2:]
+        pixels = torch.arange(size[0] * size[1], device=self.args.device)
+        frames = self.features(model, batch).flatten(0, 1).split(1)
+        return torch.cat([head(some, size, pixels) for some in frames]).view_as(batch["depth"])
+
+    def baselines(self, batch):
+        return {"median": torch.full_like(batch["depth"], self.median)}
+
+    def measure(self, prediction, batch):
+        scores = [abs_rel(*pair) for pair in zip(prediction, batch["depth"])]
+        return dict(abs_rel=torch.tensor(scores))
+
+    def mark(self, axis, prediction, batch):
+        """The nearest is yellow; what was not measured stays the image."""
+        true = batch["depth"][0, -1].cpu()
+        depth = true if prediction is None else prediction[0, -1].cpu()
+        depth = depth.masked_fill(depth <= 0, math.nan)
+        axis.imshow(depth, "cividis_r", vmin=true[true > 0].min(), vmax=true.max())
+
+
+# ---- MooG: tokens, long clips --------------------------------------------------------------------
+PCA_CLIPS = 24                          # of 12 frames, as published
+
+
+def attention(model, states, size, index):
+    """Of pixels to tokens, mean over the heads of the last layer: (B, T, P, N)."""
+    return model.decode(states, size, index, return_attention=True)[1].mean(2)
+
+
+def map_attention(model, states, use):
+    """use(attention (B, T, P, N)), which gives (B, T, P, ...), joined for all pixels of states (B,
+    T, N, D): (B, T, H*W, ...). Some at a time, as the attention of all may not fit, unless they see
+    each other."""
+    S = model.cfg.size
+    pixels = torch.arange(S * S, device=states.device)
+    together = S * S if model.cfg.decoder_self_attention else 1024
+    parts = [use(attention(model, states, (S, S), some)) for some in pixels.split(together)]
+    return torch.cat(parts, 2)
+
+
+def top_tokens(model, states):
+    """Number of the token that each pixel looks at most: (B, T, H*W)."""
+    return map_attention(model, states, lambda seen: seen.argmax(-1))
+
+
+def components(states):
+    """The three leading principal components of tokens (..., D): (..., 3)."""
+    centred = states - states.flatten(0, -2).mean(0)
+    flat = centred.flatten(0, -2).cpu().double()
+    axes = torch.linalg.eigh(flat.mT @ flat).eigenvectors[:, -3:]
+    return centred @ axes.flip(-1).to(centred)
 
 
 @torch.no_grad()
-def depth_of(model, readout, video):
-    """Depth (B, frames, H, W) of frames 3, 7, 11, ... of the videos, in pieces."""
-    size = video.shape[-2:]
-    features = model.unroll(video).features[:, 3::4]
-    index = torch.arange(size[0] * size[1], device=video.device)
-    parts = [torch.cat([readout(part, size, piece) for piece in index.split(4096)], 1)
-             for part in features.flatten(0, 1).split(8)]
-    return torch.cat(parts)[..., 0].view(*features.shape[:2], *size)
+def tokens(run):
+    """Which token each pixel looks at most, single tokens, and the tokens' principal components."""
+    model, S = run.model, run.cfg.size
+    video = run.clips(12, PCA_CLIPS)
+    # (B, 12, N, D)
+    states = torch.cat([model.predict_ahead(some[:, :-1]) for some in video.split(4)])
+    N = states.shape[2]
+    shown = states[:2, :8]
+    frames = as_images(video[:2, :8])  # (2, 8, S, S, 3)
+    top = top_tokens(model, shown)  # (2, 8, S*S)
+    generator = torch.Generator().manual_seed(run.args.seed)
+    colours = plt.get_cmap("hsv")(torch.rand(N, generator=generator).numpy())[:, :3]
+    colours *= 0.45 + 0.55 * torch.rand(N, 1, generator=generator).numpy()
+    painted = colours[top.cpu()].reshape(frames.shape)
+    three = components(states)[:2, :8]
+    looked = map_attention(model, shown, lambda seen: seen @ three)  # (2, 8, S*S, 3)
+    limits = looked[:, 1:].flatten(0, 2).quantile(torch.tensor([0.02, 0.98]).to(looked), dim=0)
+    looked = ((looked - limits[0]) / (limits[1] - limits[0]).clamp(min=1e-12)).clamp(0, 1)
+    maps = {"frame": frames, "predicted": as_images(model.decode(shown, (S, S))),
+            "tokens": 0.75 * painted + 0.25 * frames.mean(-1, keepdims=True),
+            "components": looked.cpu().numpy().reshape(frames.shape)}
+    # four tokens of the first clip, drawn from the twelve that most of its pixels look at
+    most = top[0, 1:].flatten().bincount(minlength=N).argsort(descending=True)[:12]
+    for token in most[torch.randperm(len(most), generator=generator)[:4]].tolist():
+        seen = map_attention(model, shown[:1], lambda seen: seen[..., token])
+        seen = seen / seen[:, 1:].max().clamp(min=1e-12)            # t = 0 is decoded from noise
+        maps[f"token {token}"] = plt.get_cmap("viridis")(seen.view(1, 8, S, S).cpu())[..., :3]
+    pictures = {"tokens": ["frame", "predicted", "tokens"], "tokens_pca": ["frame", "components"],
+                "tokens_single": ["frame", *list(maps)[4:]]}
+    for name, kinds in pictures.items():
+        rows = [(kind, maps[kind][0]) for kind in kinds]
+        if name != "tokens_single":
+            rows += [(kind, maps[kind][1]) for kind in kinds]
+        run.picture(image_grid(rows, [f"t = {t}" for t in range(8)], 1.1)[0], f"{name}.png")
+    figures = []
+    for t in range(8):
+        rows = [(f"t = {t}", [maps[kind][b, t] for kind in pictures["tokens"]]) for b in range(2)]
+        figures.append(image_grid(rows, pictures["tokens"])[0])
+    run.gif(figures, "tokens.gif")
+
+    def entropy(seen):
+        return -(seen * seen.clamp(min=1e-12).log()).sum(-1)
+
+    spread = map_attention(model, shown[:, 1:], entropy).mean().item() / math.log(N)
+    rows = {"entropy of a pixel's attention, share of log N (1: all tokens alike)": spread,
+            "share of tokens that some pixel looks at most": len(top[:, 1:].unique()) / N}
+    if run.on_scenes and run.scene_options["sprites"]:
+        rows |= follow_tracks(run)
+    run.table("tokens", ["this model"], list(rows.items()))
 
 
-def depth_picture(shown):
-    figure, axes = film([("frame", [as_images(frame) for frame, _, _ in shown]),
-                         ("truth", [target.cpu().numpy() for _, target, _ in shown]),
-                         ("this model", [guess.cpu().numpy() for *_, guess in shown])], width=1.6)
-    known = torch.cat([target[target > 0] for _, target, _ in shown])
-    for line in axes[1:]:
-        for axis in line:
-            [image] = axis.images
-            image.set(cmap="cividis", clim=(known.min().item(), known.max().item()))
-            values = image.get_array()
-            image.set_array(np.ma.masked_where(values <= 0, values))
-            axis.set_facecolor("white")
-    figure.colorbar(image, ax=axes[1:], label="depth (white: not measured)", fraction=0.03, pad=0.01)
-    return figure
+def follow_tracks(run):
+    """How often the token that a sprite's point looks at most stays the same from a frame to the
+    next: at the place to which the point has moved, by the scenes' true tracks, and at the place
+    that it has left, of points that are visible in both and have left their place to another layer.
+    By chance: at the place of another point of the clip."""
+    model, S = run.model, run.cfg.size
+    clips = run.truth(run.scenes("eval", max(model.cfg.frames, 8)), range(1000, 1032), points=256)
+    states = [model.predict_ahead(clip[:, :-1]) for clip in clips["video"].split(4)]
+    top = torch.cat([top_tokens(model, some) for some in states])           # (B, T, H*W)
+    tracks, ids = clips["tracks"], clips["ids"].flatten(2)  # (B, T, P, 2), (B, T, H*W)
+    x, y = tracks.round().long().clamp(0, S - 1).unbind(-1)
+    index = y * S + x                                                       # (B, T, P)
+    left = index[:, :-1]  # where the point was at t - 1
+    sprite = ids[:, :1].gather(2, index[:, :1])                             # (B, 1, P)
+    visible = clips["visible"] & ((tracks >= 0) & (tracks <= S - 1)).all(-1)
+    counts = visible[:, 1:] & visible[:, :-1] & (sprite > 0)
+    counts &= ids[:, 1:].gather(2, left) != sprite
+    counts[:, 0] = False                                            # frame 0 is decoded from noise
+    before = top[:, :-1].gather(2, left)
+    here = top[:, 1:].gather(2, index[:, 1:])
+    now = {"where it went": here, "where it was": top[:, 1:].gather(2, left),
+           "at another point": here.roll(1, 2)}
+    return {f"a sprite's point keeps its token, {name}": (x == before)[counts].float().mean().item()
+            for name, x in now.items()}
 
 
-# ---- MooG: longer clips, other numbers of tokens -------------------------------------------------
+def frame_psnr(guess, target):
+    """PSNR in dB of frames (B, T, P, 3), each by itself: (T,), means over the clips."""
+    error = (guess - target).square().mean((2, 3)).clamp(min=1e-10)
+    return (-10 * error.log10()).mean(0).cpu()
+
+
+def predict_open_loop(model, video, ahead):
+    """The states of `ahead` frames after a video (B, T, 3, H, W), by the predictor alone."""
+    state = model.unroll(video).last
+    states = []
+    for _ in range(ahead):
+        predicted = model.predict(state)
+        states.append(state if model.cfg.released else predicted)
+        state = predicted if model.cfg.released else model.state_norm(predicted)
+    return torch.stack(states, 1)                                           # (B, ahead, N, D)
+
+
 @torch.no_grad()
-def unroll(model, config, args, report):
-    """PSNR of predicted frames over 36 frames, with a quarter, half, once and twice training's tokens."""
-    T, S, cfg = 36, model.cfg.size, model.cfg
-    if args.data == "scenes":       # in longer clips sprites pass by: 8 frames, forth and back, hold them
-        back = torch.tensor([min(t % 14, 14 - t % 14) for t in range(T)], device=args.device)
-        video = eval_video(model, config, args, 8, 32)[:, back]
+def unroll(run, T=36):
+    """PSNR of long clips with more or fewer tokens, and of 1 to 8 frames in open loop."""
+    model, S, cfg = run.model, run.cfg.size, run.cfg
+    index = moog.subsample((S, S), 1 if cfg.decoder_self_attention else math.gcd(S, 4))
+    index = index.to(run.args.device)
+
+    def pixels(video):
+        return moog.gather_pixels(video, index.expand(*video.shape[:2], -1))  # (B, T, P, 3)
+
+    def curve(video, predict):
+        """PSNR of a video's last frames, as many as predict(clips) gives states for."""
+        guess = torch.cat([model.decode(predict(some), (S, S), index) for some in video.split(4)])
+        return frame_psnr(guess, pixels(video)[:, -guess.shape[1]:])
+
+    if run.on_scenes:       # in longer clips sprites pass by: 8 frames, forth and back, hold them
+        video = run.clips(8, 32)[:, [min(t % 14, 14 - t % 14) for t in range(T)]]
     else:
-        video = eval_video(model, config, args, T, 16)
-    factor = 1 if cfg.decoder_self_attention else next(f for f in (4, 2, 1) if S % f == 0)
-    index = moog.subsample((S, S), factor).to(args.device).expand(len(video), T, -1)
-    target, N = moog.gather_pixels(video, index), cfg.tokens
-    ratio = lambda guess: -10 * (guess - target[:, 1:]).square().mean((2, 3)).clamp(min=1e-10).log10()
-    curves = {"copy": ratio(target[:, :-1])}                # (clips, T - 1) in dB
-    numbers = {f"{times:g}x tokens": max(round(times * N), 1) for times in (0.25, 0.5, 1, 2)}
-    for name, tokens in ({"this model": None} if cfg.grid else numbers).items():
-        guess = []
-        for clips, pixels in zip(video.split(4), index.split(4)):
-            states = model.predict_ahead(clips[:, :-1], tokens=tokens)
-            guess.append(model.decode(states, (S, S), pixels)[:, 1:])
-        curves[name] = ratio(torch.cat(guess))
-    curves["copy"] = curves.pop("copy")                     # the last column
-    curves = {name: curve.mean(0).cpu() for name, curve in curves.items()}
-    parts = {"t = 1-7": slice(0, 7), "t = 8-15": slice(7, 15), "t = 16-23": slice(15, 23),
-             "t = 24-35": slice(23, 35)}
-    report.table(f"PSNR in dB of {len(video)} clips' frames, predicted from those before; trained on "
-                 f"{cfg.frames} frames", list(curves),
-                 [[row, *(curve[part].mean().item() for curve in curves.values())]
-                  for row, part in parts.items()])
+        video = run.clips(T, 16)
+    curves = {}
+    for share in (1,) if cfg.grid else (0.25, 0.5, 1, 2):
+        number = None if cfg.grid else max(round(share * cfg.tokens), 1)
+        curves[f"{share:g}x tokens"] = curve(
+            video, lambda some: model.predict_ahead(some[:, :-1], tokens=number)[:, 1:])
+    curves["copy"] = frame_psnr(pixels(video[:, :-1]), pixels(video[:, 1:]))
+    rows = []
+    for a, b in ((1, 7), (8, 15), (16, 23), (24, 35)):
+        rows.append([f"t = {a}-{b}", *(x[a - 1:b].mean().item() for x in curves.values())])
+    run.table(f"PSNR in dB of {len(video)} clips' frames, predicted from those before; trained on "
+              f"{cfg.frames} frames", list(curves), rows)
+    video = run.clips(cfg.frames + 8, 64)
+    loop = curve(video, lambda some: predict_open_loop(model, some[:, :-8], 8))
+    copy = frame_psnr(pixels(video[:, -9:-8].expand_as(video[:, -8:])), pixels(video[:, -8:]))
+    run.table(f"open loop: PSNR in dB after {cfg.frames} frames, without seeing more",
+              ["blind prediction", "copying the last frame seen"],
+              [[f"frame {t + 1} after it", loop[t].item(), copy[t].item()] for t in (0, 1, 3, 7)])
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    styles = {"copy": dict(color="black", ls=":")} | {
-        name: dict(color=colour, marker=marker, ms=3.5) for name, colour, marker in zip(
-            list(curves)[:-1], plt.get_cmap("viridis")([0.85, 0.6, 0.3, 0]), "sovD")}
-    for name, curve in curves.items():
-        axis.plot(range(1, T), curve, label="copying the frame before" if name == "copy" else name,
-                  lw=1.5, **styles[name])
-    axis.axvline(cfg.frames - 0.5, color="0.5", ls="--", lw=1)
-    axis.annotate(f"training: {cfg.frames} frames", (cfg.frames - 0.5, 0), xycoords=("data", "axes fraction"),
-                  xytext=(4, 4), textcoords="offset points", fontsize=9, color="0.3")
-    axis.set(xlabel="t", ylabel="PSNR in dB", xlim=(0.5, T - 0.5))
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=9, ncols=len(curves), loc="outside upper center")
-    report.picture(figure, "unroll.png")
+    for name, values in curves.items():
+        axis.plot(range(1, T), values, ":" if name == "copy" else "o-", label=name, ms=3)
+    axis.axvline(cfg.frames - 0.5, color="0.5", ls="--", lw=1, label="end of training's clips")
+    axis.set(xlabel="t", ylabel="PSNR in dB")
+    axis.legend(fontsize=9)
+    run.picture(figure, "unroll.png")
 
 
 # ---- MeloMotion: many trainings at once ----------------------------------------------------------
 EPOCH = 2000                            # clips, one a step. report: Sec. 4.1
-EPOCHS = 6                              # report: Sec. 4.1
-CONTROL_EPOCHS = 2                      # our choice: for ablations; the claim is "within two"
-HELD_OUT = 1000                         # clips for POS
-L1_CLIPS = 16                           # clips for L1
-DECODER_STEPS = 300                     # of 8 frames each
 ROUNDS = 7                              # of the stopwatch
 DIFF = "differentiated"
 ALL = "all-move"
@@ -1910,319 +1779,223 @@ RANDOM = "random-mover"
 
 
 @cache
-def pooled_clips(mode, seed, start=0, count=EPOCH, split="train"):
-    """What predictors see of clips: {pooling: (count, N, 3 or 16)}, and their displacements `d`."""
-    models = {name: MeloMotion(Config(pooling=name)) for name in ("rgb", "avg", "max", "full")}
+def pooled_clips(mode, seed, epoch, split="train"):
+    """What predictors see of an epoch: {pooling: (EPOCH, N, 3 or 16)}, and displacements `d`."""
+    models = {name: MeloMotion(Config(pooling=name)) for name in POOLINGS}
     squares = data.MovingSquares(mode=mode, seed=seed, split=split, video=False)
+    numbers = torch.arange(epoch * EPOCH, (epoch + 1) * EPOCH)
     parts = []
-    for i in range(start, start + count, 20):           # few at a time, as caches like it
-        batch = squares.batch(range(i, min(i + 20, start + count)))
+    for some in numbers.split(20):                      # few at a time, as caches like it
+        batch = squares.batch(some)
         layers = MeloMotion.extract(batch["first_frame"], batch["masks"])
         part = {name: model.pool(layers) for name, model in models.items()}
         parts.append(part | dict(d=batch["displacements"]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class StackedTraining:
+def train_together(models, mode, epochs=2, lr=1e-2, sgd=False):
     """
-    R trainings of a Config at once, one for each (mode, seed), each as train.py would do it alone:
-    one clip a step, from its own start. AdamW and SGD treat each number by itself, so one step of
-    stacked weights is R steps; vmap makes of forward() a forward() of R models.
+    Trains R models of one Config, each as train.py would, one clip a step; model i on clips of seed
+    i. AdamW and SGD treat each number by itself, so one step of stacked weights is R steps; vmap
+    makes of forward() that of R models. Returns the mean POS of each epoch's steps, epochs x R.
+    our choice: two epochs where the report says no more; its claim is "within two".
     """
+    params, _ = stack_module_state(models)
+    params = {name: p for name, p in params.items() if p.requires_grad}
+    if sgd:
+        optimizer = torch.optim.SGD(params.values(), lr)
+    else:
+        optimizer = torch.optim.AdamW(params.values(), lr, (0.9, 0.95), weight_decay=1e-5)
 
-    def __init__(self, config, worlds, epochs=CONTROL_EPOCHS, lr=1e-2, decay=False, sgd=False):
-        self.config = config
-        self.worlds = worlds
-        self.pos = []                                   # the mean of each epoch, (R,)
-        self.weights = []                               # after each epoch, {name: (R, ...)}
-        models = []
-        for _, seed in worlds:
-            torch.manual_seed(seed)
-            models.append(MeloMotion(config))
-        params, _ = stack_module_state(models)
-        params = {name: p for name, p in params.items() if p.requires_grad}
-        if sgd:
-            optimizer = torch.optim.SGD(params.values(), lr)
-        else:
-            optimizer = torch.optim.AdamW(
-                params.values(), lr, betas=(0.9, 0.95), weight_decay=1e-5, fused=True)
-        forward = vmap(lambda weights, batch: functional_call(models[0], weights, (batch,)))
-        for epoch in range(epochs):
-            clips = [pooled_clips(*world, epoch * EPOCH, EPOCH) for world in worlds]
-            pooled = torch.stack([c[config.pooling] for c in clips], 1)         # (EPOCH, R, N, 3)
-            d = torch.stack([c["d"] for c in clips], 1)                 # (EPOCH, R, N, T-1, 2)
-            pos = torch.zeros(len(worlds))
-            for i in progress(range(EPOCH), f"epoch {epoch + 1} of {epochs}"):
-                done = (epoch + i / EPOCH) / epochs
-                optimizer.param_groups[0]["lr"] = lr * (1 - decay * done)
-                batch = dict(pooled=pooled[i, :, None], displacements=d[i, :, None])
-                loss, logs = forward(params, batch)
-                loss.sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                pos += logs["pos"] / EPOCH
-            self.pos.append(pos)
-            self.weights.append({name: p.detach().clone() for name, p in params.items()})
+    def forward(weights, batch):
+        return functional_call(models[0], weights, (batch,))
 
-    def models(self, mode, epoch=CONTROL_EPOCHS):
-        """The models of a mode, one for each seed, as they were after an epoch."""
-        models = []
-        for i, world in enumerate(self.worlds):
-            model = MeloMotion(self.config).eval()
-            weights = {name: p[i] for name, p in self.weights[epoch - 1].items()}
-            model.load_state_dict(weights, strict=False)
-            if world[0] == mode:
-                models.append(model)
-        return models
-
-    def scores(self, mode, key, epoch=CONTROL_EPOCHS, permute=False):
-        """One number of score() for each seed."""
-        return [score(model, mode, permute)[key].item() for model in self.models(mode, epoch)]
+    history = []
+    for epoch in range(epochs):
+        clips = [pooled_clips(mode, seed, epoch) for seed in range(len(models))]
+        pooled = torch.stack([c[models[0].cfg.pooling] for c in clips], 1)      # (EPOCH, R, N, 3)
+        d = torch.stack([c["d"] for c in clips], 1)                     # (EPOCH, R, N, T-1, 2)
+        total = torch.zeros(len(models))
+        for i in tqdm(range(EPOCH), f"epoch {epoch + 1} of {epochs}", **BAR):
+            batch = dict(pooled=pooled[i, :, None], displacements=d[i, :, None])
+            loss, logs = vmap(forward)(params, batch)
+            loss.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total += logs["pos"]
+        history.append((total / EPOCH).tolist())
+    for i, model in enumerate(models):
+        model.load_state_dict({name: p[i] for name, p in params.items()}, strict=False)
+    return history
 
 
 @torch.no_grad()
-def score(model, mode, permute):
-    """Numbers of a model on held-out clips; permute: their objects come in another order."""
-    clips = pooled_clips(mode, 0, 0, HELD_OUT, "eval")
-    pooled = clips[model.cfg.pooling].roll(int(permute), 1)
-    d = clips["d"].roll(int(permute), 1)
-    v = model.velocities(pooled)
-    hidden = model.predictors.hidden(model.features(pooled))
-    true = d[:, :1, 0]                                          # of the mover, (clips, 1, 2)
-    return dict(
-        pos=position_loss(v, d),
-        zero=position_loss(0 * v, d),
-        spread=(v.amax(1) - v.amin(1)).max(),                   # over all clips
-        dead=(hidden.amax(1) <= 0).float().mean(),              # hidden units that no clip wakes
-        slope=(v[:, :1] * true).sum() / true.square().sum(),    # 1: as fast as it should be
-        still=v[:, 1:].abs().mean(),
-        most=v[:, 1:].abs().max())
+def measure(models, mode):
+    """What TABLES show, on clips never seen in training: {heading: [a number for each model]}."""
+    clips = pooled_clips(mode, 0, 0, "eval")
+    d = clips["d"]                                      # (clips, N, T-1, 2)
+    true = d[:, :1, 0]                                  # v of object 0, (clips, 1, 2)
+    rows = []
+    for model in models:
+        pooled = clips[model.cfg.pooling]               # (clips, N, 3 or 16)
+        f = model.features(pooled)                      # (clips, N, 64)
+        v = model.predictors(f)                         # (clips, N, 2)
+        hidden = model.predictors.hidden(f)             # (N, clips, 32), or (1, N * clips, 32)
+        spread = (v.amax(1) - v.amin(1)).max()
+        others = model.velocities(pooled.roll(1, 1))
+        rows.append({
+            "POS": position_loss(v, d),
+            "POS, nothing moves": position_loss(torch.zeros_like(v), d),
+            "POS, objects permuted": position_loss(others, d.roll(1, 1)),
+            "features differ by": (f - f.roll(1, 1)).abs().mean(),      # of the three pairs
+            "outputs differ": spread > 1e-6,            # 1: yes
+            "dead units": (hidden.amax(1) <= 0).float().mean(),         # no clip wakes them
+            "object 0, slope of v on truth": (v[:, :1] * true).sum() / true.square().sum(),
+            "others, mean |v|": v[:, 1:].abs().mean(),
+            "others, largest |v|": v[:, 1:].abs().max()})
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 # ---- MeloMotion: tables --------------------------------------------------------------------------
 SHARED = dict(shared_predictor=True)
-TRAININGS = {                           # name: changes of Config, modes, options of StackedTraining
-    "decoupled": ({}, (DIFF,), dict(epochs=EPOCHS)),
-    "decayed": ({}, (DIFF,), dict(epochs=EPOCHS, decay=True)),
-    "decoupled, others": ({}, (ALL, RANDOM), {}),
-    "shared": (SHARED, (DIFF, ALL, RANDOM), {}),
-    "shared, lr 1e-3": (SHARED, (DIFF,), dict(lr=1e-3)),
-    "shared + index": (SHARED | dict(object_index=True), (DIFF,), {}),
-    "avg": (dict(pooling="avg"), (DIFF,), {}),
-    "full": (dict(pooling="full"), (DIFF,), {}),
-    "avg, SGD": (dict(pooling="avg"), (ALL,), dict(sgd=True, lr=0.03)),
-    "max, SGD": (dict(pooling="max"), (ALL,), dict(sgd=True, lr=0.03)),
-    "rgb, SGD": ({}, (ALL,), dict(sgd=True, lr=0.03)),
-    "no t^2": (dict(normalize=False), (ALL,), {}),
-    "SGD": ({}, (ALL,), dict(sgd=True)),
-    "SGD, no t^2": (dict(normalize=False), (ALL,), dict(sgd=True)),
+UNDIVIDED = dict(normalize=False)
+SGD = dict(sgd=True)
+TRAININGS = {                           # name: changes of Config, who moves, how it is trained
+    "decoupled, six epochs": ({}, DIFF, dict(epochs=6)),                # report: Sec. 4.1
+    "decoupled": ({}, DIFF, {}),
+    "decoupled, all move": ({}, ALL, {}),
+    "decoupled, random mover": ({}, RANDOM, {}),
+    "shared": (SHARED, DIFF, {}),
+    "shared, rate 1e-3": (SHARED, DIFF, dict(lr=1e-3)),
+    "shared, all move": (SHARED, ALL, {}),
+    "shared, random mover": (SHARED, RANDOM, {}),
+    "shared + object index": (SHARED | dict(object_index=True), DIFF, {}),
+    "average": (dict(pooling="avg"), DIFF, {}),
+    "average of all, no masks": (dict(pooling="full"), DIFF, {}),
+    "average, SGD, all move": (dict(pooling="avg"), ALL, SGD),
+    "maximum, SGD, all move": (dict(pooling="max"), ALL, SGD),
+    "mean RGB, SGD, all move": ({}, ALL, SGD),
+    "not divided, all move": (UNDIVIDED, ALL, {}),
+    "not divided, SGD, all move": (UNDIVIDED, ALL, SGD),
+}
+TABLES = {                              # title: headings, {training: what the report says of it}
+    "Section 4.4: who moves": (
+        ["object 0, slope of v on truth", "others, mean |v|", "others, largest |v|"],
+        {"decoupled, six epochs": "others <= .001"}),
+    "Table 3: one predictor or three": (
+        ["outputs differ", "dead units", "POS", "POS, nothing moves", "POS, objects permuted"],
+        {"decoupled": "outputs differ", "shared": "they don't", "shared, rate 1e-3": "",
+         "shared + object index": "", "decoupled, all move": "", "shared, all move": "",
+         "decoupled, random mover": "", "shared, random mover": ""}),
+    "Table 4: pooling; features before training": (
+        ["features differ by", "POS", "POS, nothing moves"],
+        {"average": ".003, does not converge", "average, SGD, all move": ".003, does not converge",
+         "maximum, SGD, all move": ".031, partial", "mean RGB, SGD, all move": ".045, converges",
+         "decoupled": ".045, converges", "average of all, no masks": ""}),
+    "Section 3.4: division by t^2": (
+        ["POS", "POS, nothing moves"],
+        {"decoupled, all move": "", "not divided, all move": "unstable",
+         "mean RGB, SGD, all move": "", "not divided, SGD, all move": "unstable"}),
 }
 
 
-def melomotion_tables(model, config, args, report):
-    """Every table of the report beside ours, and controls."""
+def melomotion_tables(run):
+    """
+    Every table of the report beside ours, and controls; a training's cells are means over seeds.
+    Of Table 2's L1 ours would be as flat, whatever the decoder, as no gradient passes from frames
+    to predictors; only black frames are measured. Section 3.4's 225 : 1 is a test.
+    """
     torch.set_num_threads(1)            # small tensors; and Sec. 4.8 counts seconds of one core
-    table1(report)
-    this_checkpoint(model, report)
-    runs = {}
-    for name, (change, modes, options) in TRAININGS.items():
-        worlds = [(mode, seed) for mode in modes for seed in range(args.seeds)]
-        runs[name] = StackedTraining(Config(**change), worlds, **options)
-    table2(report, runs)
-    differentiation(report, runs["decoupled"])
-    table3(report, runs)
-    table4(report, runs, range(args.seeds))
-    normalisation(report, runs)
-    edges(report)
-    speed(report)
+    sizes(run)
+    this_checkpoint(run)
+    results = {}
+    for name, (change, mode, options) in TRAININGS.items():
+        models = []
+        for seed in range(run.args.seeds):
+            torch.manual_seed(seed)
+            models.append(MeloMotion(Config(**change)))
+        before = measure(models, mode)
+        history = train_together(models, mode, **options)
+        results[name] = measure(models, mode) | dict(history=history)
+        results[name]["features differ by"] = before["features differ by"]
+    learning(run, results)
+    for title, (headings, trainings) in TABLES.items():
+        rows = []
+        for name, says in trainings.items():
+            rows.append([name, says, *[results[name][heading] for heading in headings]])
+        run.table(title, ["report", *headings], rows)
+    edges(run)
+    speed(run)
 
 
-def size_of(module):
-    return sum(p.numel() for p in module.parameters())
+def sizes(run):
+    def size(module):
+        return sum(p.numel() for p in module.parameters())
 
-
-def table1(report):
     model = MeloMotion(Config())
     says = dict(predictors=6438, rgb_proj=256, camera=742, encoder=1088, decoder=34587)
-    rows = [[name, number, size_of(getattr(model, name))] for name, number in says.items()]
-    rows.append(["total", 43111, size_of(model)])
-    baseline = size_of(FlowBaseline())
-    rows.append(["baseline's Swin", "323K", baseline - size_of(model.decoder)])
-    whole = baseline + size_of(model.encoder) + size_of(model.camera)
+    rows = [[name, number, size(getattr(model, name))] for name, number in says.items()]
+    rows.append(["total", 43111, size(model)])
+    baseline = size(FlowBaseline())
+    rows.append(["baseline's Swin", "323K", baseline - size(model.decoder)])
+    whole = baseline + size(model.encoder) + size(model.camera)
     rows.append(["baseline: Swin, decoder, encoder, camera", "441K", whole])
-    report.table("Table 1: parameters", ["report", "ours"], rows)
+    run.table("Table 1: parameters", ["report", "ours"], rows)
 
 
-def own_squares(model, frames, **change):
+def own_squares(model, frames, numbers):
     """Held-out clips of the kind that a model was trained on, of any length."""
-    options = model.cfg.inputs["squares"] | change
-    return data.MovingSquares(model.cfg.size, frames, split="eval", **options)
+    options = model.cfg.inputs["squares"] | dict(video=True)
+    return data.MovingSquares(model.cfg.size, frames, split="eval", **options).batch(numbers)
 
 
 @torch.no_grad()
-def this_checkpoint(model, report):
-    batch = own_squares(model, 64, video=False).batch(range(250))
+def this_checkpoint(run):
+    model = run.model
+    batch = own_squares(model, 64, range(50))
     d = batch["displacements"]                                          # (B, N, 63, 2)
-    v = model.motion(batch)
+    v = model.motion(batch)                                             # (B, N, 2)
     rows = [["POS", position_loss(v, d).item(), position_loss(0 * v, d).item()]]
     for t in (15, 31, 63):
-        true = d[:, :, t - 1] * model.cfg.size                          # pixels
-        off = t * v * model.cfg.size - true
-        means = [x.norm(dim=-1).mean().item() for x in (off, true)]
-        rows.append([f"pixels off at t = {t}", *means])
-    report.table(f"This checkpoint: 250 clips never seen in training, {model.cfg.mode}",
-                 ["model", "nothing moves"], rows)
+        true = d[:, :, t - 1]
+        pixels = [model.cfg.size * x.norm(dim=-1).mean().item() for x in (t * v - true, true)]
+        rows.append([f"pixels off at t = {t}", *pixels])
+    title = f"This checkpoint, {model.cfg.mode}: clips never seen in training"
+    run.table(title, ["model", "nothing moves"], rows)
 
 
-def train_decoder(phase, predictors=None, decoder=None):
-    """The decoder after phase 0, or after phase 2 from a trained model and a decoder on."""
-    torch.manual_seed(0)
-    model = MeloMotion(Config(phase=phase))
-    recipe = RECIPES["phase2" if phase else "decoder"]
-    if phase:
-        model.load_state_dict(predictors.state_dict())
-        model.decoder.load_state_dict(decoder.state_dict())
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, recipe["lr"], recipe["betas"], weight_decay=1e-5)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DECODER_STEPS)
-    squares = data.MovingSquares()
-    for i in progress(range(DECODER_STEPS), f"decoder, phase {phase}"):
-        loss, _ = model(squares.batch(range(8 * i, 8 * i + 8)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        cosine.step()
-    return model.decoder.eval()
+def learning(run, results):
+    """Table 2: the mean of each epoch's steps."""
+    video = data.MovingSquares(split="eval").batch(range(16))["video"]
+    black = (video[:, 1:] / 255).mean().item()
+    rows = [
+        ["L1 of frames, report", 0.067, 0.068, 0.067, 0.068, 0.068, 0.067],
+        ["L1 of black frames", *[black] * 6],
+        ["POS, report", 2e-4, 1e-4, 1e-4, "< 1e-4", "< 1e-4", "< 1e-4"],
+        ["POS, nothing moves", *[results["decoupled"]["POS, nothing moves"]] * 6],
+        ["POS", *results["decoupled, six epochs"]["history"]],
+        ["POS, all move", *results["decoupled, all move"]["history"], "", "", "", ""]]
+    run.table("Table 2: learning", [f"epoch {i + 1}" for i in range(6)], rows)
 
 
 @torch.no_grad()
-def l1_of(model, batch, decoder):
-    model.decoder = decoder
-    return model.l1(batch, model.motion(batch)).item()
-
-
-def table2(report, runs):
-    """POS and L1 over training; Sec. 4.4."""
-    plain = runs["decoupled"]
-    rows = [["POS, report", 2e-4, 1e-4, 1e-4, "< 1e-4", "< 1e-4", "< 1e-4", ""]]
-    for name in ("decoupled", "decayed"):
-        means = [pos.tolist() for pos in runs[name].pos]
-        rows.append([f"POS, {name}", *means, runs[name].scores(DIFF, "pos", EPOCHS)])
-    pixels = [[15 * 128 * math.sqrt(pos) for pos in cell] for cell in rows[1][1:]]
-    rows.insert(2, ["pixels at t = 15, root mean square", *pixels])
-    zero, *_ = plain.scores(DIFF, "zero")
-    rows.append(["POS, nothing moves", *[zero] * (EPOCHS + 1)])
-
-    frozen = train_decoder(0)
-    tuned = train_decoder(2, plain.models(DIFF, EPOCHS)[0], frozen)
-    batch = data.MovingSquares(split="eval").batch(range(L1_CLIPS))
-    black = (batch["video"][:, 1:] / 255).mean().item()
-    rows.append(["L1, report (decoder frozen)", 0.067, 0.068, 0.067, 0.068, 0.068, 0.067, ""])
-    for name, decoder in (("frozen", frozen), ("after phase 2", tuned)):
-        cells = []
-        for epoch in range(1, EPOCHS + 1):
-            cells.append([l1_of(model, batch, decoder) for model in plain.models(DIFF, epoch)])
-        rows.append([f"L1, decoder {name}", *cells, ""])
-    rows.append(["L1, black frames", *[black] * EPOCHS, ""])
-    columns = [f"epoch {i + 1}" for i in range(EPOCHS)] + ["held out"]
-    title = f"Table 2: POS, mean of an epoch's steps; L1 of {L1_CLIPS} held-out clips"
-    columns = [f"epoch {i + 1}" for i in range(EPOCHS)]
-    report.table(title, [*columns, "held out"], rows)
-
-
-def differentiation(report, run):
-    """Sec. 4.4."""
-    rows = []
-    for name, says, key, true in (("moving, slope of v on truth", "", "slope", 1.0),
-                                  ("stationary, mean |v|", "<= 0.001", "still", 0.0),
-                                  ("stationary, largest |v|", "", "most", 0.0)):
-        rows.append([name, says, run.scores(DIFF, key, EPOCHS), true])
-    title = f"Section 4.4: who moves, {DIFF}; frame widths per frame"
-    report.table(title, ["report", "ours", "truth"], rows)
-
-
-def table3(report, runs):
-    """Shared or decoupled predictors, and who moves."""
-    rows = []
-    for name, says in (("decoupled", "yes"), ("shared", "no"), ("shared, lr 1e-3", ""),
-                       ("shared + index", "")):
-        spread, dead, pos = (runs[name].scores(DIFF, key) for key in ("spread", "dead", "pos"))
-        differ = sum(x > 1e-6 for x in spread)
-        rows.append([name, says, f"{differ} of {len(spread)}", dead, pos])
-    zero = {mode: runs["shared"].scores(mode, "zero")[0] for mode in (DIFF, ALL, RANDOM)}
-    rows.append(["nothing moves", "", "", "", zero[DIFF]])
-    title = f"Table 3: one predictor or three, {DIFF}, {CONTROL_EPOCHS} epochs"
-    report.table(title, ["report: outputs differ", "ours", "dead units", "held-out POS"], rows)
-
-    rows = []
-    for mode in (DIFF, ALL, RANDOM):
-        run = runs["decoupled" if mode == DIFF else "decoupled, others"]
-        decoupled = run.scores(mode, "pos")
-        rows.append([mode, decoupled, runs["shared"].scores(mode, "pos"), zero[mode]])
-    permuted = [runs[name].scores(DIFF, "pos", permute=True) for name in ("decoupled", "shared")]
-    rows.append([f"{DIFF}, objects in another order at test", *permuted, zero[DIFF]])
-    title = f"Table 3, controls: held-out POS, {CONTROL_EPOCHS} epochs"
-    report.table(title, ["decoupled", "shared", "nothing moves"], rows)
-
-
-def table4(report, runs, seeds):
-    """Pooling: how far features differ at the start, and whether that matters, by optimiser."""
-    rows = []
-    clips = pooled_clips(ALL, 0, 0, HELD_OUT, "eval")
-    for pooling, name, says, converges, adam, sgd in (      # the last two are names of trainings
-            ("avg", "average of the object's latent", 0.003, "no", "avg", "avg, SGD"),
-            ("max", "maximum of the object's latent", 0.031, "partial", "", "max, SGD"),
-            ("rgb", "mean RGB of the object", 0.045, "yes", "decoupled", "rgb, SGD"),
-            ("full", "average of the whole latent, not masked", "", "", "full", "")):
-        apart = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            f = MeloMotion(Config(pooling=pooling)).features(clips[pooling])
-            apart.append((f - f.roll(1, 1)).abs().mean().item())        # the three pairs of objects
-        adam = runs[adam].scores(DIFF, "pos") if adam else ""
-        sgd = runs[sgd].scores(ALL, "pos") if sgd else ""
-        rows.append([name, says, apart, converges, adam, sgd])
-    zero = [runs["shared"].scores(mode, "zero")[0] for mode in (DIFF, ALL)]
-    rows.append(["nothing moves", "", "", "", *zero])
-    title = f"Table 4: pooling; features at the start, held-out POS, {CONTROL_EPOCHS} epochs"
-    columns = ["report: difference", "ours", "report: converges"]
-    report.table(title, [*columns, f"AdamW .01, {DIFF}", f"SGD .03, {ALL}"], rows)
-
-
-def normalisation(report, runs):
-    """Sec. 3.4: what the division by t^2 is good for."""
-    ratio = []
-    for normalize in (True, False):
-        d = torch.arange(1.0, 16)[:, None].repeat(1, 1, 1, 2).requires_grad_()
-        grad, = torch.autograd.grad(position_loss(torch.zeros(1, 1, 2), d, normalize), d)
-        ratio.append((15 * grad[0, 0, 14, 0] / grad[0, 0, 0, 0]).item())    # on v: -t times on d(t)
-    rows = [["gradient of frame 15 over that of frame 1", *ratio]]
-    for name, pair in {"AdamW, lr .01": ("decoupled, others", "no t^2"),
-                       "SGD, lr .01": ("SGD", "SGD, no t^2")}.items():
-        scores = [runs[run].scores(ALL, "pos") for run in pair]
-        rows.append([f"held-out POS, {name}", *scores])
-    title = f'Section 3.4, division by t^2 (report: without it "unstable"), {ALL}'
-    report.table(title, ["with", "without"], rows)
-
-
-@torch.no_grad()
-def edges(report):
+def edges(run):
     """What 15 frames do to an object's occupancy, channel 0, given its true velocity."""
     batch = data.MovingSquares(mode=ALL, split="eval", video=False).batch(range(100))
     layers = MeloMotion.extract(batch["first_frame"], batch["masks"])[:, :, :1]
-    start = layers.flatten(0, 1)                                        # (objects, 1, h, w)
+    still = layers.flatten(0, 1)                                        # (objects, 1, h, w)
     v = batch["displacements"][:, :, 0].flatten(0, 1)[..., None, None]  # (objects, 2, 1, 1)
-    again = start
+    again = still
     for _ in range(15):
         again = warp(again, v)
     placed = place(layers, batch["displacements"][:, :, -1:]).flatten(0, 2)
-    ways = {"frame 0": start, "warped 15 times, as in a flow pipeline": again,
-            "warped once, by 15 v": warp(start, 15 * v), "placed": placed}
+    ways = {"frame 0": still, "warped 15 times, as in a flow pipeline": again,
+            "warped once, by 15 v": warp(still, 15 * v), "placed": placed}
     rows = [[name, x.amax((1, 2, 3)).mean().item()] for name, x in ways.items()]
-    report.table("Sharp edges (Sec. 1): occupancy of 300 objects, 15 frames on", ["peak"], rows)
+    run.table("Sharp edges (Sec. 1): occupancy of 300 objects, 15 frames on", ["peak"], rows)
 
 
-def speed(report):
+def speed(run):
     """Sec. 4.8: forward, backward, AdamW; each way in turn, medians of the rounds."""
     clip = data.MovingSquares().batch([0])
     bare = {name: value for name, value in clip.items() if name != "video"}
@@ -2232,101 +2005,69 @@ def speed(report):
         "MeloMotion, frames drawn": (MeloMotion(Config()), clip, 10),
         "MeloMotion, nothing drawn": (MeloMotion(Config()), bare, 200)}
     rates = {name: [] for name in ways}
-    for _ in progress(range(ROUNDS), "Section 4.8"):
+    for _ in tqdm(range(ROUNDS), "Section 4.8", **BAR):
         for name, (model, batch, steps) in ways.items():
             params = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
-            start = time.process_time()
+            begin = time.process_time()
             for _ in range(steps):
                 loss, _ = model(batch)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            rates[name].append(steps / (time.process_time() - start))
+            rates[name].append(steps / (time.process_time() - begin))
     medians = {name: statistics.median(rate[1:]) for name, rate in rates.items()}
     base, *_ = medians.values()
     rows = [[name, rate, rate / base] for name, rate in medians.items()]
     title = "Section 4.8: steps of one clip, one thread (report: 100 against 12 a second, MPS)"
-    report.table(title, ["clips per CPU-second", "times the baseline"], rows)
+    run.table(title, ["clips per CPU-second", "times the baseline"], rows)
 
 
 # ---- MeloMotion: pictures ------------------------------------------------------------------------
-class Shot:
-    """A held-out clip of a model, true and as predicted, and the paths of its objects in both."""
-
-    @torch.no_grad()
-    def __init__(self, model, number, frames=32, **change):
-        batch = own_squares(model, frames, video=True, **change).batch([number])
-        masks = batch["masks"].float()
-        t = torch.arange(frames)[:, None]
-        true = t * batch["displacements"][:, :, :1]                     # (1, N, T, 2)
-        ours = t * model.motion(batch)[:, :, None]
-        # our choice: cut out and put at whole pixels, as phase 1 has no trained decoder
-        objects = batch["first_frame"][:, None] / 255 * masks[:, :, None]
-        drawn = 0.0
-        for layer in place(objects, ours)[0]:                           # (T, 3, H, W), the last on top
-            drawn = torch.where(layer.amax(1, keepdim=True) > 0, layer, drawn)
-        self.videos = dict(truth=as_images(batch["video"][0]), prediction=as_images(drawn))
-        centres = [mask.nonzero().float().mean(0).flip(0) for mask in masks[0]]         # (x, y)
-        start = torch.stack(centres)[:, None]                           # (N, 1, 2), pixels
-        self.paths = [start + model.cfg.size * path[0] for path in (true, ours)]
-
-    def show(self, axis, name, t):
-        """Frame t of truth or prediction; true (white) and predicted (red) paths up to it."""
-        axis.clear()
-        axis.imshow(self.videos[name][t], vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[])
-        axis.autoscale(False)
-        for path, colour, width in zip(self.paths, ("white", "tab:red"), (3, 1.2)):
-            for x, y in path[:, :t + 1].transpose(1, 2):
-                axis.plot(x, y, color=colour, lw=width)
-                axis.plot(x[-1], y[-1], "o", color=colour, markersize=2 * width)
+def with_paths(videos, paths, times):
+    """Frames `times` of {name: video}; on each, the true and the predicted paths so far."""
+    rows = [(name, [video[t] for t in times]) for name, video in videos.items()]
+    titles = [f"t = {t}" for t in times]
+    figure, axes = image_grid(rows, titles, 1.5, note="white: true paths, red: predicted")
+    for line in axes:
+        for axis, t in zip(line, times):
+            for path, colour, width in zip(paths, ("white", "tab:red"), (3, 1.2)):
+                x, y = path[:t + 1].unbind(-1)                          # (t+1, N), a line each
+                axis.plot(x, y, "o-", markevery=[t], color=colour, lw=width, ms=2 * width)
+    return figure
 
 
-def figures(model, config, args, report):
-    """figure1.png, the report's Figure 1, and motion.gif, twice as long, with shapes never seen."""
-    shots = {"as in training": Shot(model, 29), "shapes never seen": Shot(model, 13, shape="any")}
-    names = ("truth", "prediction")
-    paths = "white: true paths, red: predicted ones"
-    times = (0, 1, 2, 4, 8, 12, 15)
-    figure, axes = plt.subplots(2, len(times), figsize=(10.5, 3.6), layout="constrained")
-    for row, name in zip(axes, names):
-        for axis, t in zip(row, times):
-            shots["as in training"].show(axis, name, t)
-            axis.set_title(f"t = {t}" if name == "truth" else "")
-        row[0].set_ylabel(name)
-    figure.supxlabel(paths, fontsize=10)
-    report.picture(figure, "figure1.png")
-
-    figure, axes = plt.subplots(2, 2, figsize=(4.4, 5), layout="constrained")
-    figure.supxlabel(paths, fontsize=10)
-    heading = figure.suptitle("t = 0")
-    pictures = []
-    for t in range(32):
-        for row, (title, shot) in zip(axes, shots.items()):
-            for axis, name in zip(row, names):
-                shot.show(axis, name, t)
-                axis.set_title(name if shot is shots["as in training"] else "")
-            row[0].set_ylabel(title)
-        beyond = "" if t < model.cfg.frames else ", beyond the clips of training"
-        heading.set_text(f"t = {t}{beyond}")
-        figure.canvas.draw()
-        figure.set_layout_engine("none")            # from now on as in the first frame
-        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
-    iio.imwrite(report.out / "motion.gif", np.stack(pictures), duration=120, loop=0)
+@torch.no_grad()
+def figures(run):
+    """figure1.png, the report's Figure 1, and motion.gif, twice as long."""
+    model = run.model
+    batch = own_squares(model, 32, [29])
+    masks = batch["masks"].float()                                      # (1, N, H, W)
+    t = torch.arange(32)[:, None]
+    true = t * batch["displacements"][:, :, :1]                         # (1, N, T, 2)
+    ours = t * model.motion(batch)[:, :, None]
+    # our choice: pixels are placed, not latents, as phase 1 has no trained decoder
+    objects = batch["first_frame"][:, None] / 255 * masks[:, :, None]   # (1, N, 3, H, W)
+    drawn = place(objects, ours)[0].sum(0)                              # (T, 3, H, W)
+    videos = dict(truth=as_images(batch["video"][0]), prediction=as_images(drawn))
+    centres = [mask.nonzero().float().mean(0).flip(0) for mask in masks[0]]
+    centres = torch.stack(centres)                                      # (N, 2), (x, y)
+    paths = [centres + model.cfg.size * d[0].transpose(0, 1) for d in (true, ours)]
+    run.picture(with_paths(videos, paths, (0, 3, 6, 9, 12, 15)), "figure1.png")
+    frames = [rendered(with_paths(videos, paths, [t])) for t in range(32)]
+    run.gif(np.stack(frames), "motion.gif", 120)
 
 
 # ---- command line --------------------------------------------------------------------------------
-# model: {task: function of the model, its checkpoint's config, the arguments and a Report}
+# model: {task: function of a Run, or the Task of a readout}
 TASKS = {
-    "midway": {"latents": latents, "heatmap": heatmap, "identity-bias": identity_bias, "track": track,
-               "segmentation": segmentation, "flow": flow},
-    "moog": {"tokens": tokens, "points": points, "boxes": boxes, "depth": depth, "unroll": unroll},
+    "midway": {"latents": latents, "heatmap": heatmap, "identity-bias": identity_bias,
+               "track": track, "segmentation": Segmentation, "flow": Flow},
+    "moog": {"tokens": tokens, "points": Points, "boxes": Boxes, "depth": Depth, "unroll": unroll},
     "melomotion": {"tables": melomotion_tables, "figures": figures}}
 
 
-def main(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -2341,59 +2082,60 @@ def main(argv):
     add("--batch-size", type=int, default=16, help="samples per training step of a readout [16]")
     add("--lr", type=float, default=0.0, help="learning rate of a readout [1e-3; moog 3e-3]")
     add("--finetune", action="store_true", help="train the model together with the readout")
-    add("--head", choices=("linear", "upernet"), default="linear", help="segmentation: the readout [linear]")
+    add("--head", choices=("linear", "upernet"), default="linear", help="of segmentation [linear]")
     add("--features", choices=("backward", "encoder"), default="encoder",
         help="linear readout: of what [encoder]; the paper's is of the backward layers")
     add("--classes", type=int, default=0, help="segmentation: how many [what the folder says]")
-    add("--ignore-index", type=int, help="segmentation: label to leave out [what the folder says, or 255]")
-    add("--size", type=int, default=0, help="segmentation: short side of images [16/7 of the model's size]")
+    add("--ignore-index", type=int, help="segmentation: label to leave out [the folder's, or 255]")
+    add("--size", type=int, default=0, help="segmentation: short side [16/7 of the model's size]")
     add("--encoder-only", action="store_true", help="flow: the control alone")
-    add("--overlap", type=float, default=0.7, help="flow: share by which tiles overlap [0.7]")
+    add("--overlap", type=float, default=0.7, help="flow: of tiles [0.7]; CroCo's test: 0.9")
     add("--draws", type=int, default=32, help="heatmaps: random vectors to average over [32]")
     add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: where, from 0 to 1")
-    add("--against", default="", help="identity-bias: another Midway checkpoint, such as one without gating")
+    add("--time", type=float, help="heatmap: seconds at which the pair of a video begins")
+    add("--against", default="", help="identity-bias: another Midway, such as one without gating")
     add("--tracks", default="", help="track: .npz with true tracks of the video in --data")
-    add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="videos: seconds between two frames [0.5 1]")
+    add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between frames [0.5 1]")
     add("--stride", type=int, default=0,
-        help="videos: source frames from frame to frame of a clip [1; track, if no tracks are known: 6]")
+        help="videos: source frames from frame to frame of a clip [1; track without tracks: 6]")
     args = parser.parse_args(argv)
-    for name, fits, want in (
-            ("seeds", args.seeds >= 1, "1 or more"), ("draws", args.draws >= 1, "1 or more"),
-            ("steps", args.steps >= 0, "0 or more"), ("batch_size", args.batch_size >= 1, "1 or more"),
-            ("stride", args.stride >= 0, "1 or more"), ("size", args.size >= 0, "0 or more"),
-            ("classes", args.classes >= 0, "0 or more"), ("overlap", 0 <= args.overlap < 1, "0 to below 1"),
-            ("gap", 0 < args.gap[0] <= args.gap[1], "two rising numbers above 0"),
-            ("lr", args.lr >= 0, "0 or more"),
-            ("at", args.at is None or all(0 <= x <= 1 for x in args.at), "two numbers from 0 to 1")):
-        if not fits:
-            parser.error(f"--{name.replace('_', '-')} must be {want}, not {getattr(args, name)}")
+    if not 0 <= args.overlap < 1:
+        parser.error("--overlap must be 0 to below 1")
+    for name in ("data", "tracks", "out", "against"):
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
+    return args
+
+
+def main(argv):
+    args = parse(argv)
     model, name, config, path = load(args.checkpoint)
-    tasks = TASKS.get(name, {})
-    chosen = tasks if args.task == "all" else {args.task: tasks.get(args.task)}
-    if not chosen or None in chosen.values():
-        raise Stop(f"{name} has no task {args.task!r}: choose from {', '.join(tasks) or 'none, so far'}")
-    args.device = train.choose_device(args.device) if name != "melomotion" else torch.device("cpu")
-    model.to(args.device)
-    args.lr = args.lr or (3e-3 if name == "moog" else 1e-3)
-    report, left_out = Report(Path(args.out) if args.out else path.parent, args.seeds), []
-    report.out.mkdir(parents=True, exist_ok=True)
-    misfits = Stop if args.data == "scenes" else (Stop, ValueError, OSError)
-    for task, run_task in chosen.items():
-        start, report.tables = time.perf_counter(), {}
+    tasks = TASKS[name]
+    if args.task not in ("all", *tasks):
+        raise UserError(f"{name} has no task {args.task!r}: choose from {', '.join(tasks)}")
+    args.device = train.choose_device(args.device if name != "melomotion" else "cpu")
+    out = Path(args.out) if args.out else path.parent
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(model.to(args.device), name, config, args, out)
+    for task in tasks if args.task == "all" else [args.task]:
+        start = time.perf_counter()
+        run.tables = {}
         torch.manual_seed(args.seed)
         try:
-            run_task(model, config, args, report)
-        except misfits as error:            # of all tasks, some may have no use for this model or these data
-            left_out.append(f"{task}: {one_line(error)}")
-            if len(left_out) == len(chosen):
+            if isinstance(tasks[task], type):
+                probe(run, tasks[task](run))
+            else:
+                tasks[task](run)
+        except (UserError, ValueError, OSError) as error:
+            if args.task != "all":
                 raise
-            tqdm.write(f"\nleft out: {left_out[-1]}")
+            # no use for this model or these data
+            tqdm.write(f"\nleft out: {task}: {one_line(error)}")
             continue
-        save_results(report.out / "results.json", task, dict(
+        save_results(out / "results.json", task, dict(
             command=["eval.py", *argv], checkpoint=str(path), seed=args.seed, seeds=args.seeds,
-            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-            device=str(args.device), seconds=round(time.perf_counter() - start), tables=report.tables))
-    print(f"\nresults.json and pictures are in {report.out}")
+            versions=dict(python=platform.python_version(), torch=torch.__version__),
+            device=str(args.device), seconds=round(time.perf_counter() - start), tables=run.tables))
+    print(f"\nresults.json and pictures are in {out}")
 
 
 def one_line(error):
@@ -2405,29 +2147,26 @@ def one_line(error):
 
 
 def save_results(path, task, entry):
-    """results.json is {task: entry}; entries of other tasks stay. What is not finite becomes null."""
+    """results.json is {task: entry}; entries of other tasks stay."""
     try:
         results = json.loads(path.read_text())
-        results = {key: old for key, old in results.items() if "tables" in old}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError):
         results = {}
-    plain = lambda x: ({k: plain(v) for k, v in x.items()} if isinstance(x, dict) else
-                       [plain(v) for v in x] if isinstance(x, list) else
-                       None if isinstance(x, float) and not math.isfinite(x) else x)
+    results[task] = entry
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(plain(results | {task: entry}), indent=1) + "\n")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(temporary, path)
 
 
 def cli(argv):
-    """main(), but what the user can mend is told in one line on stderr, with exit status 1, no traceback."""
+    """main(), but what the user can mend is told in one line on stderr, with exit status 1."""
     try:
         main(argv)
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError:
-        sys.exit("eval.py: error: out of memory: give a lower --batch-size, or --device cpu")
-    except (Stop, ValueError, OSError) as error:
+        sys.exit("eval.py: error: out of memory: lower --batch-size or --draws, or --device cpu")
+    except (UserError, ValueError, OSError) as error:
         sys.exit(f"eval.py: error: {one_line(error)}")
 
 

@@ -2334,192 +2334,12 @@ def test_worker_counts_have_a_bound():
         data.make_loader("scenes", dict(frames=2, size=16), [], workers=10000)
 
 
-# ---- evaluation: MooG -------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def moog_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("moog") / "run"
-    train.main(TINY_MOOG + ["--steps", "1", "--out", str(out), "--scene-radius", "0.2", "0.3"])
-    return out
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """MooG's readouts on few clips."""
-    for name, value in dict(POOL=6, TESTS=32, POINTS=6, QUERIES=4, PCA_CLIPS=3).items():
-        monkeypatch.setattr(evaluate, name, value)
-
-
-def test_eval_paints_tokens(moog_run, tmp_path, few, capsys):
-    evaluate.main([str(moog_run), "--task", "tokens", "--out", str(tmp_path)])
-    [row] = json.loads((tmp_path / "results.json").read_text())["tokens"]["tables"].popitem()[1]
-    assert all(0 <= row[name] <= 1 for name in row if name) and len(row) == 4
-    assert iio.imread(tmp_path / "tokens.png").shape[1] > 400
-    assert iio.imread(tmp_path / "tokens.gif", index=None).shape[0] == 8
-    assert "where the point went" in capsys.readouterr().out
-    encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(40, 30))
-    evaluate.main([str(moog_run / "ckpt.pt"), "--task", "tokens", "--data", str(tmp_path / "clip.mp4"),
-                   "--out", str(tmp_path / "video")])
-    assert {p.name for p in (tmp_path / "video").iterdir()} == {
-        "results.json", "tokens.png", "tokens.gif", "tokens_single.png", "tokens_pca.png"}
-
-
-@torch.no_grad()
-def test_top_tokens_are_the_attentions_argmax(moog_run):
-    model, *_ = evaluate.load(moog_run)
-    states = model.unroll(torch.rand(2, 3, 3, 16, 16)).predicted
-    attention = model.decode(states, (16, 16), return_attention=True)[1]
-    assert (evaluate.top_tokens(model, states, (16, 16)) == attention.mean(2).argmax(-1)).all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("follows", [True, False])
-def test_follow_tells_tokens_of_things_from_tokens_of_places(moog_run, monkeypatch, follows):
-    model, _, config, _ = evaluate.load(moog_run)
-    options = config["scenes"] | dict(size=16, frames=8, split="eval", seed=0)
-    ids = Scenes(**options).batch(range(1000, 1064), truth=True)["ids"].flatten(2)
-    monkeypatch.setattr(evaluate, "top_tokens", lambda model, states, size, index: (
-        ids.gather(2, index) if follows else index))
-    went, was, other = evaluate.follow(model, config, argparse.Namespace(seed=0, device="cpu"))
-    if follows:                                     # one token a sprite; rounded tracks miss some at the rim
-        assert went > 0.75 and was < 0.2 and 0.1 < other < 0.9
-    else:                                           # one token a pixel
-        assert was == 1 and went < 0.35
-
-
-def moog_tables(run, task, out, *more):
-    evaluate.main([str(run), "--task", task, "--steps", "2", "--batch-size", "2", "--out", str(out), *more])
-    tables = json.loads((out / "results.json").read_text())[task]["tables"]
-    assert len(tables) == 1 and 400 < iio.imread(out / f"{task}.png").shape[1] <= 1600
-    [rows] = tables.values()
-    assert all(np.isfinite([cell for name, cell in row.items() if name]).all() for row in rows)
-    return {row[""]: row for row in rows}
-
-
-def eval_lessons(run, task="points", path="scenes"):
-    model, _, config, _ = evaluate.load(run)
-    return evaluate.Lessons(model, config, argparse.Namespace(
-        seed=0, device=torch.device("cpu"), data=str(path), stride=1), task)
-
-
-def test_eval_points(moog_run, tmp_path, few):
-    rows = moog_tables(moog_run, "points", tmp_path)
-    assert set(rows["delta_avg"]) == {"", "this model", "random init", "stays put"} and len(rows) == 7
-    tests = eval_lessons(moog_run).tests                        # by hand: how near points are to their query
-    near, away = [], []
-    both = (torch.cat([test[name] for test in tests]) for name in ("tracks", "visible"))
-    for tracks, visible in zip(*both):
-        gone = [256 * (tracks[t, p] - tracks[0, p]).norm().item()
-                for t in range(1, 8) for p in range(6) if visible[t, p]]
-        near += [np.mean([[d < n for d in gone] for n in (1, 2, 4, 8, 16)])] if gone else []
-        away += [np.mean(gone)] if gone else []
-    close(rows["delta_avg"]["stays put"], np.mean(near), 1e-6)
-    close(rows["mean distance, pixels"]["stays put"], np.mean(away), 1e-3)
-    assert moog_tables(moog_run, "points", tmp_path / "tuned", "--finetune")
-
-
-def test_eval_boxes(moog_run, tmp_path, few):
-    rows = moog_tables(moog_run, "boxes", tmp_path)
-    overlap = []
-    for test in eval_lessons(moog_run, "boxes").tests:
-        for box, inside in zip(test["boxes"], test["inside"]):
-            overlap += [evaluate.box_iou(box[0, k], box[t, k]).item() for t in range(1, 8)
-                        for k in range(box.shape[1]) if inside[0, k] and inside[t, k]]
-    close(rows["mean, frames after the query"]["keeps its first box"], np.mean(overlap), 1e-6)
-
-
-def test_eval_depth_and_longer_clips(moog_run, tmp_path, few):
-    rows = moog_tables(moog_run, "depth", tmp_path)
-    target = torch.cat([test["depth"] for test in eval_lessons(moog_run, "depth").tests])[:, 3::4].double()
-    close(rows["AbsRel"]["median"], ((1 - target) / target).mean(), 1e-6)      # most is background: at 1
-    rows = moog_tables(moog_run, "unroll", tmp_path)
-    assert list(rows) == ["t = 1-7", "t = 8-15", "t = 16-23", "t = 24-35"] and len(rows["t = 1-7"]) == 6
-
-
-def test_perfect_tracks_score_one_and_readouts_begin_at_their_query(moog_run, few):
-    [test, *_] = eval_lessons(moog_run).tests
-    scores = evaluate.point_scores(test["tracks"], test["visible"], test["visible"], test)
-    for name in ("average Jaccard", "occlusion accuracy", "delta_avg"):
-        assert scores[name].nanmean() == 1, name
-    readout = evaluate.tracker(moog.PointReadout, tiny_moog().cfg)
-    torch.nn.init.zeros_(readout.values[-1].weight)
-    queries = torch.rand(2, 5, 2)
-    out = evaluate.answers(readout, torch.rand(2, 3, 6, 16), queries)
-    close(out.values.detach(), queries[:, None].expand(-1, 3, -1, -1), 1e-6)
-
-
-@pytest.fixture
-def labelled(tmp_path):
-    """Three RGB-D clips of ten frames whose red says x and green y, with points that stand still; a box."""
-    y, x = np.mgrid[:24, :32]
-    picture = np.stack([8 * x, 8 * y, 0 * x], -1).astype(np.uint8)
-    for name in ("a", "b", "c", "boxes"):
-        (tmp_path / name).mkdir()
-        for t in range(10):
-            iio.imwrite(tmp_path / name / f"rgb_{t:02}.png", picture)
-            if name != "boxes":
-                iio.imwrite(tmp_path / name / f"depth_{t:02}.png", (1000 + 100 * x).astype(np.uint16))
-        if name == "boxes":
-            (tmp_path / name / "boxes_xyxy.txt").write_text("3 4 12 14\n" * 10)
-            continue
-        tracks = np.tile(np.array([[4, 5], [20, 12], [9, 18]], np.float32)[:, None], (1, 10, 1))
-        np.savez(tmp_path / name / "tracks.npz", tracks=tracks, status=np.zeros((3, 10), np.int8),
-                 query_frame=np.array([0, 0, 5]))
-    return tmp_path
-
-
-def test_eval_of_readouts_on_real_clips(moog_run, labelled, tmp_path, few, capsys):
-    rows = moog_tables(moog_run, "points", tmp_path / "points", "--data", str(labelled))
-    assert "trained on 2 clips, tested on c\n" in capsys.readouterr().out
-    assert rows["delta_avg"]["stays put"] == 1 and rows["mean distance, pixels"]["stays put"] == 0
-    rows = moog_tables(moog_run, "depth", tmp_path / "depth", "--data", str(labelled))
-    assert 0.1 < rows["AbsRel"]["median"] < 0.5
-    rows = moog_tables(moog_run, "boxes", tmp_path / "boxes", "--data", str(labelled / "boxes"))
-    assert "trained on scenes, tested on boxes\n" in capsys.readouterr().out
-    close(rows["mean, frames after the query"]["keeps its first box"], 1, 1e-9)
-    for task, path, words in (("points", labelled / "boxes", "no clip in it"),
-                              ("boxes", labelled / "a", "boxes_xyxy.txt"),
-                              ("depth", labelled / "nowhere", "nowhere")):
-        with pytest.raises(SystemExit) as leaving:
-            evaluate.cli([str(moog_run), "--task", task, "--data", str(path)])
-        assert words in leaving.value.code and "\n" not in leaving.value.code
-
-
-def test_windows_of_real_clips_keep_points_on_their_pixels(moog_run, labelled, few, monkeypatch):
-    monkeypatch.setattr(evaluate, "POOL", 40)
-    clips, mirrored = eval_lessons(moog_run, "points", labelled).clips, 0
-    assert clips["video"].shape[1:] == (8, 3, 16, 16)
-    for b in range(len(clips["video"])):
-        frames, tracks = clips["video"][b].float(), clips["tracks"][b]
-        mirrored += (frames[0, 0, 0, 0] > frames[0, 0, 0, -1]).item()
-        grid = (2 * tracks - 1)[:, None]                        # (T, 1, P, 2)
-        red, green, _ = F.grid_sample(frames, grid, align_corners=False)[:, :, 0].unbind(1)
-        for p in range(tracks.shape[1]):
-            t = clips["query_frames"][b, p]
-            assert clips["visible"][b, t, p] and clips["valid"][b, t, p]
-            close(min(abs(red[t, p] - 8 * x) + abs(green[t, p] - 8 * y) for x, y in (
-                (4, 5), (20, 12), (9, 18))), 0, 6)
-    assert 0 < mirrored < len(clips["video"])
-
-
-def test_eval_says_what_is_wrong(moog_run, moog_files, tmp_path, capsys):
-    (tmp_path / "text.npz").write_text("hello")
-    for args, words in [
-            ([str(tmp_path / "nowhere")], "no checkpoint at"),
-            ([str(tmp_path / "nowhere.npz")], "no checkpoint at"),
-            ([str(tmp_path / "text.npz")], "not a .npz"),
-            ([str(moog_run), "--task", "fly"], "moog has no task 'fly': choose from tokens"),
-            ([str(moog_run), "--data", str(tmp_path / "nowhere")], "nowhere")]:
-        with pytest.raises(SystemExit) as leaving:
-            evaluate.cli(args)
-        assert words in leaving.value.code and "\n" not in leaving.value.code
-
-
-# ---- evaluation: Midway --------------------------------------------------------------------------
+# ---- evaluation: every task runs -----------------------------------------------------------------
 TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
                    motion_tokens=3, motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2,
                    forward_heads=2, head_hidden=8, head_bottleneck=4, prototypes=8, local_size=8,
                    local_crops=1)
-SMALL_SCENES = dict(size=24, frames=2, sprites=0, speed=3.0, pan=10.0, zoom=0.0, roll=0.0, radius=(0.15, 0.3),
+SMALL_SCENES = dict(size=24, sprites=2, speed=3.0, pan=10.0, zoom=0.0, roll=0.0, radius=(0.2, 0.3),
                     grain=6.0, textures=6, flat=0.0)
 
 
@@ -2527,32 +2347,94 @@ SMALL_SCENES = dict(size=24, frames=2, sprites=0, speed=3.0, pan=10.0, zoom=0.0,
 def small_midway():
     torch.manual_seed(0)
     model = Midway(Config(**TINY_MIDWAY)).eval()
-    with torch.no_grad():                   # zero at the start: positions; a gate at 1/2 is one to be seen
+    with torch.no_grad():                   # zero at the start: positions
         model.motion_pos.normal_(std=0.5)
     return model
 
 
 @pytest.fixture(scope="module")
-def midway_file(small_midway, tmp_path_factory):
-    """A checkpoint as train.py writes it."""
-    path = tmp_path_factory.mktemp("midway") / "ckpt.pt"
-    options = vars(train.Options(model="midway", preset="tiny"))
-    config = dict(model="midway", preset="tiny", options=options, config=vars(small_midway.cfg),
-                  scenes=SMALL_SCENES)
-    torch.save(dict(model=small_midway.state_dict(), optimizer={}, step=1, config=config), path)
-    return path
+def checkpoints(small_midway, tmp_path_factory):
+    """{name: path} of a Midway, one without dynamics, a MooG, a grid, as train.py saves them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    models = dict(midway=small_midway, dino=Midway(Config(**TINY_MIDWAY, latent_dynamics=False)),
+                  moog=tiny_moog(), grid=tiny_moog(grid=True))
+    for name, model in models.items():
+        config = dict(model="midway" if isinstance(model, Midway) else "moog", preset="tiny",
+                      options={}, config=vars(model.cfg), scenes=SMALL_SCENES, videos={})
+        state = dict(model=model.state_dict(), optimizer={}, step=1, config=config)
+        torch.save(state, root / f"{name}.pt")
+    return {name: root / f"{name}.pt" for name in models}
 
 
-def eval_tables(path, out, *flags):
+@pytest.fixture
+def few(monkeypatch):
+    """MooG's readouts on few clips."""
+    for name, value in dict(POOL=6, TESTS=32, POINTS=6, PCA_CLIPS=3).items():
+        monkeypatch.setattr(evaluate, name, value)
+
+
+def evaluated(path, out, *flags):
+    """Tables {title: {row: {column: cell}}} of a run of eval.py, of which every cell is finite."""
     evaluate.main([str(path), "--out", str(out), "--device", "cpu", *map(str, flags)])
     task = flags[flags.index("--task") + 1]
     tables = json.loads((out / "results.json").read_text())[task]["tables"]
     for rows in tables.values():
         for row in rows:
-            assert None not in row.values(), row        # null: not finite
-    return tables
+            assert all(cell == cell for cell in row.values()), row          # not nan
+    return {title: {row[""]: row for row in rows} for title, rows in tables.items()}
 
 
+def evaluation(path, **changes):
+    """A Run as main() makes it."""
+    args = evaluate.parse([str(path)])
+    args.device = torch.device("cpu")
+    vars(args).update(changes)
+    model, name, config, path = evaluate.load(path)
+    return evaluate.Run(model, name, config, args, path.parent)
+
+
+FAST = ("--steps", 2, "--batch-size", 2, "--draws", 2, "--overlap", 0.1)
+
+
+@pytest.mark.parametrize("name, task, flags, column", [
+    ("midway", "latents", (), "same motion"), ("midway", "heatmap", ("--at", 0.4, 0.6), "level 2"),
+    ("midway", "identity-bias", ("--against", "self"), "patches from truth"),
+    ("midway", "track", (), "patches"), ("midway", "segmentation", (), "position prior"),
+    ("midway", "segmentation", ("--head", "upernet"), "random init"),
+    ("midway", "segmentation", ("--features", "backward", "--finetune"), "this model"),
+    ("midway", "flow", ("--finetune",), "encoder only"), ("dino", "flow", (), "encoder only"),
+    ("midway", "flow", ("--encoder-only",), "zero"), ("moog", "tokens", (), "this model"),
+    ("moog", "unroll", (), "0.25x tokens"), ("grid", "unroll", (), "copy"),
+    ("moog", "points", (), "stays put"), ("moog", "points", ("--finetune",), "random init"),
+    ("moog", "boxes", (), "keeps its first box"), ("moog", "depth", (), "median")])
+def test_every_task_runs(checkpoints, tmp_path, few, name, task, flags, column):
+    flags = [checkpoints["midway"] if flag == "self" else flag for flag in flags]
+    tables = evaluated(checkpoints[name], tmp_path, "--task", task, *FAST, *flags)
+    rows = next(iter(tables.values()))
+    assert all(column in row for row in rows.values())
+    pictures = [path for path in tmp_path.iterdir() if path.suffix == ".png"]
+    assert bool(pictures) == (task not in ("latents", "identity-bias"))
+    for path in pictures:
+        assert 300 < iio.imread(path).shape[1] <= 1600, path.name
+    if task == "identity-bias":
+        assert rows["always at the source"]["nearer to the source"] == 1
+        assert rows["anywhere, by chance"]["patches from truth"] > 0.5
+
+
+def test_results_of_other_tasks_stay_and_all_leaves_out_what_does_not_fit(
+        checkpoints, tmp_path, few, capsys):
+    evaluated(checkpoints["moog"], tmp_path, "--task", "unroll")
+    root = make_rgbd(tmp_path / "clips") / "boxes"
+    flags = ["--out", tmp_path, "--data", root, *FAST]
+    evaluate.main([str(flag) for flag in (checkpoints["moog"], *flags)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"unroll", "boxes"} <= set(results) and "points" not in results
+    assert "left out: points" in capsys.readouterr().out
+    assert results["boxes"]["command"][0] == "eval.py" and results["boxes"]["versions"]["torch"]
+
+
+# ---- evaluation: Midway --------------------------------------------------------------------------
 def test_perturbation_equals_finite_differences(small_midway):
     """The cosines are those of what a small change of one token does to each predicted token."""
     model, draws = deepcopy(small_midway).double(), 3
@@ -2562,20 +2444,17 @@ def test_perturbation_equals_finite_differences(small_midway):
         level = model.predict(source, target)[1]
     token, i = torch.tensor([5, 14]), model.predicted[1]
     heat = evaluate.perturb(model, i, level.m, level.v, token, draws, seed=7)
-    assert heat.shape == (2, 16)
-
     r = torch.randn(draws, 2, 16, generator=torch.Generator().manual_seed(7)).double()
     expected = torch.zeros(2, 16, dtype=torch.float64)
-    with torch.no_grad():
-        for k in range(draws):
-            ahead, behind = level.v.clone(), level.v.clone()
-            for b in range(2):
-                ahead[b, 1 + token[b]] += 1e-5 * r[k, b]
-                behind[b, 1 + token[b]] -= 1e-5 * r[k, b]
-            change = (model.predict_forward(i, level.m, ahead)[0] -
-                      model.predict_forward(i, level.m, behind)[0])[:, 1:] / 2e-5
-            assert (change.norm(dim=-1) > 1e-6).all()           # every token feels it
-            expected += F.cosine_similarity(change, r[k][:, None], dim=-1) / draws
+    for k in range(draws):
+        step = torch.zeros_like(level.v)
+        step[torch.arange(2), 1 + token] = 1e-5 * r[k]
+        with torch.no_grad():
+            ahead, _ = model.predict_forward(i, level.m, level.v + step)
+            behind, _ = model.predict_forward(i, level.m, level.v - step)
+        change = (ahead - behind)[:, 1:] / 2e-5
+        assert (change.norm(dim=-1) > 1e-6).all()           # every token feels it
+        expected += F.cosine_similarity(change, r[k][:, None], dim=-1) / draws
     close(heat, expected, 1e-7)
 
 
@@ -2585,165 +2464,81 @@ def test_heatmap_of_a_known_shift_peaks_at_the_shifted_token(small_midway, monke
     def shift(i, m, v):                     # one down, two to the right; CLS stays
         moved = v[:, 1:].unflatten(1, (grid, grid)).roll((1, 2), (1, 2)).flatten(1, 2)
         return torch.cat([v[:, :1], moved], 1), []
+
+    def same(images, teacher=False):
+        return [torch.ones(len(images), 17, 16)] * 3
+
     monkeypatch.setattr(model, "predict_forward", shift)
-    token = torch.tensor([0, 5, 9])
-    heat = evaluate.perturb(model, 0, torch.zeros(3, 3, 12), torch.randn(3, 17, 16), token, 4)
+    start = torch.tensor([0, 5, 9])
+    heat = evaluate.perturb(model, 0, torch.zeros(3, 3, 12), torch.randn(3, 17, 16), start, 4)
     assert heat.argmax(1).tolist() == [6, 11, 15]
     close(heat.amax(1), torch.ones(3), 1e-5)
-    assert (heat.sort(1).values[:, :-1] == 0).all()
-    # five tokens are hot at most, so a token that moves as the double says is followed whatever the features
-    clip = torch.rand(3, 3, 16, 16)
-    alike = lambda images, teacher=False: [torch.ones(len(images), 17, 16)] * 3
-    monkeypatch.setattr(model, "features", alike)
-    tracks = evaluate.follow_tokens(model, clip, torch.tensor([0, 1]), torch.tensor([0, 1]), draws=2)
+    # five tokens are hot at most: a token that moves as the double says is followed in any case
+    monkeypatch.setattr(model, "features", same)
+    start = query = torch.tensor([0, 1])
+    tracks = evaluate.follow_tokens(model, torch.rand(3, 3, 16, 16), start, query, 2)
     assert tracks[0].tolist() == [[0, 1], [6, 1], [8, 7]]       # the second is asked for in frame 1
 
 
-def test_moving_tokens_land_where_the_scene_moves_them(small_midway):
-    args = argparse.Namespace(seed=0, device=torch.device("cpu"))
-    scenes = evaluate.cut_scenes(small_midway, dict(scenes=SMALL_SCENES), args)
-    batch = scenes(range(24))
-    assert batch["video"].shape == (24, 2, 3, 16, 16) and batch["flow"].shape == (24, 1, 2, 16, 16)
-    rows, token, truth = evaluate.moving_tokens(small_midway, batch, torch.Generator().manual_seed(0))
-    assert len(rows) > 4
+def test_moving_tokens_land_where_the_scene_moves_them(checkpoints, small_midway):
+    run = evaluation(checkpoints["midway"])
+    batch = run.truth(run.scenes(), range(24))
+    generator = torch.Generator().manual_seed(0)
+    rows, token, truth = evaluate.moving_tokens(small_midway, batch, generator)
+    assert len(rows) > 4 and batch["video"].shape == (24, 2, 3, 16, 16)
     for row, k, (down, right) in zip(rows.tolist(), token.tolist(), truth.tolist()):
         y, x = 4 * (k // 4) + 2, 4 * (k % 4) + 2
         dx, dy = batch["flow"][row, 0, :, y, x].tolist()
-        assert np.hypot(dx, dy) >= 4 and abs((y + dy + 0.5) / 4 - 0.5 - down) < 1e-5
-        assert abs((x + dx + 0.5) / 4 - 0.5 - right) < 1e-5
-        assert batch["seen"][row, 0, y, x]
-        # what is there looks the same, as far as a camera's pan by parts of pixels lets it
+        assert np.hypot(dx, dy) >= 4 and not batch["occluded"][row, 0, y, x]
+        close([down, right], [(y + dy + 0.5) / 4 - 0.5, (x + dx + 0.5) / 4 - 0.5], 1e-5)
         there = batch["video"][row, 1, :, round(y + dy), round(x + dx)]
-        assert (there - batch["video"][row, 0, :, y, x]).abs().max() < 0.5
+        assert (there - batch["video"][row, 0, :, y, x]).abs().max() < 0.5  # but for half pixels
 
 
-def test_linear_probe_finds_what_is_there_and_nothing_else():
+def test_latents_of_the_same_motion_tell_motion_from_content(small_midway, monkeypatch):
+    """A double whose prediction is right if and only if its latents say the true motion."""
+    motion = torch.tensor([[0.0, 0], [8, 8], [0.1, 0], [8, 8.1], [-5, 3], [-5, 3.1]])
+    target = torch.randn(6, 17, 16)
+
+    def predict(i, m, v):
+        off = (m[:, 0, :2] - motion).norm(dim=1) > 1
+        return torch.where(off[:, None, None], -target, target), []
+
+    model = deepcopy(small_midway)
+    monkeypatch.setattr(model, "predict_forward", predict)
+    m = F.pad(motion, (0, 10))[:, None].expand(-1, 3, -1)
+    errors = evaluate.latent_errors(model, 0, m, target, target, motion)
+    assert errors["right"] < 1e-6 and errors["same motion"] < 1e-6 and errors["shuffled"] > 2
+
+
+def test_linear_readout_finds_what_is_there_and_nothing_else():
     torch.manual_seed(0)
-    x, y = torch.randn(400, 30), torch.randn(400, 2)
-    assert evaluate.ridge_r2(x, x[:, :2] - x[:, 3:5], 100) > 0.99
-    assert evaluate.ridge_r2(x, y, 100) < 0.1
+    x, y = torch.randn(400, 300), torch.randn(400, 2)
+    assert evaluate.ridge(x[:, :30], x[:, :2] - x[:, 3:5], 100)[0] > 0.99
+    assert evaluate.ridge(x, y, 100)[0] < 0.1       # 300 features fit 300 pairs, not those held out
 
 
-def test_midways_analyses_run(midway_file, tmp_path):
-    tables = {}
-    for task in ("latents", "heatmap", "identity-bias", "track"):
-        flags = ["--against", midway_file] if task == "identity-bias" else []
-        tables |= eval_tables(midway_file, tmp_path, "--task", task, "--draws", 2, "--batch-size", 4, *flags)
-    rows = {row[""]: row for table in tables.values() for row in table}
-    assert rows["always at the source"]["nearer to the source"] == 1.0
-    assert rows["anywhere, by chance"]["patches from truth"] > 0.5
-    assert rows["best that a grid can do"]["within 1 patch"] == 1.0
-    assert rows["stays put"]["patches"] > rows["best that a grid can do"]["patches"]
-    assert rows["level 1"]["right"] < 4
-    for name in ("heatmap.png", "track.png"):
-        assert 300 < iio.imread(tmp_path / name).shape[1] <= 1600
-
-
-def test_midways_analyses_take_videos(midway_file, tmp_path):
-    video = tmp_path / "clip.mp4"
+def test_midways_analyses_take_videos(checkpoints, tmp_path):
+    video, midway_file = tmp_path / "clip.mp4", checkpoints["midway"]
     frames = np.random.default_rng(0).integers(0, 255, (60, 36, 64, 3), dtype=np.uint8)
     iio.imwrite(video, frames, plugin="pyav", codec="libx264", fps=30)
     np.savez(tmp_path / "truth.npz", tracks=np.full((2, 60, 2), 20.0),
              annotated=np.arange(60) % 7 == np.array([[0], [3]]))
-    tables = eval_tables(midway_file, tmp_path, "--task", "heatmap", "--data", video, "--draws", 2,
-                         "--at", 0.9, 0.1)
-    assert len(tables) == 1
-    assert not eval_tables(midway_file, tmp_path, "--task", "track", "--data", video, "--draws", 2,
-                           "--gap", 0.1, 0.2, "--stride", 2)
-    (table,) = eval_tables(midway_file, tmp_path, "--task", "track", "--data", video, "--draws", 2,
-                           "--tracks", tmp_path / "truth.npz", "--stride", 7).values()
-    # the second point is seen in no frame that is looked at, the first stays where it is
-    assert {row[""]: row["patches"] for row in table}["stays put"] < 0.71
+    for flags in (["--at", 0.9, 0.1], ["--time", 0.5, "--gap", 0.2, 0.3]):
+        evaluated(midway_file, tmp_path, "--task", "heatmap", "--data", video, *FAST, *flags)
+    assert iio.imread(tmp_path / "heatmap.gif", index=None).shape[0] == 8
+    evaluated(midway_file, tmp_path, "--task", "latents", "--data", video, "--gap", 0.1, 0.2)
+    track = ["--task", "track", "--data", video, *FAST]
+    assert not evaluated(midway_file, tmp_path, *track, "--stride", 2)
+    truth = ["--tracks", tmp_path / "truth.npz", "--stride", 7]
+    [rows] = evaluated(midway_file, tmp_path, *track, *truth).values()
+    assert rows["stays put"]["patches"] < 0.71      # the second point is in no frame looked at
+    assert evaluate.model_view(frames[0]) == (0, 14, 36, 36)
 
 
-def test_laplacian_loss_and_tiles_equal_croco():
-    z = np.load(HERE / "reference" / "metrics.npz")
-    pred, conf, gt = (torch.from_numpy(z[f"laplacian_{name}"]).double()
-                      for name in ("pred", "conf_logit", "gt"))
-    for valid, loss in ((torch.from_numpy(z["laplacian_valid"]), "loss"),
-                        (torch.ones(2, 8, 10, dtype=torch.bool), "loss_all_valid")):
-        close(evaluate.laplacian_loss(pred, conf[:, 0], gt, valid), z[f"laplacian_{loss}"], 1e-12)
-    ends = np.cumsum(z["tiling_count"])
-    for length, window, overlap, a, b in zip(
-            z["tiling_total"], z["tiling_window"], z["tiling_overlap"], ends - z["tiling_count"], ends):
-        found = evaluate.tile_offsets(int(length), int(window), float(overlap))
-        assert found == z["tiling_offsets"][a:b].tolist()
-
-
-@pytest.mark.parametrize("size", [(23, 40), (10, 40), (16, 16), (8, 9)])
-def test_tiles_cover_images_of_any_size(small_midway, size):
-    """A double that reads the flow off the image's colours."""
-    class Reads(torch.nn.Module):
-        model = small_midway
-
-        def forward(self, source, target):
-            return 20 * source[:, :2] - 10, source[:, 2]
-    H, W = size
-    y, x = torch.meshgrid(torch.linspace(0.2, 0.8, H), torch.linspace(0.3, 0.7, W), indexing="ij")
-    frames = torch.stack([x, y, 1 - x]).expand(2, 3, H, W)
-    flow = evaluate.tiled_flow(Reads(), frames, 0.5)
-    scale = torch.tensor([W / max(W, 16), H / max(H, 16)]).view(2, 1, 1)
-    close(flow, (20 * torch.stack([x, y]) - 10) * scale, 0.35 if min(size) < 16 else 1e-4)
-
-
-def test_flow_crops_keep_flow_true_to_their_frames():
-    """Scaled, stretched, flipped and cut: the second crop, seen where the flow points, is the first."""
-    y, x = np.mgrid[:60, :80].astype(np.float32)
-    dx, dy = 5.0, -3.0
-    ramp = lambda x, y: np.stack([2.5 * x + 20, 3 * y + 30, x + y + 60], -1).clip(0, 255).astype(np.uint8)
-    pair = dict(frames=np.stack([ramp(x, y), ramp(x - dx, y - dy)]), valid=x > 4,
-                flow=np.stack([np.full_like(x, dx), np.full_like(y, dy)]))
-    crops, flips = evaluate.FlowCrops([pair], 24, seed=0), set()
-    for i in range(24):
-        frames, flow, valid = crops[i]
-        assert frames.shape == (2, 3, 24, 24) and flow.shape == (2, 24, 24) and valid.dtype == torch.bool
-        red, green = frames.float()[:, :2, 4:-4, 4:-4].unbind(1)            # ramps along x, along y
-        per_x, per_y = red.diff(dim=2).mean().item(), green.diff(dim=1).mean().item()
-        flips.add((per_x > 0, per_y > 0))
-        close((red[0] - red[1]).mean() / per_x, flow[0].mean(), 0.4)
-        close((green[0] - green[1]).mean() / per_y, flow[1].mean(), 0.4)
-    assert len(flips) > 1
-
-
-def test_dpt_learns_flow_that_its_maps_tell():
-    torch.manual_seed(0)
-    head = evaluate.DPT((24, 24, 24, 24), 24)
-    flow = F.interpolate(3 * torch.randn(8, 2, 4, 4), (16, 16), mode="bilinear")
-    maps = [F.interpolate(flow, (4, 4)).repeat(1, 12, 1, 1)] * 4
-    valid = torch.ones(8, 16, 16, dtype=torch.bool)
-    before = flow.norm(dim=1).mean()
-
-    def loss(i):
-        out = head(maps, (16, 16))
-        return evaluate.laplacian_loss(out[:, :2], out[:, 2], flow, valid)
-    evaluate.fit([head], loss, 120, "test", lr=3e-3)
-    out = head(maps, (16, 16))
-    assert (out[:, :2] - flow).norm(dim=1).mean() < 0.5 * before
-    assert not head.training
-    # 16-pixel patches: twice the finest map, as in CroCo v2; 4-pixel patches: less than it
-    for n in (64, 16):
-        assert head(maps, (n, n)).shape == (8, 3, n, n)
-
-
-def test_flow_reads_the_four_inputs(small_midway):
-    net = evaluate.FlowNet(small_midway, frozen=True)
-    source, target = torch.rand(2, 2, 3, 16, 16)
-    with torch.no_grad():
-        levels, z = small_midway.predict(source, target), small_midway.features(source)[-1]
-        zt = small_midway.features(target, teacher=True)[-1]
-        tokens = small_midway.midway_path(1, None, z, zt)
-        maps = net.maps(source, target)
-    for a, b in zip(maps, (z[:, 1:], tokens[:, 3 + 17 + 1:], levels[1].pred[:, 1:], levels[0].pred[:, 1:])):
-        close(a.flatten(2).mT, b, 0)
-    alone = evaluate.encoder_only(small_midway, argparse.Namespace(seed=0, device="cpu"))
-    images = torch.rand(1, 3, 16, 16)
-    for teacher in (False, True):
-        close(alone.features(images, teacher)[-1], small_midway.features(images, teacher)[-1], 0)
-    assert (alone.motion_tokens - small_midway.motion_tokens).abs().max() > 0.01
-
-
+# ---- evaluation: segmentation and flow -----------------------------------------------------------
 def labelled_folder(root, count=10, values=(0, 1, 2)):
-    """Images in two halves of plain colours, each colour a class; a corner that is to be left out."""
+    """Images in two halves of plain colours, each a class; a corner that is to be left out."""
     rng, colours = np.random.default_rng(0), np.array([(220, 40, 40), (40, 200, 60), (50, 60, 220)])
     for split in ("train", "val"):
         for kind in ("images", "labels"):
@@ -2760,114 +2555,340 @@ def labelled_folder(root, count=10, values=(0, 1, 2)):
     return root
 
 
-@pytest.mark.parametrize("flags", [[], ["--features", "backward"], ["--head", "upernet"], ["--finetune"]])
-def test_segmentation_learns_colours_from_a_folder(midway_file, tmp_path, flags):
+@pytest.mark.parametrize("flags", [
+    [], ["--features", "backward"], ["--head", "upernet"], ["--finetune"]])
+def test_segmentation_learns_colours_from_a_folder(checkpoints, tmp_path, flags):
     root = labelled_folder(tmp_path / "data")
-    (rows,) = eval_tables(midway_file, tmp_path, "--task", "segmentation", "--data", root, "--steps", 60,
-                          "--batch-size", 4, "--lr", 0.02, *flags).values()
-    rows = {row[""]: row for row in rows}
+    [rows] = evaluated(checkpoints["midway"], tmp_path, "--task", "segmentation", "--data", root,
+                       "--steps", 60, "--batch-size", 4, "--lr", 0.02, *flags).values()
     assert rows["mIoU"]["this model"] > 75 > rows["mIoU"]["position prior"]
-    assert rows["mIoU"]["random init"] > 60
     assert len(rows) == 5                   # two means, three classes: the ignored value is none
-    assert iio.imread(tmp_path / "segmentation.png").shape[1] <= 1600
 
 
-def test_frozen_readouts_leave_the_model_alone(small_midway, tmp_path):
-    before = {name: x.clone() for name, x in small_midway.state_dict().items()}
-    args = argparse.Namespace(seed=0, device=torch.device("cpu"), finetune=True, head="linear", size=16,
-                              lr=1e-2, features="encoder", data="scenes", steps=2, batch_size=2)
-    task = evaluate.SegmentationTask(small_midway, dict(scenes=SMALL_SCENES), args)
-    for args.finetune in (True, False):
-        net = evaluate.train_segmenter(small_midway, task, args, "test")
-        changed = any((net.model.state_dict()[name] - x).abs().max() > 0 for name, x in before.items())
-        assert changed == args.finetune and not net.training
-    assert all((small_midway.state_dict()[name] == x).all() for name, x in before.items())
-    assert not small_midway.training
+def test_segmentation_crops_keep_labels_on_their_pixels(checkpoints, tmp_path):
+    run = evaluation(checkpoints["midway"], data=str(labelled_folder(tmp_path / "data")))
+    task = evaluate.Segmentation(run)
+    for i in range(20):
+        sample = evaluate.Crops(task.training, task.crop, 0)[i]
+        brightest = sample["image"][0].float().argmax(0)    # red, green, blue are 0, 1, 2
+        x = brightest[None].float()
+        near_edge = F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(-x, 3, 1, 1)
+        known = (sample["classes"] != 255) & (near_edge[0] == 0)
+        assert (brightest == sample["classes"])[known].all()
 
 
-@pytest.mark.parametrize("flags", [["--finetune"], ["--encoder-only"]])
-def test_flow_on_scenes_and_on_pairs(midway_file, tmp_path, flags):
-    rng = np.random.default_rng(0)
-    pair = tmp_path / "pairs" / "one"
-    pair.mkdir(parents=True)
-    for name in ("frame1", "frame2"):
-        iio.imwrite(pair / f"{name}.png", rng.integers(0, 255, (20, 30, 3), dtype=np.uint8))
-    truth = np.zeros((20, 30, 2), np.float32) + (3, 4)
-    truth[0, 0] = 1e10                      # unknown
-    data.write_flo(pair / "flow.flo", truth)
-    for source in ("scenes", pair.parent):
-        (rows,) = eval_tables(midway_file, tmp_path, "--task", "flow", "--data", source, "--steps", 2,
-                              "--batch-size", 2, "--overlap", 0.1, *flags).values()
-        rows = {row[""]: row for row in rows}
-        assert ("this model" in rows["mean over pixels"]) == ("--finetune" in flags)
-    assert rows["one"]["zero"] == rows["mean over pixels"]["zero"] == 5.0
-    assert rows["one"]["best constant"] < 1e-6 and rows["per cent of outliers (Fl-all)"]["zero"] == 100
+@pytest.mark.parametrize("kind", ["Segmentation", "Flow"])
+def test_frozen_models_stay_and_finetuned_ones_are_trained_whole(checkpoints, kind):
+    for finetune in (True, False):
+        run = evaluation(checkpoints["midway"], finetune=finetune, steps=2, batch_size=2, lr=1e-2)
+        before = {name: x.clone() for name, x in run.model.state_dict().items()}
+        model, head = evaluate.train_readout(getattr(evaluate, kind)(run), run.model, "test")
+        state = model.state_dict()
+        changed = {name.split(".")[0] for name, x in before.items() if (x != state[name]).any()}
+        assert not head.training and not model.training
+        assert all((x == before[name]).all() for name, x in run.model.state_dict().items())
+        if not finetune:
+            assert not changed
+        elif kind == "Flow":                # both branches, as in CroCo v2
+            assert {"student", "teacher_embed", "teacher_backward", "forward_blocks"} <= changed
+        else:
+            assert changed == {"student"}
 
 
-def test_flow_trains_on_a_training_split_and_leaves_out_what_it_tests(midway_file, tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
+def test_laplacian_loss_and_tiles_equal_croco():
+    z = np.load(HERE / "reference" / "metrics.npz")
+    pred, conf, gt = (torch.from_numpy(z[f"laplacian_{name}"]).double()
+                      for name in ("pred", "conf_logit", "gt"))
+    for valid, loss in ((torch.from_numpy(z["laplacian_valid"]), "loss"),
+                        (torch.ones(2, 8, 10, dtype=torch.bool), "loss_all_valid")):
+        close(evaluate.laplacian_loss(pred, conf[:, 0], gt, valid), z[f"laplacian_{loss}"], 1e-12)
+    offsets = np.split(z["tiling_offsets"], np.cumsum(z["tiling_count"])[:-1])
+    for length, window, overlap, expected in zip(
+            z["tiling_total"], z["tiling_window"], z["tiling_overlap"], offsets):
+        assert evaluate.tile_offsets(int(length), int(window), float(overlap)) == expected.tolist()
+
+
+@pytest.mark.parametrize("size", [(23, 40), (10, 40), (16, 16), (8, 9)])
+def test_tiles_cover_images_of_any_size(size):
+    """A double that reads flow off the colours, and is unsure and wrong in the last column."""
+    def predict(tiles):
+        flow = 20 * tiles[:, 0, :2] - 10
+        confidence = torch.full_like(flow[:, 0], -30.0)         # small d: sure
+        flow[..., -1], confidence[..., -1] = 1000, 30
+        return flow, confidence
+    H, W = size
+    y, x = torch.meshgrid(torch.linspace(0.2, 0.8, H), torch.linspace(0.3, 0.7, W), indexing="ij")
+    frames = torch.stack([x, y, 1 - x]).expand(2, 3, H, W)
+    flow = evaluate.tiled_flow(predict, frames, 16, 0.5)
+    scale = torch.tensor([W / max(W, 16), H / max(H, 16)]).view(2, 1, 1)
+    off = (flow - (20 * torch.stack([x, y]) - 10) * scale).abs()
+    assert off[..., :-2].max() < (0.35 if min(size) < 16 else 1e-2)
+
+
+def test_flow_crops_keep_flow_true_to_their_frames(checkpoints):
+    """Scaled, flipped and cut: the second crop, seen where the flow points, is the first."""
+    y, x = np.mgrid[:60, :80].astype(np.float32)
+    dx, dy = 5.0, -3.0
+
+    def ramp(x, y):
+        return np.stack([2.5 * x + 20, 3 * y + 30, x + y + 60], -1).clip(0, 255).astype(np.uint8)
+    pair = dict(frames=np.stack([ramp(x, y), ramp(x - dx, y - dy)]), valid=(x > 40) & (y > 20),
+                flow=np.stack([np.full_like(x, dx), np.full_like(y, dy)]))
+    task = evaluate.Flow(evaluation(checkpoints["midway"]))
+    task.run.cfg = replace(task.run.cfg, size=24)
+    crops, flips = evaluate.Crops([pair], task.crop, 0), set()
+    for i in range(24):
+        sample = crops[i]
+        flow = sample["flow"]
+        red, green = sample["image"].float()[:, :2].unbind(1)   # ramps along x, along y
+        per_x = red[:, 4:-4, 4:-4].diff(dim=2).mean().item()
+        per_y = green[:, 4:-4, 4:-4].diff(dim=1).mean().item()
+        flips.add((per_x > 0, per_y > 0))
+        close((red[0] - red[1])[4:-4, 4:-4].mean() / per_x, flow[0].mean(), 0.4)
+        close((green[0] - green[1])[4:-4, 4:-4].mean() / per_y, flow[1].mean(), 0.4)
+        at_x, at_y = (red[0] - 20) / 2.5, (green[0] - 30) / 3   # what the pixel shows
+        clear = ((at_x - 40.5).abs() > 3) & ((at_y - 20.5).abs() > 3)
+        assert (sample["valid"] == (at_x > 40) & (at_y > 20))[clear].all()
+    assert len(flips) > 1
+
+
+def test_jitter_is_the_same_for_all_frames_of_a_sample():
+    frames = torch.rand(4, 1, 3, 16, 16).expand(-1, 2, -1, -1, -1)
+    out = evaluate.jitter(frames, torch.Generator().manual_seed(0), 1.0, (0.4, 0.4, 0.4, 0.1))
+    assert out.shape == frames.shape and (out - frames).abs().max() > 0.05
+    close(out[:, 0], out[:, 1], 1e-6)
+
+
+def test_dpt_learns_flow_that_its_maps_tell():
+    torch.manual_seed(0)
+    head = evaluate.DPT((24, 24, 24, 24), 24)
+    flow = F.interpolate(3 * torch.randn(8, 2, 4, 4), (16, 16), mode="bilinear")
+    maps = [F.interpolate(flow, (4, 4)).repeat(1, 12, 1, 1)] * 4
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    for _ in range(120):
+        out = head(maps, (16, 16))
+        valid = torch.ones(8, 16, 16, dtype=torch.bool)
+        evaluate.laplacian_loss(out[:, :2], out[:, 2], flow, valid).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (out[:, :2] - flow).norm(dim=1).mean() < 0.5 * flow.norm(dim=1).mean()
+    for n in (64, 16):                      # patches of 16: twice the finest map, as in CroCo v2
+        assert head(maps, (n, n)).shape == (8, 3, n, n)
+
+
+def test_flow_reads_the_four_inputs(checkpoints):
+    run = evaluation(checkpoints["midway"])
+    model, frames, seen = run.model, torch.rand(2, 2, 3, 16, 16), []
+    hook = model.motion_blocks["1"].register_forward_hook(lambda m, i, out: seen.append(out))
+    with torch.no_grad():
+        levels, z = model.predict(*frames.unbind(1)), model.features(frames[:, 0])[-1]
+        hook.remove()
+        maps = evaluate.Flow(run).features(model, dict(image=frames))
+    inputs = (z[:, 1:], seen[0][:, 3 + 17 + 1:], levels[1].pred[:, 1:], levels[0].pred[:, 1:])
+    for a, b in zip(maps, inputs):
+        close(a.flatten(2).mT, b, 0)
+    alone = evaluate.Flow(run).models()["encoder only"]
+    for teacher in (False, True):
+        same = [net.features(frames[:, 0], teacher)[-1] for net in (alone, model)]
+        close(*same, 0)
+    assert (alone.motion_tokens - model.motion_tokens).abs().max() > 0.01
+
+
+def test_flow_learns_from_a_training_split_and_leaves_out_what_it_tests(checkpoints, tmp_path):
+    rng, root = np.random.default_rng(0), tmp_path / "training"
     for scene in ("alley_1", "temple_2", "temple_3"):           # laid out as Sintel
-        (tmp_path / "training/clean" / scene).mkdir(parents=True)
+        (root / "clean" / scene).mkdir(parents=True)
+        (root / "flow" / scene).mkdir(parents=True)
         for n in (1, 2):
-            iio.imwrite(tmp_path / f"training/clean/{scene}/frame_000{n}.png",
-                        rng.integers(0, 255, (22, 34, 3), dtype=np.uint8))
+            frame = rng.integers(0, 255, (22, 34, 3), dtype=np.uint8)
+            iio.imwrite(root / f"clean/{scene}/frame_000{n}.png", frame)
         truth = np.zeros((22, 34, 2), np.float32) + (6, 8)
-        (tmp_path / "training/flow" / scene).mkdir(parents=True)
-        data.write_flo(tmp_path / f"training/flow/{scene}/frame_0001.flo", truth if scene != "temple_3" else
-                       0 * truth + 1e10)                        # where nothing is known
-    training, test = evaluate.flow_pairs(argparse.Namespace(data=tmp_path / "training"))
-    assert len(training) == 1 and len(test) == 2 and "alley" in training.items[0][1]
-    seen, crops = [], evaluate.FlowCrops
-    monkeypatch.setattr(evaluate, "FlowCrops", lambda *of: seen.append(len(of[0])) or crops(*of))
-    ((title, rows),) = eval_tables(midway_file, tmp_path, "--task", "flow", "--data", tmp_path / "training",
-                                   "--steps", 2, "--batch-size", 2, "--overlap", 0.1).items()
-    assert seen == [1, 1] and "on the training split" in title
-    assert [row["zero"] for row in rows[:2]] == [10.0, 10.0] and rows[0][""].endswith("temple_2/frame_0001")
-    (tmp_path / "training/flow/alley_1/frame_0001.flo").unlink()
-    assert evaluate.flow_pairs(argparse.Namespace(data=tmp_path / "training"))[0] is None       # then scenes
+        truth[:, 17:] = 1e10                                    # unknown
+        data.write_flo(root / f"flow/{scene}/frame_0001.flo", truth)
+    task = evaluate.Flow(evaluation(checkpoints["midway"], data=str(root)))
+    assert len(task.training) == 1 and task.tests == 2
+    flags = ["--task", "flow", "--data", root, *FAST]
+    [(title, rows)] = evaluated(checkpoints["midway"], tmp_path, *flags).items()
+    assert "the training split" in title
+    assert rows["mean over pairs"]["zero"] == 10
+    assert rows["mean over pixels"]["best constant"] < 1e-6
+    assert rows["per cent of outliers (Fl-all)"]["zero"] == 100
+    (root / "flow/alley_1/frame_0001.flo").unlink()
+    assert evaluate.Flow(evaluation(checkpoints["midway"], data=str(root))).training is None
 
 
-def test_an_error_of_a_data_process_is_one_line_and_ends_the_program(midway_file, tmp_path):
-    root = labelled_folder(tmp_path / "wrong", values=(0, 1, 7))
-    done = subprocess.run(
-        [sys.executable, HERE / "eval.py", midway_file, "--task", "segmentation", "--data", root,
-         "--classes", "3", "--out", tmp_path / "out", "--device", "cpu", "--batch-size", "2"],
-        capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    assert re.fullmatch(r"eval.py: error: \S+\.png: value 7 is neither .*\n", done.stderr), done.stderr
+# ---- evaluation: MooG ----------------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize("follows", [True, False])
+def test_follow_tells_tokens_of_things_from_tokens_of_places(checkpoints, monkeypatch, follows):
+    run = evaluation(checkpoints["moog"])
+    ids = run.truth(run.scenes("eval", 8), range(1000, 1032))["ids"].flatten(2)
+    tops = iter(ids.split(4))
+    monkeypatch.setattr(evaluate, "top_tokens", lambda model, states: (
+        next(tops) if follows else torch.arange(256).expand(4, 8, -1)))
+    went, was, other = evaluate.follow_tracks(run).values()
+    if follows:                             # one token a sprite; rounding misses some at the rim
+        assert went > 0.75 and was < 0.2 and 0.1 < other < 0.95
+    else:                                   # one token a pixel
+        assert was == 1 and went < 0.35
 
 
-def test_evaluation_tells_what_is_wrong_in_one_line(midway_file, moog_run, tmp_path, capsys):
-    root = tmp_path
+@torch.no_grad()
+def test_attention_in_chunks_is_the_whole(checkpoints):
+    model = evaluation(checkpoints["moog"]).model
+    model.cfg = replace(model.cfg, size=48)
+    states = model.unroll(torch.rand(2, 3, 3, 48, 48)).predicted
+    whole = evaluate.attention(model, states, (48, 48), None)               # (2, 3, 2304, N)
+    assert (evaluate.top_tokens(model, states) == whole.argmax(-1)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("released", [False, True])
+def test_open_loop_leaves_the_corrector_out(released):
+    torch.manual_seed(0)
+    model, video = tiny_moog(released=released).eval(), torch.rand(1, 3, 3, 16, 16)
+    torch.manual_seed(1)
+    states = evaluate.predict_open_loop(model, video, 3)
+    torch.manual_seed(1)
+    close(states[:, :1], model.predict_ahead(video)[:, -1:], 1e-6)          # what comes next
+    model.corrector = None
+    state = states[:, 0]
+    for k in (1, 2):
+        state = model.predict(state) if released else model.predict(model.state_norm(state))
+        close(states[:, k], state, 1e-6)
+
+
+def test_baselines_of_points_boxes_and_depth_by_hand(checkpoints, tmp_path, few):
+    rows = {}
+    for task in ("points", "boxes", "depth"):
+        [table] = evaluated(checkpoints["moog"], tmp_path, "--task", task, *FAST).values()
+        rows[task] = next(iter(table.values()))
+    away, overlap, off, on_sprites = [], [], [], []
+    for test in evaluate.Points(evaluation(checkpoints["moog"])).testing:
+        for b in range(len(test["video"])):
+            tracks, visible, boxes, inside, depth = (
+                test[name][b] for name in ("tracks", "visible", "boxes", "inside", "depth"))
+            gone = 256 * (tracks[1:] - tracks[:1]).norm(dim=-1)[visible[1:]]
+            away += [gone.mean()] * bool(len(gone))
+            iou = evaluate.box_iou(boxes[:1].expand_as(boxes), boxes)
+            overlap.append(iou[1:][(inside & inside[:1])[1:]])
+            off.append(((1 - depth) / depth).mean())                    # most is background: at 1
+            x, y = (16 * tracks[0] - 0.5).round().long().unbind(-1)
+            if (depth[0] < 1).float().mean() > 0.1:
+                on_sprites.append((depth[0][y, x] < 1).float().mean())
+    close(rows["points"]["stays put"], torch.stack(away).mean(), 1e-3)
+    close(rows["boxes"]["keeps its first box"], torch.cat(overlap).mean(), 1e-6)
+    close(rows["depth"]["median"], torch.stack(off).mean(), 1e-6)
+    assert np.mean(on_sprites) > 0.99                                   # if there are any
+
+
+def test_points_learn_from_features_that_tell_places(checkpoints, monkeypatch):
+    """Oracle features, each sprite's name and place: a plateau would show here."""
+    for name, value in dict(POOL=256, TESTS=64).items():
+        monkeypatch.setattr(evaluate, name, value)
+    run = evaluation(checkpoints["moog"], steps=200, batch_size=16)
+    run.cfg = run.model.cfg = replace(run.cfg, dim=64)
+    run.config["scenes"] = SMALL_SCENES | dict(speed=4.0, pan=0.0)
+
+    class Oracle(evaluate.Points):
+        def features(self, model, batch):
+            y1, x1, y2, x2 = batch["boxes"].unbind(-1)                  # (B, T, K)
+            place = moog.fourier(torch.stack([x1 + x2, y1 + y2], -1) - 1, 8)
+            name = torch.eye(place.shape[2]).expand(*place.shape[:3], -1)
+            return F.pad(torch.cat([place, name], -1), (0, 64 - place.shape[-1] - place.shape[2]))
+    task = Oracle(run)
+    model, head = evaluate.train_readout(task, run.model, "oracle")
+    off = {"learnt": [], "still": []}
+    for batch in task.testing:
+        with torch.no_grad():
+            still = task.baselines(batch)["stays put"]
+            answers = dict(learnt=task.test(model, head, batch), still=still)
+        for name, answer in answers.items():
+            off[name].append(task.measure(answer, batch)["mean distance, pixels of 256"])
+    assert torch.cat(off["learnt"]).nanmean() < 40 < torch.cat(off["still"]).nanmean()
+
+
+def make_rgbd(root):
+    """Three RGB-D clips of ten frames, red says x, green y, with points that stand still; a box."""
+    y, x = np.mgrid[:24, :32]
+    picture = np.stack([8 * x, 8 * y, 0 * x], -1).astype(np.uint8)
+    for name in ("a", "b", "c", "boxes"):
+        (root / name).mkdir(parents=True)
+        for t in range(10):
+            iio.imwrite(root / name / f"rgb_{t:02}.png", picture)
+            if name != "boxes":
+                iio.imwrite(root / name / f"depth_{t:02}.png", (1000 + 100 * x).astype(np.uint16))
+        if name == "boxes":
+            (root / name / "boxes_xyxy.txt").write_text("3 4 12 14\n" * 10)
+            continue
+        tracks = np.tile(np.array([[4, 5], [20, 12], [9, 18]], np.float32)[:, None], (1, 10, 1))
+        np.savez(root / name / "tracks.npz", tracks=tracks, status=np.zeros((3, 10), np.int8),
+                 query_frame=np.array([0, 0, 5]))
+    return root
+
+
+@pytest.mark.parametrize("task, folder, said, column, row, low, high", [
+    ("points", "", "2 clips, tested on c\n", "stays put", "delta_avg", 1, 1),
+    ("depth", "", "2 clips, tested on c\n", "median", "abs_rel", 0.1, 0.5),
+    ("boxes", "boxes", "scenes, tested on boxes\n", "keeps its first box",
+     "mean intersection over union", 0.999, 1.001)])
+def test_readouts_of_real_clips(
+        checkpoints, tmp_path, few, capsys, task, folder, said, column, row, low, high):
+    root = make_rgbd(tmp_path / "clips") / folder
+    flags = ["--task", task, "--data", root, *FAST]
+    [rows] = evaluated(checkpoints["moog"], tmp_path, *flags).values()
+    assert f"trained on {said}" in capsys.readouterr().out
+    assert low <= rows[row][column] <= high
+
+
+def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path, few, monkeypatch):
+    monkeypatch.setattr(evaluate, "POOL", 40)
+    pool = evaluate.Points(evaluation(checkpoints["moog"], data=str(make_rgbd(tmp_path)))).pool
+    assert pool["video"].shape == (10, 8, 3, 16, 16)
+    places = torch.tensor([[4.0, 5], [20, 12], [9, 18]]) * 8
+    for b in range(10):
+        grid = (2 * pool["tracks"][b] - 1)[:, None]                     # (T, 1, P, 2)
+        shown = F.grid_sample(pool["video"][b].float(), grid, align_corners=False)[:, :2, 0]
+        for p in range(6):
+            t = pool["query_frames"][b, p]
+            assert pool["visible"][b, t, p] and pool["valid"][b, t, p]
+            assert (shown[t, :, p] - places).norm(dim=1).min() < 6
+
+
+# ---- evaluation: what is wrong is told in one line -----------------------------------------------
+@pytest.mark.parametrize("name, flags, word", [
+    ("nowhere", "", "nowhere"), ("nowhere.npz", "", "nowhere"), ("text.npz", "", "text.npz"),
+    ("evil", "", "os"), ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
+    ("midway", "--task identity-bias --data empty", "scenes"),
+    ("midway", "--task track --tracks points.npz", "--data"),
+    ("midway", "--task segmentation --data empty", "empty"),
+    ("midway", "--task segmentation --data nowhere", "nowhere"),
+    ("midway", "--task segmentation --data wrong --classes 3 --batch-size 2", ".png"),
+    ("midway", "--task segmentation --size 30", "patch"),
+    ("midway", "--task flow --data empty", "empty"),
+    ("midway", "--task heatmap --data empty", "empty"),
+    ("midway", "--task identity-bias --against moog", "--against"),
+    ("dino", "--task heatmap", "dynamics"),
+    ("dino", "--task segmentation --features backward", "backward"),
+    ("midway", "--task segmentation --head upernet --features backward", "backward"),
+    ("moog", "--task points --data empty", "empty"),
+    ("moog", "--task boxes --data empty", "boxes_xyxy.txt"),
+    ("midway", "--overlap 1", "--overlap")])
+def test_what_is_wrong_is_told_in_one_line(
+        checkpoints, tmp_path, monkeypatch, capsys, few, name, flags, word):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    plain = tmp_path / "plain.pt"
-    ckpt = torch.load(midway_file, weights_only=True)
-    ckpt["config"]["config"]["latent_dynamics"] = False
-    ckpt["model"] = Midway(Config(**ckpt["config"]["config"])).state_dict()
-    torch.save(ckpt, plain)
-    for args, message in (
-            ([midway_file, "--task", "tokens"], "midway has no task 'tokens': choose from latents, heatmap"),
-            ([moog_run, "--task", "flow"], "moog has no task 'flow'"),
-            ([midway_file, "--task", "segmentation", "--batch-size", 1], "--batch-size of 2 or more"),
-            ([midway_file, "--task", "identity-bias", "--data", root], "only scenes have"),
-            ([midway_file, "--task", "track", "--tracks", "points.npz"], "give the video"),
-            ([midway_file, "--task", "segmentation", "--data", tmp_path / "empty"], "no labelled images"),
-            ([midway_file, "--task", "segmentation", "--data", tmp_path / "nowhere"], "no such folder"),
-            ([midway_file, "--task", "segmentation", "--size", 30], "times the patch size"),
-            ([midway_file, "--task", "flow", "--data", tmp_path / "empty"], "no flow with its two frames"),
-            ([midway_file, "--task", "heatmap", "--data", tmp_path / "empty"], "no videos and no frames"),
-            ([midway_file, "--task", "identity-bias", "--against", moog_run], "want another Midway"),
-            ([plain, "--task", "heatmap"], "no latent dynamics"),
-            ([plain, "--task", "segmentation", "--features", "backward"], "--features encoder"),
-            ([midway_file, "--task", "segmentation", "--head", "upernet", "--features", "backward"], "four")):
-        with pytest.raises(SystemExit) as stop:
-            args = [*args, "--out", tmp_path / "out", "--steps", 1, "--device", "cpu"]
-            evaluate.cli([str(a) for a in args])
-        assert message in str(stop.value) and "\n" not in str(stop.value), (args, stop.value)
-    for flags in (["--overlap", "1"], ["--at", "2", "0"], ["--draws", "0"], ["--gap", "2", "1"]):
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main([str(midway_file), *flags])
-        assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+    (tmp_path / "text.npz").write_text("hello")
+    if "wrong" in flags:
+        labelled_folder(tmp_path / "wrong", values=(0, 1, 7))
+    evil = torch.load(checkpoints["midway"], weights_only=True)
+    evil["config"]["model"] = "os"          # a module that is no model of ours is not imported
+    torch.save(evil, tmp_path / "evil")
+    flags = [str(checkpoints.get(flag, flag)) for flag in flags.split()]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.cli([str(checkpoints.get(name, name)), "--out", "out", "--device", "cpu", *flags])
+    message = str(stop.value) if stop.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
+    assert word in message and "\n" not in message
 
 
 # ---- MeloMotion: parts ---------------------------------------------------------------------------
