@@ -91,12 +91,12 @@ class UserError(Exception):
 
 @contextmanager
 def one_line(what, warn=False):
-    """Any failure inside becomes one line: an error, or a mere warning."""
+    """Any failure inside becomes one line, an error or a mere warning, if `what` isn't empty."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if not what or isinstance(error, (UserError, torch.OutOfMemoryError)):
+            raise
         text = " ".join(f"{what}: {type(error).__name__}: {error}".split())[:300]
         if not warn:
             raise UserError(text) from None
@@ -118,6 +118,7 @@ def kind_of(field):
 
 def add_flags(parser, part, cls, defaults):
     """A flag for each field of a dataclass, explained by the comment that stands beside it."""
+    assert defaults.keys() == {field.name for field in fields(cls)}, f"other {part}"
     comments = dict(re.findall(r"^ +(\w+): [^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
     group = parser.add_argument_group(part)
     for field in fields(cls):
@@ -128,34 +129,31 @@ def add_flags(parser, part, cls, defaults):
         if isinstance(field.default, tuple):
             flag["nargs"] = "+" if "..." in str(field.type) else len(field.default)
         text = comments.get(field.name, "").replace("%", "%%")
-        name = "--scene-" if part == "scenes" else "--"
         group.add_argument(
-            name + field.name.replace("_", "-"), dest=f"{part}.{field.name}", **flag,
-            default=defaults.get(field.name, field.default), help=f"{text} (default: %(default)s)")
+            ("--scene-" if part == "scenes" else "--") + field.name.replace("_", "-"), **flag,
+            dest=f"{part}.{field.name}", default=defaults[field.name], help=f"{text} (%(default)s)")
 
 
-def make_part(cls, values):
-    """cls(**values), if each value is of its default's kind and within LIMITS; else ValueError."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+def make_part(part, cls, given):
+    """The dataclass, if each flag is of its default's kind and within LIMITS; else ValueError."""
+    values = {}
     for field in fields(cls):
         kind = kind_of(field)
-        value = values[field.name]
+        value = getattr(given, f"{part}.{field.name}")
+        values[field.name] = tuple(value) if isinstance(field.default, tuple) else value
         least, most = LIMITS.get(field.name, (0, 1e12))
         for item in value if isinstance(field.default, tuple) else [value]:
             fits = isinstance(item, kind) or item is field.default
             if kind in (int, float):
                 fits = isinstance(item, (int, kind)) and least <= item <= most
             if not fits:
-                raise ValueError(f"{field.name} {item!r:.40}: {kind.__name__} wanted, if a number "
-                                 f"from {least:g} to {most:g}")
+                raise ValueError(f"{part}: {field.name} {item!r:.40}: want {kind.__name__}, "
+                                 f"numbers from {least:g} to {most:g}")
     return cls(**values)
 
 
 def parse(argv):
-    """
-    Command line -> {"options": Options, "scenes": SceneOptions, "videos": VideoOptions, "config":
-    the model's Config}, the model's module, and the checkpoint to resume or None.
-    """
+    """Command line -> {part: dataclass}, the model's module, the checkpoint to resume or None."""
     first = Parser(add_help=False, allow_abbrev=False)
     for name in ("model", "preset", "resume", "device"):
         first.add_argument(f"--{name}", default="")
@@ -165,7 +163,7 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parts = dict(options=Options, scenes=data.SceneOptions, videos=data.VideoOptions)
-    defaults = {}
+    presets = {}
     if name in MODELS:
         module = importlib.import_module(name)
         parts["config"] = module.Config
@@ -176,26 +174,23 @@ def parse(argv):
         if preset not in module.PRESETS:
             parser.error(f"--preset {preset}: choose from {', '.join(module.PRESETS)}")
         recipe = dict(module.RECIPES[preset], model=name, preset=preset, out=f"out/{name}-{preset}")
-        defaults = dict(scenes=recipe.pop("scenes", {}), options=recipe,
-                        config=module.PRESETS[preset])
-    if ckpt:
-        defaults = ckpt["config"]
-        with one_line(f"{ckpt['path']} does not fit this version"):
-            for part, cls in parts.items():
-                make_part(cls, defaults[part])
-        defaults["options"]["out"] = str(ckpt["path"].parent)       # where it lies now
-    for part, cls in parts.items():
-        add_flags(parser, part, cls, defaults.get(part, {}))
-    given, unknown = parser.parse_known_args(argv)      # --help ends here
-    if name not in MODELS:
-        parser.error(f"--model {name}: which one? {', '.join(MODELS)}")
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        parser.error(f"no flag {unknown[0]}: did you mean {' '.join(close) or '--help'}?")
-    made = {}
-    for part, cls in parts.items():
-        values = {field.name: getattr(given, f"{part}.{field.name}") for field in fields(cls)}
-        made[part] = make_part(cls, values)
+        presets = dict(scenes=recipe.pop("scenes", {}), options=recipe,
+                       config=module.PRESETS[preset])
+    with one_line(ckpt and f"{ckpt['path']} does not fit this version"):
+        for part, cls in parts.items():
+            defaults = asdict(cls()) | presets.get(part, {})
+            if ckpt:
+                defaults = ckpt["config"][part]
+            if ckpt and cls is Options:
+                defaults["out"] = str(ckpt["path"].parent)          # where it lies now
+            add_flags(parser, part, cls, defaults)
+        given, unknown = parser.parse_known_args(argv)              # --help ends here
+        if name not in MODELS:
+            parser.error(f"--model {name}: which one? {', '.join(MODELS)}")
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+            parser.error(f"no flag {unknown[0]}: did you mean {' '.join(close) or '--help'}?")
+        made = {part: make_part(part, cls, given) for part, cls in parts.items()}
     opt = made["options"]
     opt.data = os.path.expanduser(opt.data)
     opt.out = os.path.expanduser(opt.out)
@@ -251,7 +246,9 @@ def read_checkpoint(path, model=""):
     with one_line(f"{path} is damaged or no checkpoint"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         name = ckpt["config"]["model"]
-        assert name in MODELS and type(ckpt["step"]) is int and ckpt["step"] >= 0
+        ckpt.setdefault("log", [])
+        assert name in MODELS and ckpt["step"] >= 0, "of no model of this repository"
+        assert type(ckpt["step"]) is int and type(ckpt["log"]) is list
     if model not in ("", name):
         raise UserError(f"{path} holds a {name} model, not {model}")
     return ckpt | dict(path=path)
@@ -259,19 +256,19 @@ def read_checkpoint(path, model=""):
 
 def load_moments(optimizer, saved):
     """
-    AdamW's moments, copied into memory like the parameters': torch itself compares no shapes, and
-    its fused update would write beyond smaller tensors. All else in the groups is this run's.
+    AdamW's moments, copied into memory like the parameters': torch compares no shapes, and its
+    fused update would write beyond smaller tensors. All else in the groups is this run's.
     """
-    state = optimizer.state_dict()
+    new = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [group["params"] for group in state["param_groups"]]
-    assert [group["params"] for group in saved["param_groups"]] == numbers, "other parameters"
+    for mine, other in zip(new["param_groups"], saved["param_groups"], strict=True):
+        assert mine["params"] == other["params"], "other groups of parameters"
     for i, moments in saved["state"].items():
-        state["state"][i] = dict(step=torch.tensor(float(moments["step"])))
+        new["state"][i] = dict(step=torch.tensor(float(moments["step"])))
         for name in ("exp_avg", "exp_avg_sq"):
             assert moments[name].shape == params[i].shape, f"shape of {name} {i}"
-            state["state"][i][name] = torch.empty_like(params[i]).copy_(moments[name])
-    optimizer.load_state_dict(state)
+            new["state"][i][name] = torch.empty_like(params[i]).copy_(moments[name])
+    optimizer.load_state_dict(new)
 
 
 def save_checkpoint(path, **content):
@@ -312,8 +309,8 @@ def check_finite(opt, values, step, good):
 LOCK = []       # the folder that this process writes to, opened: locked as long as it is open
 
 
-def lock_folder(out):
-    """Refuses a folder that another run writes to. The lock ends with this process."""
+def prepare_folder(out, resuming):
+    """Locks the folder until this process ends; a new run moves an earlier one aside."""
     while LOCK:
         os.close(LOCK.pop())
     out.mkdir(parents=True, exist_ok=True)
@@ -326,27 +323,16 @@ def lock_folder(out):
             raise UserError(f"another run is writing to {out}: wait, or change --out") from None
         except OSError:                 # a file system without locks
             pass
-
-
-def prepare_folder(out, start, resuming):
-    """A new run moves an earlier one aside; a resumed one gets its log, a list of dicts."""
-    lock_folder(out)
     if (out / "ckpt.pt").exists() and not resuming:
-        names = (out.with_name(f"{out.name}.{i}") for i in itertools.count(1))
-        aside = next(path for path in names if not path.exists())
-        out.rename(aside)
-        print(f"an earlier run in {out} is now in {aside}")
-        lock_folder(out)
-    lines = []
-    log = out / "log.jsonl"
-    with one_line(log, warn=True):
-        for text in log.read_text(errors="replace").splitlines() if resuming else []:
-            with one_line(f"{log} has a damaged line", warn=True):
-                line = json.loads(text)
-                if line["step"] <= start:
-                    lines.append(line)
-        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
+        number = next(i for i in itertools.count(1) if not os.path.exists(f"{out}.{i}"))
+        out.rename(f"{out}.{number}")
+        print(f"an earlier run in {out} is now in {out}.{number}")
+        prepare_folder(out, resuming)
+
+
+def write_log(out, lines, mode):
+    with one_line(out / "log.jsonl", warn=True), open(out / "log.jsonl", mode) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def draw_curves(lines, path):
@@ -440,28 +426,24 @@ def bench_line(device, ticks, micro, flops):
     """ticks: the clock at the start and after each of 23 steps, of which three warm up."""
     times = [after - before for before, after in itertools.pairwise(ticks)]
     seconds = statistics.median(times[3:])
-    hardware = device.type
-    memory = math.nan
-    if hardware == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-        memory = torch.cuda.max_memory_allocated(device) / 2**30
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = next((peak for name, peak in PEAK_BF16.items() if name in hardware), math.nan)
     speed = micro * flops / seconds                 # of each process
     return (f"bench on {hardware}: {1000 * seconds:.1f} ms a step (median of 20), "
             f"{micro * WORLD / seconds:.2f} samples/s, {flops / 1e9:.1f} GFLOP a sample (forward "
             f"and backward), {speed / 1e12:.2f} TFLOP/s a process, MFU {100 * speed / peak:.1f} % "
-            f"of bf16 peak, peak memory {memory:.1f} GB")
+            f"of bf16 peak, {torch.cuda.max_memory_allocated() / 2**30:.1f} GB of GPU memory")
 
 
 # ---- the loop ------------------------------------------------------------------------------------
 def build(parts, module, ckpt, device):
-    """Model and optimiser, new or as the checkpoint has them."""
+    """Model, the same for calls, optimiser: new or as the checkpoint has them."""
     opt = parts["options"]
     torch.manual_seed(opt.seed)
     source = ckpt
     if opt.init and not ckpt:
         source = read_checkpoint(opt.init, opt.model)
-    with one_line(f"{source['path']} does not fit") if source else nullcontext():
+    with one_line(source and f"{source['path']} does not fit this version"):
         model = getattr(module, MODELS[opt.model])(parts["config"]).to(device)
         if hasattr(model, "param_groups"):
             groups = model.param_groups(opt.weight_decay)
@@ -474,13 +456,17 @@ def build(parts, module, ckpt, device):
             model.load_state_dict(source.pop("model"))
         if ckpt:
             load_moments(optimizer, ckpt.pop("optimizer"))
-            before = replace(opt, steps=ckpt["config"]["options"]["steps"])
-            old, _ = schedule(before, ckpt["step"])
-            new, _ = schedule(opt, ckpt["step"])
-            if old != new:
-                print0(f"--steps {before.steps} -> {opt.steps} stretches the cosine: from a "
-                       f"learning rate of {old:.3g} to {new:.3g}")
-    return model, optimizer
+    if opt.compile is None:
+        opt.compile = device.type == "cuda" and sys.platform == "linux"
+    if opt.compile:
+        model.compile(dynamic=False)                # in place, so state dict keys stay clean
+    wrapped = model
+    if WORLD > 1:               # buffers: each process keeps its own; after_step() makes them agree
+        renamed = "forward_sync_buffers" in inspect.signature(DDP).parameters   # in torch 2.13
+        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        devices = [device.index] if device.type == "cuda" else None
+        wrapped = DDP(model, device_ids=devices, **buffers)
+    return model, wrapped, optimizer
 
 
 def main(argv):
@@ -489,9 +475,8 @@ def main(argv):
     out = Path(opt.out)
     start = ckpt["step"] if ckpt else 0
     device = choose_device(opt.device)
-    cuda = device.type == "cuda"
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # ---- sizes: the user says the global one
     micro = opt.micro_batch or max(opt.batch_size // WORLD, 1)
@@ -504,28 +489,23 @@ def main(argv):
                         f"{WORLD}: try {opt.batch_size - rest or micro * WORLD}")
     if start >= opt.steps:
         raise UserError(f"{ckpt['path']} is at step {start} already: give more --steps than that")
+    before = ckpt["config"]["options"]["steps"] if ckpt else opt.steps
+    if before != opt.steps:
+        print0(f"--steps {before} -> {opt.steps} stretches the cosine: the learning rate goes from "
+               f"{schedule(replace(opt, steps=before), start)[0]:.3g} to "
+               f"{schedule(opt, start)[0]:.3g}")
 
     # ---- precision. our choice: bf16 autocast, which needs no loss scaling; paper: fp16
     torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in float32
     if opt.dtype not in ("auto", "bfloat16", "float32"):
         raise UserError(f"--dtype {opt.dtype}: choose from auto, bfloat16, float32")
     bf16 = opt.dtype == "bfloat16"
-    if opt.dtype == "auto":
-        bf16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if opt.dtype == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    # ---- model, optimiser
-    model, optimizer = build(parts, module, ckpt, device)
+    model, wrapped, optimizer = build(parts, module, ckpt, device)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if opt.compile is None:
-        opt.compile = cuda and sys.platform == "linux"
-    if opt.compile:
-        model.compile(dynamic=False)                # in place, so state dict keys stay clean
-    wrapped = model
-    if WORLD > 1:               # buffers: each process keeps its own; after_step() makes them agree
-        renamed = "forward_sync_buffers" in inspect.signature(DDP).parameters   # in torch 2.13
-        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        wrapped = DDP(model, device_ids=[device.index] if cuda else None, **buffers)
 
     # ---- data: opened before the output folder is touched, so that a wrong path leaves no trace
     samples = iter(data.make_loader(
@@ -541,11 +521,13 @@ def main(argv):
         flops = count_flops(type(model), parts["config"], batch)
 
     # ---- output folder
+    lines = ckpt["log"] if ckpt else []             # of log.jsonl
     config = {part: asdict(values) for part, values in parts.items()}
     config.update(model=opt.model, preset=opt.preset)
     if RANK == 0 and not opt.bench:
         resuming = bool(ckpt) and ckpt["path"].resolve() == (out / "ckpt.pt").resolve()
-        lines = prepare_folder(out, start, resuming)
+        prepare_folder(out, resuming)
+        write_log(out, lines, "w")
         with one_line(out / "config.json", warn=True):
             (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -607,19 +589,19 @@ def main(argv):
             tried = mean_of_all(try_weights(model, trained, batch, autocast))
             check_finite(opt, tried[None], step + 1, good)
             good = f"{out / 'ckpt.pt'} (step {step + 1})"
+        if RANK == 0:
+            lines.append(line)
+        if RANK == 0 and save:
+            save_checkpoint(out / "ckpt.pt", model=model.state_dict(), step=step + 1, config=config,
+                            optimizer=optimizer.state_dict(), log=lines)
+            with one_line(out / "curves.png", warn=True):
+                draw_curves(lines, out / "curves.png")
         if step + 1 == opt.steps:
             line["held_out"] = held_out(parts, device, model, autocast)
             for row, cells in line["held_out"].items():
-                print0(f"{row:32}" + "".join(f"{x:11.4g} {name}" for name, x in cells.items()))
+                print0(f"{row:30}" + "".join(f"{x:11.4g} {name}" for name, x in cells.items()))
         if RANK == 0:
-            lines.append(line)
-            with one_line(out / "log.jsonl", warn=True), open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        if RANK == 0 and save:
-            save_checkpoint(out / "ckpt.pt", model=model.state_dict(), step=step + 1,
-                            optimizer=optimizer.state_dict(), config=config)
-            with one_line(out / "curves.png", warn=True):
-                draw_curves(lines, out / "curves.png")
+            write_log(out, [line], "a")
         window = []
         clock = time.perf_counter()
         if halt:
