@@ -222,18 +222,14 @@ def choose_device(name=""):
         return torch.empty(1, device=name).device
 
 
-def catch_signals():
-    """A list that holds the signal once one has come. A second one ends the process at once."""
-    caught = []
+CAUGHT = []     # signals that came
 
-    def on_signal(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nfinishing the step, then saving; again to leave now\n")
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return caught
+def on_signal(number, frame):
+    """The step ends, then the run; a second signal ends it at once."""
+    CAUGHT.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    os.write(2, b"\nfinishing the step, then saving; again to leave now\n")
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -271,7 +267,7 @@ def load_moments(optimizer, saved):
     optimizer.load_state_dict(new)
 
 
-def save_checkpoint(path, **content):
+def save_checkpoint(path, content):
     """To a temporary name, to disk, then renamed: a full disk spares the old one."""
     temporary = path.with_name("ckpt.pt.tmp")
     with one_line(f"can't save {path} (an earlier one is whole)"):
@@ -440,9 +436,7 @@ def build(parts, module, ckpt, device):
     """Model, the same for calls, optimiser: new or as the checkpoint has them."""
     opt = parts["options"]
     torch.manual_seed(opt.seed)
-    source = ckpt
-    if opt.init and not ckpt:
-        source = read_checkpoint(opt.init, opt.model)
+    source = ckpt or (opt.init and read_checkpoint(opt.init, opt.model))
     with one_line(source and f"{source['path']} does not fit this version"):
         model = getattr(module, MODELS[opt.model])(parts["config"]).to(device)
         if hasattr(model, "param_groups"):
@@ -532,7 +526,9 @@ def main(argv):
             (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     # ---- train
-    caught = catch_signals()
+    CAUGHT.clear()
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     good = f"{ckpt['path']} (step {start})" if ckpt else "none yet"
     window = []                         # meters since the last line of the log, on the device
     clock = time.perf_counter()
@@ -567,12 +563,10 @@ def main(argv):
 
         # ---- log and save; nothing above waits for the device
         window.append(torch.stack([*meters.values()]))
-        halt = bool(caught)
+        halt = bool(CAUGHT)
         if WORLD > 1:                   # all leave together; asked for every tenth step
-            vote = torch.tensor(float(halt), device=device)
-            halt = step % 10 == 0 and mean_of_all(vote).item() > 0
-        done = halt or step + 1 == opt.steps
-        save = done or (step + 1) % opt.save_every == 0
+            halt = step % 10 == 0 and mean_of_all(torch.tensor(halt * 1.0, device=device)) > 0
+        save = halt or step + 1 == opt.steps or (step + 1) % opt.save_every == 0
         if not (save or step == start or (step + 1) % opt.log_every == 0):
             continue
         rows = torch.stack(window)
@@ -580,23 +574,23 @@ def main(argv):
         means = mean_of_all(rows.mean(0)).tolist()
         seconds = (time.perf_counter() - clock) / len(window)
         line = dict(step=step + 1, loss=means[0], lr=lr, ms=1000 * seconds,
-                    samples_per_s=opt.batch_size / seconds,
                     eta_min=(opt.steps - step - 1) * seconds / 60)
-        line.update(zip(meters, means), weight_decay=decay)
+        line.update(zip(meters, means))
+        line.update(samples_per_s=opt.batch_size / seconds, weight_decay=decay)
         text = "".join(f"{name} {value:.4g} | " for name, value in line.items())
         print0(text[:103].rpartition(" | ")[0])             # at most 100 columns
         if save:
             tried = mean_of_all(try_weights(model, trained, batch, autocast))
             check_finite(opt, tried[None], step + 1, good)
             good = f"{out / 'ckpt.pt'} (step {step + 1})"
-        if RANK == 0:
-            lines.append(line)
+        lines.append(line)
         if RANK == 0 and save:
-            save_checkpoint(out / "ckpt.pt", model=model.state_dict(), step=step + 1, config=config,
-                            optimizer=optimizer.state_dict(), log=lines)
+            save_checkpoint(out / "ckpt.pt", dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
+                config=config, log=lines))
             with one_line(out / "curves.png", warn=True):
                 draw_curves(lines, out / "curves.png")
-        if step + 1 == opt.steps:
+        if step + 1 == opt.steps and not halt:
             line["held_out"] = held_out(parts, device, model, autocast)
             for row, cells in line["held_out"].items():
                 print0(f"{row:30}" + "".join(f"{x:11.4g} {name}" for name, x in cells.items()))
@@ -611,13 +605,13 @@ def main(argv):
     if opt.bench:
         print0(bench_line(device, ticks, micro, flops))
     else:
-        print0(f"written: {out}/ckpt.pt at step {step + 1}, log.jsonl, curves.png, config.json")
+        print0(f"written: {out}/ckpt.pt at step {step + 1}, log.jsonl, curves.png")
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
     if not opt.bench and halt:
-        print0(f"stopped by a signal. Go on with: python train.py --resume {out}")
-        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
+        print0(f"stopped. Go on with: python train.py --resume {out}")
+        sys.exit(128 + (CAUGHT or [signal.SIGTERM])[0])
 
 
 def cli(argv):
