@@ -1821,6 +1821,7 @@ CLI_ERRORS = [
     ("SQUARES --init RUN", 1, "holds a midway model"),
     ("--resume RUN --dim 48 --steps 3", 1, "does not fit"),
     ("--resume RUN", 1, "--steps"),
+    ("--resume RUN --preset vit_s", 1, "preset tiny"),
     ("--resume RUN/cut.pt", 1, "damaged"),
 ]
 

@@ -158,8 +158,11 @@ def parse(argv):
     for name in ("model", "preset", "resume", "device"):
         first.add_argument(f"--{name}", default="")
     first, _ = first.parse_known_args(argv)
-    ckpt = read_checkpoint(first.resume, first.model) if first.resume else None
-    name = ckpt["config"]["model"] if ckpt else first.model
+    ckpt = None
+    name = first.model
+    if first.resume:
+        ckpt = read_checkpoint(first.resume, first.model, first.preset)
+        name = ckpt["config"]["model"]
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parts = dict(options=Options, scenes=data.SceneOptions, videos=data.VideoOptions)
@@ -229,11 +232,12 @@ def on_signal(number, frame):
     """The step ends, then the run; a second signal ends it at once."""
     CAUGHT.append(number)
     signal.signal(number, signal.SIG_DFL)
-    os.write(2, b"\nfinishing the step, then saving; again to leave now\n")
+    if RANK == 0:
+        os.write(2, b"\nfinishing the step, then saving; again to leave now\n")
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-def read_checkpoint(path, model=""):
+def read_checkpoint(path, model="", preset=""):
     """A checkpoint of ours, from its path or its folder. Nothing in the file is executed."""
     path = Path(path).expanduser()
     path = path / "ckpt.pt" if path.is_dir() else path
@@ -242,11 +246,12 @@ def read_checkpoint(path, model=""):
     with one_line(f"{path} is damaged or no checkpoint"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         name = ckpt["config"]["model"]
+        its_preset = ckpt["config"]["preset"]
         ckpt.setdefault("log", [])
         assert name in MODELS and ckpt["step"] >= 0, "of no model of this repository"
         assert type(ckpt["step"]) is int and type(ckpt["log"]) is list
-    if model not in ("", name):
-        raise UserError(f"{path} holds a {name} model, not {model}")
+    if model not in ("", name) or preset not in ("", its_preset):
+        raise UserError(f"{path} holds a {name} model, preset {its_preset}")
     return ckpt | dict(path=path)
 
 
@@ -288,7 +293,7 @@ def try_weights(model, trained, batch, autocast):
     for buffer, before in buffers:
         buffer.copy_(before)
     norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-    return torch.stack([loss.detach(), norm]).float()
+    return torch.stack([loss.detach().float(), norm.float()])
 
 
 def check_finite(opt, values, step, good):
