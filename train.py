@@ -34,7 +34,7 @@ from pathlib import Path
 
 # CPU threads that wait should soon sleep: OpenMP's spinning stalls a run beside other processes
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ["MPLBACKEND"] = "agg"
+os.environ["MPLBACKEND"] = "agg"        # curves.png needs no screen
 
 import torch
 import torch.distributed as dist
@@ -244,7 +244,7 @@ def read_checkpoint(path, model="", preset=""):
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     with one_line(f"{path} is damaged or no checkpoint"):
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = dict(torch.load(path, map_location="cpu", weights_only=True))
         name = ckpt["config"]["model"]
         its_preset = ckpt["config"]["preset"]
         ckpt.setdefault("log", [])
