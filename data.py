@@ -121,12 +121,12 @@ class SceneOptions:
 
 
 def similarity(scale, shift, points):
-    """scale p + shift, complex. In place: torch's other complex addition is several times slower."""
+    """scale p + shift in complex numbers. Added in place: in torch that is several times faster."""
     return (scale * points).add_(shift)
 
 
 def of_owner(scale, shift, owner, points):
-    """The points (n, P), mapped by those of the similarities (n, L) of their layers owner (n, P)."""
+    """Points (n, P) -> (n, P) by the similarities (n, L) of their layers owner (n, P)."""
     scale = scale.to(torch.complex64).gather(1, owner)
     return similarity(scale, shift.to(torch.complex64).gather(1, owner), points)
 
@@ -188,7 +188,7 @@ class Scenes:
         fastest = np.where(first, o.pan, o.speed)                   # pixels per frame
         zoom = zoom * np.where(first, o.zoom, 0.05 * o.speed / radius)
         roll = roll * np.where(first, o.roll, 0.25 * o.speed / radius)
-        tau = np.arange(self.frames)[:, None] - (self.frames - 1) / 2           # (T, 1) since mid-clip
+        tau = np.arange(self.frames)[:, None] - (self.frames - 1) / 2       # (T, 1) since mid-clip
         velocity = fastest * speed * heading
         change = fastest * bend * bend_heading
         path = velocity * tau + change / max(self.frames - 1, 1) * tau**2 / 2   # (T, L)
@@ -216,7 +216,7 @@ class Scenes:
         scale = scale.to(torch.complex64)
         shift = shift.to(torch.complex64)
         owner = torch.zeros(len(scale), points.shape[-1])
-        for k in range(1, self.options.sprites + 1):            # far to near: the larger number wins
+        for k in range(1, self.options.sprites + 1):        # far to near: the larger number wins
             q = similarity(scale[:, k, None], shift[:, k, None], points)
             table = self.tables[world.kind[k] - 1]
             inside = F.grid_sample(table[None, None], torch.view_as_real(q)[None], mode="nearest",
@@ -232,10 +232,10 @@ class Scenes:
         atlas = atlas.clamp_(0, 1).flatten(1, 2)                            # (3, L*(S+1), S+1)
         scale = 1 / world.a / S
         shift = world.offset / S - scale * world.b
-        grid = torch.view_as_real(of_owner(scale, shift, owner, points))        # (T, P, 2) in periods
-        grid.sub_(grid.floor()).mul_(S)                                         # pixels of the texture
-        grid[..., 1].add_(owner, alpha=S + 1)                                   # ... and of the atlas
-        grid.mul_(torch.tensor([2 / S, 2 / (atlas.shape[1] - 1)])).sub_(1)      # in [-1, 1]
+        grid = torch.view_as_real(of_owner(scale, shift, owner, points))    # (T, P, 2) in periods
+        grid.sub_(grid.floor()).mul_(S)                                     # pixels of the texture
+        grid[..., 1].add_(owner, alpha=S + 1)                               # ... and of the atlas
+        grid.mul_(torch.tensor([2 / S, 2 / (atlas.shape[1] - 1)])).sub_(1)  # in [-1, 1]
         return F.grid_sample(atlas[None], grid[None], align_corners=True)[0]
 
     def _move(self, world, start, end, owner, points):
@@ -295,11 +295,11 @@ class MovingSquares:
     """
     The data of the MeloMotion report: coloured squares on black; colours tell the velocities.
 
-    A mover goes v = SPEED * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to
-    1, only keeps it visible. Who moves: `differentiated` object 0 alone, whatever colours the others
-    have; `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0
-    alone, and the others are known by red = green = 1/2. Movers start so that they stay inside for
-    16 frames, then they may leave. Drawn at whole pixels, the larger number on top.
+    A mover goes v = SPEED * (red - 1/2, green - 1/2) frame widths per frame; blue, 1/2 to 1, only
+    keeps it visible. Who moves: `differentiated` object 0, whatever colours the others have;
+    `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0, and
+    the others are known by red = green = 1/2. Movers stay inside for 16 frames, then they may leave.
+    Drawn at whole pixels, the larger number on top.
     Clip i depends on (seed, split, i) and the options alone. `batch` returns
 
     first_frame    (B, 3, H, W)     uint8
@@ -929,7 +929,7 @@ class Videos(torch.utils.data.Dataset):
 def random_box(rng, height, width, scale):
     """
     Top, left, height, width by RandomResizedCrop's rule: area uniform in `scale` times the whole,
-    aspect log-uniform in 3/4 .. 4/3, rounded; after 10 tries that don't fit the largest in the middle.
+    aspect log-uniform in 3/4 .. 4/3; after 10 tries that don't fit the largest in the middle.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
