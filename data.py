@@ -195,7 +195,8 @@ class Scenes:
         warp = np.exp((zoom + 1j * roll) * tau)
         middle = (1 + 1j) * (self.size - 1) / 2
         own_path = np.where(first, 0, home - middle + path)
-        shade = 0.5 + (1 + o.flat) * (0.4 * (grey - 0.5) + 0.3 * (np.stack(tint) - 0.5))
+        shade = 0.4 * (grey - 0.5) + 0.3 * (np.stack(tint) - 0.5)               # (3, L)
+        shade = 0.5 + (1 + o.flat) * shade.T
         world = dict(
             a=warp[:, :1] * np.where(first, 1, warp) * pose,
             b=warp[:, :1] * own_path + path[:, :1] / depth + middle,
@@ -204,8 +205,8 @@ class Scenes:
             radius=radius,
             texture=texture,
             offset=offset,
-            gain=((1 - o.flat) * (0.12 + 0.16 * gain)).astype(np.float32),      # (L,)
-            shade=shade.astype(np.float32),                                     # (3, L)
+            gain=((1 - o.flat) * (0.12 + 0.16 * gain)).astype(np.float32),
+            shade=shade.astype(np.float32),
         )
         return SimpleNamespace(**{name: torch.from_numpy(value) for name, value in world.items()})
 
@@ -227,9 +228,9 @@ class Scenes:
     def _colour(self, world, owner, points):
         """What the layers owner (T, P) show at the points: (3, T, P)."""
         S = self.size
-        atlas = self.bank[world.texture].transpose(0, 1)                        # (3, L, S+1, S+1)
-        atlas = atlas * world.gain[:, None, None] + world.shade[..., None, None]
-        atlas = atlas.clamp_(0, 1).flatten(1, 2)                            # (3, L*(S+1), S+1)
+        atlas = self.bank[world.texture]                                    # (L, 3, S+1, S+1)
+        atlas.mul_(world.gain[:, None, None, None]).add_(world.shade[..., None, None])
+        atlas = atlas.clamp_(0, 1).transpose(0, 1).flatten(1, 2)            # (3, L*(S+1), S+1)
         scale = 1 / world.a / S
         shift = world.offset / S - scale * world.b
         grid = torch.view_as_real(of_owner(scale, shift, owner, points))    # (T, P, 2) in periods
@@ -298,7 +299,7 @@ class MovingSquares:
     A mover goes v = SPEED * (red - 1/2, green - 1/2) frame widths per frame; blue, 1/2 to 1, only
     keeps it visible. Who moves: `differentiated` object 0, whatever colours the others have;
     `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0, and
-    the others are known by red = green = 1/2. Movers stay inside for 16 frames, then they may leave.
+    the others are known by red = green = 1/2. Movers stay inside for 16 frames, then may leave.
     Drawn at whole pixels, the larger number on top.
     Clip i depends on (seed, split, i) and the options alone. `batch` returns
 
@@ -1034,10 +1035,9 @@ class MultiCrop:
     locals   (2, n, 3, s, s)  [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
                               initial crop), flipped, T3
 
-    Colours are drawn anew for every crop; `blur`: the largest sigma in pixels of the crop.
-    colours=False: none at all (held-out tables). motion_colours: for the motion crops "independent"
-    draws; "shared": frame 1's for both; "none".
-    our choice: independent, as released, while the paper is silent.
+    blur: the largest sigma in pixels of the crop. colours=False: none at all (held-out tables).
+    motion_colours of the two motion crops: "shared": frame 1's for both; "none"; our choice:
+    "independent", as released, while the paper is silent.
     """
 
     def __init__(self, size, local_size, local_crops, blur=2.0, colours=True,
