@@ -126,9 +126,10 @@ def similarity(scale, shift, points):
 
 
 def of_owner(scale, shift, owner, points):
-    """Points (n, P) -> (n, P) by the similarities (n, L) of their layers owner (n, P)."""
-    scale = scale.to(torch.complex64).gather(1, owner)
-    return similarity(scale, shift.to(torch.complex64).gather(1, owner), points)
+    """Points (B*n, P), mapped by the similarities (B, n, L) of their layers owner (B*n, P)."""
+    scale = scale.to(torch.complex64).flatten(0, 1)
+    shift = shift.to(torch.complex64).flatten(0, 1)
+    return similarity(scale.gather(1, owner), shift.gather(1, owner), points)
 
 
 class Scenes:
@@ -167,122 +168,122 @@ class Scenes:
         rng = np.random.default_rng((self.seed, 0, 0, 1))   # no clip's: they have two words of seed
         return make_textures(rng, self.options.textures, self.size, self.options.grain)
 
-    def _world(self, rng):
-        """Draws a clip: the layers' maps p = a q + b, (T, L), q in pixels, and looks, (L,)."""
+    def _world(self, rngs):
+        """Draws clips: the layers' maps p = a q + b, (B, T, L), q in pixels, and their looks."""
         o = self.options
-        L = o.sprites + 1
-        depth, radius, speed, bend, gain, grey, *tint = rng.random((9, L))
-        zoom, roll = rng.uniform(-1, 1, (2, L))
-        heading, bend_heading, pose = np.exp(2j * np.pi * rng.random((3, L)))
-        home, offset = self.size * (rng.random((2, L)) + 1j * rng.random((2, L)))
-        kind = rng.integers(1, len(SHAPES) + 1, L)
-        texture = rng.integers(o.textures, size=L)
-        kind[0] = 0
-        depth[0] = 1.2                                              # the background: 1 in the end
-        depth = 0.4 - 0.5 * np.sort(-depth)                         # far to near
+        uniform = np.stack([rng.random((20, 1, o.sprites + 1)) for rng in rngs], 1)
+        depth, radius, speed, bend, zoom, roll = uniform[:6]                # each (B, 1, L)
+        kind, texture, gain, grey, *tint = uniform[6:13, :, 0]              # each (B, L)
+        heading, bend_heading, pose = np.exp(2j * np.pi * uniform[13:16])
+        home, offset = self.size * (uniform[16:18] + 1j * uniform[18:20])
+        depth[..., 0] = 1.2                                     # the background: 1 in the end
+        depth = 0.4 - 0.5 * np.sort(-depth)                     # far to near
         radius = self.size * (o.radius[0] + (o.radius[1] - o.radius[0]) * radius)
+        kind = 1 + (kind * len(SHAPES)).astype(int)
+        kind[:, 0] = 0
 
         # The background has no motion of its own; what is drawn for it is the camera's. Paths are
         # quadratic: from end to end of a clip the velocity changes by up to `fastest`.
-        first = np.arange(L) == 0
-        fastest = np.where(first, o.pan, o.speed)                   # pixels per frame
-        zoom = zoom * np.where(first, o.zoom, 0.05 * o.speed / radius)
-        roll = roll * np.where(first, o.roll, 0.25 * o.speed / radius)
+        first = np.arange(o.sprites + 1) == 0
+        fastest = np.where(first, o.pan, o.speed)               # pixels per frame
+        zoom = (2 * zoom - 1) * np.where(first, o.zoom, 0.05 * o.speed / radius)
+        roll = (2 * roll - 1) * np.where(first, o.roll, 0.25 * o.speed / radius)
         tau = np.arange(self.frames)[:, None] - (self.frames - 1) / 2       # (T, 1) since mid-clip
         velocity = fastest * speed * heading
         change = fastest * bend * bend_heading
-        path = velocity * tau + change / max(self.frames - 1, 1) * tau**2 / 2   # (T, L)
-        warp = np.exp((zoom + 1j * roll) * tau)
+        path = velocity * tau + change / max(self.frames - 1, 1) * tau**2 / 2
+        warp = np.exp((zoom + 1j * roll) * tau)                             # (B, T, L)
         middle = (1 + 1j) * (self.size - 1) / 2
         own_path = np.where(first, 0, home - middle + path)
-        shade = 0.4 * (grey - 0.5) + 0.3 * (np.stack(tint) - 0.5)               # (3, L)
-        shade = 0.5 + (1 + o.flat) * shade.T
+        shade = 0.4 * (grey - 0.5) + 0.3 * (np.stack(tint) - 0.5)           # (3, B, L)
         world = dict(
-            a=warp[:, :1] * np.where(first, 1, warp) * pose,
-            b=warp[:, :1] * own_path + path[:, :1] / depth + middle,
-            kind=kind,
-            depth=depth.astype(np.float32),
+            a=warp[..., :1] * np.where(first, 1, warp) * pose,
+            b=warp[..., :1] * own_path + path[..., :1] / depth + middle,
             radius=radius,
-            texture=texture,
             offset=offset,
+            kind=kind,
+            depth=depth[:, 0].astype(np.float32),
+            texture=(texture * o.textures).astype(int),
             gain=((1 - o.flat) * (0.12 + 0.16 * gain)).astype(np.float32),
-            shade=shade.astype(np.float32),
+            shade=(0.5 + (1 + o.flat) * shade).astype(np.float32),
         )
         return SimpleNamespace(**{name: torch.from_numpy(value) for name, value in world.items()})
 
     def _owner(self, world, points, frames=slice(None)):
-        """The nearest layer (n, P) at points (n, P) or (P,) of n frames."""
-        scale = 1 / (world.radius * world.a[frames])            # pixels -> -1 .. 1 of a silhouette
-        shift = -scale * world.b[frames]
-        scale = scale.to(torch.complex64)
-        shift = shift.to(torch.complex64)
-        owner = torch.zeros(len(scale), points.shape[-1])
-        for k in range(1, self.options.sprites + 1):        # far to near: the larger number wins
+        """The nearest layer (B*n, P) at points (B*n, P) or (P,) of n frames."""
+        scale = 1 / (world.radius * world.a[:, frames])         # pixels -> -1 .. 1 of a silhouette
+        shift = -scale * world.b[:, frames]
+        B, n, L = scale.shape
+        scale = scale.to(torch.complex64).flatten(0, 1)
+        shift = shift.to(torch.complex64).flatten(0, 1)
+        owner = torch.zeros(B * n, points.shape[-1])
+        for k in range(1, L):                               # far to near: the larger number wins
             q = similarity(scale[:, k, None], shift[:, k, None], points)
-            table = self.tables[world.kind[k] - 1]
-            inside = F.grid_sample(table[None, None], torch.view_as_real(q)[None], mode="nearest",
-                                   align_corners=False)
-            owner = torch.maximum(owner, k * inside[0, 0])
+            table = self.tables[world.kind[:, k, None] - 1]                 # (B, 1, 128, 128)
+            grid = torch.view_as_real(q).view(B, n, points.shape[-1], 2)
+            inside = F.grid_sample(table, grid, mode="nearest", align_corners=False)
+            owner = torch.maximum(owner, k * inside.view_as(owner))
         return owner.long()
 
     def _colour(self, world, owner, points):
-        """What the layers owner (T, P) show at the points: (3, T, P)."""
+        """What the layers owner (B*T, P) show at the points: (B, 3, T, P)."""
         S = self.size
-        atlas = self.bank[world.texture]                                    # (L, 3, S+1, S+1)
-        atlas.mul_(world.gain[:, None, None, None]).add_(world.shade[..., None, None])
-        atlas = atlas.clamp_(0, 1).transpose(0, 1).flatten(1, 2)            # (3, L*(S+1), S+1)
+        atlas = self.bank[world.texture]                                    # (B, L, 3, S+1, S+1)
+        atlas.mul_(world.gain[..., None, None, None])
+        atlas.add_(world.shade.permute(1, 2, 0)[..., None, None]).clamp_(0, 1)
+        atlas = atlas.transpose(1, 2).flatten(2, 3)                         # (B, 3, L*(S+1), S+1)
         scale = 1 / world.a / S
         shift = world.offset / S - scale * world.b
-        grid = torch.view_as_real(of_owner(scale, shift, owner, points))    # (T, P, 2) in periods
+        grid = torch.view_as_real(of_owner(scale, shift, owner, points))    # (B*T, P, 2) in periods
         grid.sub_(grid.floor()).mul_(S)                                     # pixels of the texture
         grid[..., 1].add_(owner, alpha=S + 1)                               # ... and of the atlas
-        grid.mul_(torch.tensor([2 / S, 2 / (atlas.shape[1] - 1)])).sub_(1)  # in [-1, 1]
-        return F.grid_sample(atlas[None], grid[None], align_corners=True)[0]
+        grid.mul_(torch.tensor([2 / S, 2 / (atlas.shape[2] - 1)])).sub_(1)  # in [-1, 1]
+        return F.grid_sample(atlas, grid.unflatten(0, (len(atlas), -1)), align_corners=True)
 
     def _move(self, world, start, end, owner, points):
-        """How far the points (n, P) of the layers owner go from frames `start` to frames `end`,
-        (n, P) complex, and whether they are to be seen there."""
-        ratio = world.a[end] / world.a[start]
-        shift = world.b[end] - ratio * world.b[start]
+        """How far the points (B*n, P) of the layers owner go from frames `start` to frames `end`,
+        (B*n, P) complex, and whether they are to be seen there."""
+        ratio = world.a[:, end] / world.a[:, start]
+        shift = world.b[:, end] - ratio * world.b[:, start]
         step = of_owner(ratio - 1, shift, owner, points)
         landed = points + step
         off = torch.view_as_real(landed - self.pixels.mean()).abs()
         within = torch.maximum(off[..., 0], off[..., 1]) <= self.size / 2
         return step, within & (self._owner(world, landed, end) == owner)
 
-    def clip(self, index, truth=True, points=32):
-        """Clip `index`: see the class."""
-        rng = np.random.default_rng((self.seed, int(index)))
-        world = self._world(rng)
-        T, S = self.frames, self.size
-        owner = self._owner(world, self.pixels)                                 # (T, H*W)
-        video = self._colour(world, owner, self.pixels).transpose(0, 1).reshape(T, 3, S, S)
+    def batch(self, indices, truth=False, points=32):
+        """The clips of these numbers: the dictionary of the class docstring, `points` tracks."""
+        rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
+        world = self._world(rngs)
+        B, T, S = len(rngs), self.frames, self.size
+        owner = self._owner(world, self.pixels)                             # (B*T, H*W)
+        video = self._colour(world, owner, self.pixels).view(B, 3, T, S, S)
+        video = video.transpose(1, 2).contiguous()
         if not truth:
             return dict(video=video)
 
-        flow, seen = self._move(world, slice(-1), slice(1, None), owner[:-1], self.pixels)
-        chosen = torch.from_numpy(rng.integers(S * S, size=points))
-        queries = self.pixels[chosen]
-        first = owner[:1, chosen].expand(T, -1)
-        steps, visible = self._move(world, slice(1), slice(None), first, queries)
-        hull = world.radius[1:] * self.hulls[:, world.kind[1:] - 1]             # (512, K)
-        hull = world.a[:, None, 1:] * hull + world.b[:, None, 1:]
-        hull = torch.view_as_real(hull).float()                                 # (T, 512, K, 2)
+        owner = owner.view(B, T, S * S)
+        start = owner[:, :-1].flatten(0, 1)
+        flow, seen = self._move(world, slice(-1), slice(1, None), start, self.pixels)
+        chosen = torch.tensor(np.array([rng.integers(S * S, size=points) for rng in rngs]))
+        start = owner[:, 0].gather(1, chosen).repeat_interleave(T, 0)       # (B*T, P)
+        queries = self.pixels[chosen].repeat_interleave(T, 0)
+        steps, visible = self._move(world, slice(1), slice(None), start, queries)
+        hull = self.hulls[:, world.kind[:, 1:] - 1].transpose(0, 1) * world.radius[..., 1:]
+        hull = world.a[:, :, None, 1:] * hull[:, None] + world.b[:, :, None, 1:]
+        hull = torch.view_as_real(hull).float()                             # (B, T, 512, K, 2)
+        ids = owner.flatten(1)
         return dict(
             video=video,
-            flow=torch.view_as_real(flow).mT.reshape(T - 1, 2, S, S),
-            occluded=~seen.view(T - 1, S, S),
-            classes=world.kind[owner].view(T, S, S),
-            ids=owner.view(T, S, S),
-            depth=world.depth[owner].view(T, S, S),
-            boxes=torch.cat([hull.amin(1), hull.amax(1)], -1),
-            tracks=torch.view_as_real(queries + steps),
-            visible=visible,
+            flow=torch.view_as_real(flow).mT.reshape(B, T - 1, 2, S, S),
+            occluded=~seen.view(B, T - 1, S, S),
+            classes=world.kind.gather(1, ids).view(B, T, S, S),
+            ids=ids.view(B, T, S, S),
+            depth=world.depth.gather(1, ids).view(B, T, S, S),
+            boxes=torch.cat([hull.amin(2), hull.amax(2)], -1),
+            tracks=torch.view_as_real(queries + steps).view(B, T, points, 2),
+            visible=visible.view(B, T, points),
         )
-
-    def batch(self, indices, truth=False, points=32):
-        """The clips of these numbers: the dictionary of the class docstring, `points` tracks."""
-        return torch.utils.data.default_collate([self.clip(i, truth, points) for i in indices])
 
 
 # ---- moving squares ------------------------------------------------------------------------------

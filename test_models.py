@@ -1079,7 +1079,7 @@ def test_multicrop_boxes_follow_the_papers_rules(drawn):
     assert (boxes[:, 0] == boxes[:, 1]).all() and not flips[:, :2].any()    # motion: one, no flip
     assert (boxes[:, 2:4] == boxes[:, 4:6]).all()                   # globals: alike in both frames
     assert (flips[:, 2:4] == flips[:, 4:6]).all()
-    for one, other in ((2, 3), (6, 14), (6, 7)):                    # the others are independent
+    for one, other in ((2, 3), (2, 6), (6, 14), (6, 7)):            # the others are independent
         assert (boxes[:, one] != boxes[:, other]).any(-1).mean() > 0.9
         assert abs((flips[:, one] != flips[:, other]).mean() - 0.5) < 0.1
     share = boxes[..., 2] * boxes[..., 3] / (360 * 640)
@@ -1167,12 +1167,12 @@ def truth(count=64, **options):
 
 def look(scenes, index, points, t):
     """Colours (P, 3) and owners (P,) at any points (P, 2) of frame t of clip `index`."""
-    world = scenes._world(np.random.default_rng((scenes.seed, index)))
-    world.a = world.a[t:t + 1]
-    world.b = world.b[t:t + 1]
+    world = scenes._world([np.random.default_rng((scenes.seed, index))])
+    world.a = world.a[:, t:t + 1]
+    world.b = world.b[:, t:t + 1]
     points = torch.view_as_complex(points.contiguous())
     owner = scenes._owner(world, points)
-    return scenes._colour(world, owner, points)[:, 0].T, owner[0]
+    return scenes._colour(world, owner, points)[0, :, 0].T, owner[0]
 
 
 def test_scene_shapes_and_ranges(scenes):
@@ -1292,7 +1292,7 @@ def test_scene_boxes_are_tight_around_their_shapes(scenes):
 def test_scene_depends_on_its_number_and_split_alone(scenes):
     s, d = scenes
     for name, value in s.batch([4, 1], truth=True).items():
-        assert torch.equal(value, d[name][[4, 1]])
+        close(value, d[name][[4, 1]], 1e-4)
     assert torch.equal(Scenes().batch([2])["video"][0], d["video"][2])          # without truth
     assert not torch.equal(Scenes(seed=1).batch([2])["video"][0], d["video"][2])
     held_out = Scenes(split="eval")
