@@ -6,18 +6,10 @@ Videos in, batches out: synthetic scenes with exact truth, your own videos, and 
     Videos          your files: mp4, mkv, mov, avi, webm, folders of them or of jpg / png frames
     MultiCrop       a pair of frames -> dense crops, DINO's global and local crops, colours
     make_loader     ties them together: index lists in, batches on the device out
-    FlowPairs, Segmentation, PointTracks, BoxTracks     what others have labelled, as they unpack it
-    read_flo, write_flo, read_kitti_flow, read_pfm    files of optical flow
 
-Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i)
-and (seed, i, 1), for videos also (seed, pass) and (seed, opening), never a worker's or a device's.
-So the data are the same with any number of workers or processes and after any resume.
-
-    loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
-    loader = make_loader("PATH/TO/VIDEOS", model.cfg.inputs, batches, device="cuda", workers=8)
-
-Glossary: B clips, T frames, H W pixels, n crops. Pixel centres lie at integers.
-Boxes of crops are (top, left, height, width).
+Sample i of a run is drawn on the CPU by generators seeded with (seed, i) and the like, never a
+worker's or a device's: the data are the same with any number of workers and after any resume.
+B clips, T frames, H W pixels. Pixel centres lie at integers. Boxes are (top, left, height, width).
 """
 import argparse
 import atexit
@@ -37,6 +29,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -45,122 +38,72 @@ import torch.nn.functional as F
 from PIL import Image
 
 
-EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
-
-
-def split_seed(seed, split):
-    """The seed of a split: no clip is in both."""
-    if split not in ("train", "eval"):
-        raise ValueError(f"split={split!r} must be 'train' or 'eval'")
-    if not 0 <= seed < EVAL:
-        raise ValueError(f"{seed=} must lie in 0 .. 10**9 - 1 (split='eval' uses those above)")
-    return seed + EVAL * (split == "eval")
-
-
 # ---- synthetic scenes ----------------------------------------------------------------------------
+EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
 SHAPES = ("disc", "square", "triangle", "flower", "cross", "ring", "moon", "bar")   # classes 1..8
 CELLS = 128                             # a silhouette is a table of CELLS x CELLS yes/no cells
 
 
+def split_seed(seed, split):
+    """The seed of a split: no clip is in both."""
+    if not 0 <= seed < EVAL:
+        raise ValueError(f"{seed=} must lie in 0 .. 10**9 - 1 (split='eval' uses those above)")
+    return seed + {"train": 0, "eval": EVAL}[split]
+
+
 @functools.cache
 def silhouettes():
-    """The 8 shapes: tables (8, 128, 128) uint8, and hull points (8, 64), complex, in cells."""
-    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1    # in (-1, 1); the rim must stay empty
+    """Shapes in [-1, 1]^2: tables (8, 128, 128) of 0 and 1, points with the same hull (512, 8)."""
+    y, x = (np.mgrid[:CELLS, :CELLS] + 0.5) * 2 / CELLS - 1
     r = np.hypot(x, y)
-    longer = np.maximum(abs(x), abs(y))
-    shorter = np.minimum(abs(x), abs(y))
+    width = abs(x)
+    height = abs(y)
+    longer = np.maximum(width, height)
     tables = np.stack([
         r < 0.9,
         longer < 0.78,
-        (y < 0.6) & (y > 1.8 * abs(x) - 0.95),
+        (y < 0.6) & (y > 1.8 * width - 0.95),
         r < 0.66 + 0.29 * np.cos(5 * np.arctan2(y, x)),
-        (shorter < 0.28) & (longer < 0.92),
+        (np.minimum(width, height) < 0.28) & (longer < 0.92),
         (r < 0.95) & (r > 0.5),
         (r < 0.95) & (np.hypot(x - 0.5, y) > 0.62),
-        (abs(x) < 0.95) & (abs(y) < 0.34),
+        (width < 0.95) & (height < 0.34),
     ])
-    rays = np.exp(2j * np.pi * np.arange(4096) / 4096)
-    hulls = []
-    for table in tables:
-        row, column = table.nonzero()
-        cells = column + 1j * row - (1 + 1j) * CELLS / 2
-        corners = np.unique([cells, cells + 1, cells + 1j, cells + 1 + 1j])
-        corners = corners[abs(corners) > 0.3 * CELLS / 2]       # the rest lies within every hull
-        furthest = (corners[:, None] * rays.conj()).real.argmax(0)
-        hull = np.unique(corners[furthest])
-        hulls.append(np.resize(hull, 64))                       # to one length, by repeating points
-    return torch.from_numpy(tables).byte(), torch.from_numpy(np.stack(hulls))
-
-
-def dead_leaves(rng, canvas, grain):
-    """Covers canvases (n, S, S, 3) with discs and boxes: radii about `grain`, density r^-2."""
-    n, S = canvas.shape[:2]
-    count = int(5 * (S / grain) ** 2)
-    for r in grain / rng.uniform(1 / 1.2, 1 / 0.3, count):
-        reach = np.arange(-int(1.3 * r) - 1, int(1.3 * r) + 2)
-        dy = reach[:, None]                                         # (w, 1)
-        dx = reach                                                  # (w,)
-        row, col = rng.integers(S, size=(2, n, 1, 1))
-        turn = np.exp(2j * np.pi * rng.random((n, 1, 1)))
-        q = (dx + 1j * dy) * turn / r                               # (n, w, w)
-        flat = rng.uniform(0.4, 1, (n, 1, 1))
-        power = rng.choice([2, 8], (n, 1, 1))                       # 2: ellipse, 8: box
-        inside = abs(q.real) ** power + abs(q.imag / flat) ** power < 1
-        grey = rng.normal(size=(n, 1, 1, 1))
-        colour = rng.normal(size=(n, 1, 1, 3))
-        leaf = grey + 0.6 * colour + 0.4 * q.real[..., None]
-        spot = np.arange(n)[:, None, None], (row + dy) % S, (col + dx) % S
-        canvas[spot] = np.where(inside[..., None], leaf, canvas[spot])
-    return canvas
-
-
-def standardise(x):
-    """Each texture (n, S, S, 3) to mean 0, std 1."""
-    centred = x - x.mean((1, 2, 3), keepdims=True)
-    return centred / x.std((1, 2, 3), keepdims=True)
+    left = tables.argmax(2)                                     # (8, 128), of each row of cells
+    right = CELLS - tables[..., ::-1].argmax(2)
+    upper = np.stack([left, right]) + 1j * np.arange(CELLS)
+    corners = np.stack([upper, upper + 1j]) * 2 / CELLS - (1 + 1j)
+    corners = corners * tables.any(2)                           # rows without cells: the middle
+    corners = torch.from_numpy(corners).mT.reshape(-1, len(SHAPES))         # (2*2*128, 8)
+    return torch.from_numpy(tables).float(), corners
 
 
 def make_textures(rng, n, size, grain):
     """
-    Periodic textures (n, 3, size + 1, size + 1) float32: mean 0, std 1, last row = first row. Half
-    are dead leaves, a quarter 1/f clouds, a quarter warped gratings; each gets a bit of another.
+    Periodic textures (n, 3, size + 1, size + 1): mean 0, std 1, last row = first row. Half are 1/f
+    clouds, folded into bands; half are mosaics, of patches where one of 12 clouds is the highest.
     """
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))      # cycles per pixel
     f[0, 0] = np.inf
-    damp = 1 - np.exp(-(4 * grain * f) ** 2)      # our choice: little above 4 grains
+    damp = 1 - np.exp(-(4 * grain * f) ** 2)            # our choice: little above 4 grains
 
-    def noise(count):                             # (count, S, S, 3), each with its own slope
-        slope = rng.uniform(1.2, 2.4, (count, 1, 1, 1))
-        spectrum = np.fft.rfft2(rng.normal(size=(count, 3, size, size)))
-        waves = np.fft.irfft2(spectrum * (damp * f ** -slope), (size, size))
-        return standardise(waves.transpose(0, 2, 3, 1))
+    def noise(channels, slope):
+        waves = np.fft.rfft2(rng.normal(size=(n, channels, size, size)))
+        return np.fft.irfft2(waves * damp / f**slope, (size, size))
 
-    part = n // 4
-    clouds = noise(n - 3 * part)
-    clouds = standardise(clouds[..., :1] + 0.5 * clouds)
-    clouds[::2] = np.tanh(4 * clouds[::2])              # every other one has hard blotches
-    leaves = dead_leaves(rng, noise(2 * part), grain)
-    leaves = leaves + 0.15 * noise(2 * part)
-
-    turns = np.rint(rng.normal(size=(part, 2, 2)) * 0.3 * size / grain)     # whole: periodic
-    phase = turns @ np.mgrid[:size, :size].reshape(2, -1)
-    phase = 2 * np.pi / size * phase.reshape(part, 2, size, size).transpose(0, 2, 3, 1)
-    bending = rng.uniform(0, 1.5, (part, 1, 1, 1))
-    wave = np.sin(phase + bending * noise(part)[..., :2])                   # (part, S, S, 2)
-    checked = rng.random((part, 1, 1)) < 0.5
-    stripes = wave[..., 0] * np.where(checked, wave[..., 1], 1)
-    stripes = np.tanh(3 * stripes)[..., None] * (1 + rng.normal(size=(part, 1, 1, 3)))
-    stripes = stripes + 0.5 * noise(part)
-
-    out = standardise(np.concatenate([clouds, leaves, stripes]))
-    out = standardise(out + 0.4 * out[rng.permutation(n)])
-    out = out.transpose(0, 3, 1, 2)
-    return np.pad(out, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="wrap").astype(np.float32)
-
-
-def of_owner(maps, owner):
-    """Maps (B, T, L) of all layers -> (B*T, P) complex64, those of the layers owner (B*T, P)."""
-    return maps.flatten(0, 1).to(torch.complex64).gather(1, owner)
+    clouds = noise(3, rng.uniform(1.2, 2.4, (n, 1, 1, 1)))
+    clouds = clouds[:, :1] + 0.5 * clouds
+    clouds = clouds / clouds.std((1, 2, 3), keepdims=True)
+    textures = np.sin(rng.uniform(0.5, 3, (n, 1, 1, 1)) * clouds)
+    patches = noise(12, 2.4).argmax(1)                                      # (n, S, S)
+    palette = rng.normal(size=(n, 12, 1)) + 0.6 * rng.normal(size=(n, 12, 3))
+    for i in range(0, n, 2):
+        textures[i] = palette[i, patches[i]].transpose(2, 0, 1)
+    textures = textures + 0.2 * clouds
+    textures = textures - textures.mean((1, 2, 3), keepdims=True)
+    textures = textures / textures.std((1, 2, 3), keepdims=True)
+    textures = np.pad(textures, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="wrap")
+    return torch.from_numpy(textures).float()
 
 
 @dataclass
@@ -176,21 +119,17 @@ class SceneOptions:
     textures: int = 128         # how many there are, per split
     flat: float = 0.0           # 0: textured, 1: sprites and background in one plain colour each
 
-    def __post_init__(self):
-        least = dict(size=8, sprites=0, speed=0, pan=0, zoom=0, roll=0, grain=1, textures=4)
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"scenes: {name}={getattr(self, name)} must be at least {value}")
-        if len(self.radius) != 2:
-            raise ValueError(f"scenes: radius={self.radius} must be two numbers")
+
+def similarity(scale, shift, points):
+    """scale p + shift in complex numbers. Added in place: in torch that is several times faster."""
+    return (scale * points).add_(shift)
 
 
-# The random numbers of a layer. Layer 0, the background, uses those of motion for the camera.
-DRAWS = (
-    "kind", "depth", "radius", "turn", "x", "y",
-    "speed", "heading", "bend", "bend_heading", "zoom", "roll",
-    "texture", "stretch", "shift_x", "shift_y", "gain", "grey", "red", "green", "blue",
-)
+def of_owner(scale, shift, owner, points):
+    """Points (B*n, P), mapped by the similarities (B, n, L) of their layers owner (B*n, P)."""
+    scale = scale.to(torch.complex64).flatten(0, 1)
+    shift = shift.to(torch.complex64).flatten(0, 1)
+    return similarity(scale.gather(1, owner), shift.gather(1, owner), points)
 
 
 class Scenes:
@@ -201,9 +140,7 @@ class Scenes:
     numbers x + i y: p = a_l(t) q + b_l(t). Its silhouette and colours depend on q only. So all
     truth is closed form: owner of a pixel = the nearest layer whose silhouette holds q; flow =
     a_l(t+1) q + b_l(t+1) - p; occluded = another layer owns the landing point, or none.
-
-    Clip i depends on (seed, split, i) and the options alone, whatever batch it is made in.
-    x right, y down: the frame spans [-0.5, size - 0.5]. `batch` returns
+    Clip i depends on (seed, split, i) and the options alone. `batch` returns
 
     video     (B, T, 3, H, W)    float32 in [0, 1]; without `truth` the only entry
     flow      (B, T-1, 2, H, W)  (x, y) in pixels, from frame t to t + 1
@@ -214,194 +151,157 @@ class Scenes:
     boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette, seen or hidden
     tracks    (B, T, P, 2)       (x, y) in pixels of P points, at random pixels of frame 0
     visible   (B, T, P)          bool
-
-    The defaults suit 64 x 64. Camera pans over rich textures, for small budgets:
-        Scenes(frames=2, sprites=1, speed=0, pan=12, zoom=0, roll=0)
-    Batches of about 0.5 million pixels (B*T*H*W) are fastest: larger ones leave the cache.
-    Left out: shading, deformation, blur, soft edges.
     """
 
     def __init__(self, frames=8, seed=0, split="train", **options):
         self.options = SceneOptions(**options)
-        self.size = self.options.size
         self.frames = frames
         self.seed = split_seed(seed, split)
+        self.size = self.options.size
         self.tables, self.hulls = silhouettes()
         line = torch.arange(self.size)
-        self.pixels = (line + 1j * line[:, None]).flatten().to(torch.complex64)     # (H*W,) x + i y
+        self.pixels = (line + 1j * line[:, None]).flatten()                     # (H*W,) x + i y
 
     @functools.cached_property
     def bank(self):
         """The textures (n, 3, S+1, S+1), made at first use."""
-        o = self.options
         rng = np.random.default_rng((self.seed, 0, 0, 1))   # no clip's: they have two words of seed
-        return torch.from_numpy(make_textures(rng, o.textures, o.size, o.grain))
+        return make_textures(rng, self.options.textures, self.size, self.options.grain)
 
-    def _world(self, indices, points=0):
-        """Draws clips: the layers' maps p = a q + b, (B, T, L), q in cells; looks (B, 1, L)."""
+    def _world(self, rngs):
+        """Draws clips: the layers' maps p = a q + b, (B, T, L), q in pixels, and their looks."""
         o = self.options
-        L = o.sprites + 1
-        rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
-        uniform = np.stack([rng.random((len(DRAWS), 1, L)) for rng in rngs], 1)
-        draw = dict(zip(DRAWS, uniform))                        # each (B, 1, L)
-        queries = np.stack([rng.integers(self.size, size=(points, 2)) for rng in rngs])
-        front = np.arange(L) > 0                                # all layers but the background
-        depth = -np.sort(-np.where(front, draw["depth"], 2))    # far to near
-        depth = np.where(front, 0.4 + 0.5 * depth, 1)
-        least, most = o.radius
-        radius = self.size * (least + (most - least) * draw["radius"])
-        radius = np.where(front, radius, CELLS / 2)
+        uniform = np.stack([rng.random((20, 1, o.sprites + 1)) for rng in rngs], 1)
+        depth, radius, speed, bend, zoom, roll = uniform[:6]                # each (B, 1, L)
+        kind, texture, gain, grey, *tint = uniform[6:13, :, 0]              # each (B, L)
+        heading, bend_heading, pose = np.exp(2j * np.pi * uniform[13:16])
+        home, offset = self.size * (uniform[16:18] + 1j * uniform[18:20])
+        depth[..., 0] = 1.2                                     # the background: 1 in the end
+        depth = 0.4 - 0.5 * np.sort(-depth)                     # far to near
+        radius = self.size * (o.radius[0] + (o.radius[1] - o.radius[0]) * radius)
+        kind = 1 + (kind * len(SHAPES)).astype(int)
+        kind[:, 0] = 0
 
-        # Paths are quadratic: from mid-clip to either end the velocity changes by up to half of
-        # the largest speed. Two frames: straight lines.
-        tau = (np.arange(self.frames) - (self.frames - 1) / 2)[:, None]      # (T, 1) since mid-clip
-        fastest = np.where(front, o.speed, o.pan)
-        velocity = fastest * draw["speed"] * np.exp(2j * np.pi * draw["heading"])
-        change = fastest * draw["bend"] * np.exp(2j * np.pi * draw["bend_heading"])
-        acceleration = change / max(2 * tau[-1, 0], 0.5)
-        path = velocity * tau + acceleration * tau**2 / 2                   # (B, T, L) pixels
-        zoom = (2 * draw["zoom"] - 1) * np.where(front, 0.05 * o.speed / radius, o.zoom)
-        roll = (2 * draw["roll"] - 1) * np.where(front, 0.25 * o.speed / radius, o.roll)
+        # The background has no motion of its own; what is drawn for it is the camera's. Paths are
+        # quadratic: from end to end of a clip the velocity changes by up to `fastest`.
+        first = np.arange(o.sprites + 1) == 0
+        fastest = np.where(first, o.pan, o.speed)               # pixels per frame
+        zoom = (2 * zoom - 1) * np.where(first, o.zoom, 0.05 * o.speed / radius)
+        roll = (2 * roll - 1) * np.where(first, o.roll, 0.25 * o.speed / radius)
+        tau = np.arange(self.frames)[:, None] - (self.frames - 1) / 2       # (T, 1) since mid-clip
+        velocity = fastest * speed * heading
+        change = fastest * bend * bend_heading
+        path = velocity * tau + change / max(self.frames - 1, 1) * tau**2 / 2
         warp = np.exp((zoom + 1j * roll) * tau)                             # (B, T, L)
-
-        camera = warp[..., :1]
-        parallax = path[..., :1] / depth
-        centre = (1 + 1j) * (self.size - 1) / 2
-        home = self.size * (draw["x"] - 0.5 + 1j * (draw["y"] - 0.5))       # of sprites in mid-clip
-        pose = 2 * radius / CELLS * np.exp(2j * np.pi * draw["turn"])      # pixels per cell, turned
-        a = camera * np.where(front, warp, 1) * pose
-        b = centre + camera * np.where(front, home + path, 0) + parallax
-
-        tint = np.stack([draw["red"], draw["green"], draw["blue"]], -1)     # (B, 1, L, 3)
-        lift = 0.3 + 0.4 * draw["grey"][..., None] + 0.3 * (tint - 0.5)
+        middle = (1 + 1j) * (self.size - 1) / 2
+        own_path = np.where(first, 0, home - middle + path)
+        shade = 0.4 * (grey - 0.5) + 0.3 * (np.stack(tint) - 0.5)           # (3, B, L)
         world = dict(
-            a=a,
-            b=b,
-            queries=queries[..., 0] + 1j * queries[..., 1],                     # (B, P) x + i y
-            depth=depth.astype(np.float32),
-            kind=(draw["kind"] * len(SHAPES)).astype(int),
-            texture=(draw["texture"] * o.textures).astype(int),
-            shift=draw["shift_x"] + 1j * draw["shift_y"],
-            periods=2 * radius / CELLS / self.size * 2 ** (draw["stretch"] - 0.5),      # per cell
-            gain=((1 - o.flat) * (0.12 + 0.16 * draw["gain"])).astype(np.float32),
-            lift=(lift + o.flat * (lift - 0.5)).astype(np.float32),
+            a=warp[..., :1] * np.where(first, 1, warp) * pose,
+            b=warp[..., :1] * own_path + path[..., :1] / depth + middle,
+            radius=radius,
+            offset=offset,
+            kind=kind,
+            depth=depth[:, 0].astype(np.float32),
+            texture=(texture * o.textures).astype(int),
+            gain=((1 - o.flat) * (0.12 + 0.16 * gain)).astype(np.float32),
+            shade=(0.5 + (1 + o.flat) * shade).astype(np.float32),
         )
-        return {name: torch.from_numpy(value) for name, value in world.items()}
+        return SimpleNamespace(**{name: torch.from_numpy(value) for name, value in world.items()})
 
-    def _owner(self, world, t, points):
-        """Nearest layer (N, P) at points (N, P) or (P,) of frames t, a slice; N = B * len(t)."""
-        a = world["a"][:, t]
-        scale = 1 / a                                           # from pixels to cells
-        shift = (1 + 1j) * CELLS / 2 - world["b"][:, t] / a
-        scale = scale.flatten(0, 1).to(torch.complex64)         # (N, L)
-        shift = shift.flatten(0, 1).to(torch.complex64)
-        kind = world["kind"].expand(a.shape).flatten(0, 1).int()
-        owner = torch.zeros(len(kind), points.shape[-1], dtype=torch.uint8)
-        for k in range(1, self.options.sprites + 1):           # far to near: the larger number wins
-            q = torch.addcmul(shift[:, k, None], scale[:, k, None], points)
-            column, row = torch.view_as_real(q).clamp_(0, CELLS - 1).int().unbind(-1)
-            cell = column + CELLS * (row + CELLS * kind[:, k, None])
-            inside = self.tables.view(-1).index_select(0, cell.view(-1))
-            owner = torch.maximum(owner, inside.view_as(owner) * k)
+    def _owner(self, world, points, frames=slice(None)):
+        """The nearest layer (B*n, P) at points (B*n, P) or (P,) of n frames."""
+        scale = 1 / (world.radius * world.a[:, frames])         # pixels -> -1 .. 1 of a silhouette
+        shift = -scale * world.b[:, frames]
+        B, n, L = scale.shape
+        scale = scale.to(torch.complex64).flatten(0, 1)
+        shift = shift.to(torch.complex64).flatten(0, 1)
+        owner = torch.zeros(B * n, points.shape[-1])
+        for k in range(1, L):                               # far to near: the larger number wins
+            q = similarity(scale[:, k, None], shift[:, k, None], points)
+            table = self.tables[world.kind[:, k, None] - 1]                 # (B, 1, 128, 128)
+            grid = torch.view_as_real(q).view(B, n, points.shape[-1], 2)
+            inside = F.grid_sample(table, grid, mode="nearest", align_corners=False)
+            owner = torch.maximum(owner, k * inside.view_as(owner))
         return owner.long()
 
-    def _colour(self, world, t, owner, points):
-        """What the layers owner (N, P) show at the points of the frames t: (B, 3, len(t)*P)."""
-        B, _, L = world["depth"].shape
+    def _colour(self, world, owner, points):
+        """What the layers owner (B*T, P) show at the points: (B, 3, T, P)."""
         S = self.size
-        atlas = self.bank[world["texture"][:, 0]]                                    # (B, L, 3, S+1, S+1)
-        atlas.mul_(world["gain"].view(B, L, 1, 1, 1)).add_(world["lift"].view(B, L, 3, 1, 1))
-        atlas = atlas.clamp_(0, 1).transpose(1, 2).reshape(B, 3, L * (S + 1), S + 1)
-        scale = world["periods"] / world["a"][:, t]
-        shift = world["shift"] - scale * world["b"][:, t]
-        place = points * of_owner(scale, owner) + of_owner(shift, owner)        # (N, P) in periods
-        place = torch.view_as_real(place)
-        grid = (place - place.floor()).mul_(S)                               # pixels of the texture
-        grid[..., 1].add_(owner, alpha=S + 1)                                 # ... and of the atlas
-        grid.mul_(torch.tensor([2 / S, 2 / (L * (S + 1) - 1)])).sub_(1)         # in [-1, 1]
-        return F.grid_sample(atlas, grid.view(B, 1, -1, 2), align_corners=True)[:, :, 0]
+        atlas = self.bank[world.texture]                                    # (B, L, 3, S+1, S+1)
+        atlas.mul_(world.gain[..., None, None, None])
+        atlas.add_(world.shade.permute(1, 2, 0)[..., None, None]).clamp_(0, 1)
+        atlas = atlas.transpose(1, 2).flatten(2, 3)                         # (B, 3, L*(S+1), S+1)
+        scale = 1 / world.a / S
+        shift = world.offset / S - scale * world.b
+        grid = torch.view_as_real(of_owner(scale, shift, owner, points))    # (B*T, P, 2) in periods
+        grid.sub_(grid.floor()).mul_(S)                                     # pixels of the texture
+        grid[..., 1].add_(owner, alpha=S + 1)                               # ... and of the atlas
+        grid.mul_(torch.tensor([2 / S, 2 / (atlas.shape[2] - 1)])).sub_(1)  # in [-1, 1]
+        return F.grid_sample(atlas, grid.unflatten(0, (len(atlas), -1)), align_corners=True)
 
-    def _stays(self, world, t, owner, points):
-        """Whether the layers owner (N, P) are to be seen at the points (N, P) of the frames t."""
-        middle = (self.size - 1) / 2
-        off = (torch.view_as_real(points) - middle).abs()
+    def _move(self, world, start, end, owner, points):
+        """How far the points (B*n, P) of the layers owner go from frames `start` to frames `end`,
+        (B*n, P) complex, and whether they are to be seen there."""
+        ratio = world.a[:, end] / world.a[:, start]
+        shift = world.b[:, end] - ratio * world.b[:, start]
+        step = of_owner(ratio - 1, shift, owner, points)
+        landed = points + step
+        off = torch.view_as_real(landed - self.pixels.mean()).abs()
         within = torch.maximum(off[..., 0], off[..., 1]) <= self.size / 2
-        return within & (self._owner(world, t, points) == owner)
-
-    def at(self, indices, points, t):
-        """Looks at any points (B, P, 2) of frame t: colours (B, P, 3), owners (B, P)."""
-        world = self._world(indices)
-        frame = slice(t, t + 1)
-        points = torch.view_as_complex(points.contiguous())
-        owner = self._owner(world, frame, points)
-        return self._colour(world, frame, owner, points).mT, owner
+        return step, within & (self._owner(world, landed, end) == owner)
 
     def batch(self, indices, truth=False, points=32):
         """The clips of these numbers: the dictionary of the class docstring, `points` tracks."""
-        world = self._world(indices, points if truth else 0)
-        B, T, S = len(world["a"]), self.frames, self.size
-        owner = self._owner(world, slice(None), self.pixels)                    # (B*T, H*W)
-        video = self._colour(world, slice(None), owner, self.pixels)            # (B, 3, T*H*W)
-        video = video.view(B, 3, T, S, S).transpose(1, 2).contiguous()
+        rngs = [np.random.default_rng((self.seed, int(i))) for i in indices]
+        world = self._world(rngs)
+        B, T, S = len(rngs), self.frames, self.size
+        owner = self._owner(world, self.pixels)                             # (B*T, H*W)
+        video = self._colour(world, owner, self.pixels).view(B, 3, T, S, S)
+        video = video.transpose(1, 2).contiguous()
         if not truth:
             return dict(video=video)
-        ids = owner.view(B, T, S, S)
-        labels = self._labels(world, ids) | self._motion(world, ids) | self._tracks(world)
-        return dict(video=video) | labels
 
-    def __getitem__(self, index):
-        return {name: value[0] for name, value in self.batch([index], truth=True).items()}
-
-    def _labels(self, world, ids):
-        classes = world["kind"][:, 0] + 1
-        classes[:, 0] = 0                                                       # the background
-        classes = classes.gather(1, ids.flatten(1)).view_as(ids)
-        depth = world["depth"][:, 0].gather(1, ids.flatten(1)).view_as(ids)
-        hull = self.hulls[world["kind"][..., 1:]]                               # (B, 1, K, 64)
-        hull = world["a"][..., 1:, None] * hull + world["b"][..., 1:, None]     # (B, T, K, 64)
-        hull = torch.view_as_real(hull)
-        boxes = torch.cat([hull.amin(-2), hull.amax(-2)], -1).float()
-        return dict(classes=classes, ids=ids, depth=depth, boxes=boxes)
-
-    def _motion(self, world, ids):
-        B, T, S, _ = ids.shape
-        a, b = world["a"], world["b"]
-        owner = ids[:, :-1].reshape(B * (T - 1), S * S)
-        ratio = a[:, 1:] / a[:, :-1]                                         # from frame t to t + 1
-        shift = b[:, 1:] - ratio * b[:, :-1]
-        flow = self.pixels * of_owner(ratio - 1, owner) + of_owner(shift, owner)
-        occluded = ~self._stays(world, slice(1, None), owner, self.pixels + flow)
-        flow = torch.view_as_real(flow).view(B, T - 1, S, S, 2).movedim(-1, 2).contiguous()
-        return dict(flow=flow, occluded=occluded.view(B, T - 1, S, S))
-
-    def _tracks(self, world):
-        T = self.frames
-        a, b = world["a"], world["b"]
-        points = world["queries"].to(torch.complex64)                           # (B, P)
-        owner = self._owner(world, slice(1), points).repeat_interleave(T, 0)    # (B*T, P)
-        ratio = a / a[:, :1]                                                    # from frame 0 to t
-        ratio[:, 0] = 1          # x / x is not always 1 for complex x; queries stay on their pixels
-        shift = b - ratio * b[:, :1]
-        points = points.repeat_interleave(T, 0) * of_owner(ratio, owner) + of_owner(shift, owner)
-        visible = self._stays(world, slice(None), owner, points)
-        tracks = torch.view_as_real(points).unflatten(0, (-1, T))               # (B, T, P, 2)
-        return dict(tracks=tracks, visible=visible.view(tracks.shape[:-1]))
+        owner = owner.view(B, T, S * S)
+        start = owner[:, :-1].flatten(0, 1)
+        flow, seen = self._move(world, slice(-1), slice(1, None), start, self.pixels)
+        chosen = torch.tensor(np.array([rng.integers(S * S, size=points) for rng in rngs]))
+        start = owner[:, 0].gather(1, chosen).repeat_interleave(T, 0)       # (B*T, P)
+        queries = self.pixels[chosen].repeat_interleave(T, 0)
+        steps, visible = self._move(world, slice(1), slice(None), start, queries)
+        hull = self.hulls[:, world.kind[:, 1:] - 1].transpose(0, 1) * world.radius[..., 1:]
+        hull = world.a[:, :, None, 1:] * hull[:, None] + world.b[:, :, None, 1:]
+        hull = torch.view_as_real(hull).float()                             # (B, T, 512, K, 2)
+        ids = owner.flatten(1)
+        return dict(
+            video=video,
+            flow=torch.view_as_real(flow).mT.reshape(B, T - 1, 2, S, S),
+            occluded=~seen.view(B, T - 1, S, S),
+            classes=world.kind.gather(1, ids).view(B, T, S, S),
+            ids=ids.view(B, T, S, S),
+            depth=world.depth.gather(1, ids).view(B, T, S, S),
+            boxes=torch.cat([hull.amin(2), hull.amax(2)], -1),
+            tracks=torch.view_as_real(queries + steps).view(B, T, points, 2),
+            visible=visible.view(B, T, points),
+        )
 
 
 # ---- moving squares ------------------------------------------------------------------------------
 STAMPS = ("square", "disc", "triangle", "cross")
 MODES = ("differentiated", "all-move", "random-mover", "colour-mover")
+SPEED = 0.1         # frame widths per frame: twice the largest velocity along an axis
+GAP = 8             # least pixels between two objects in frame 0: no latent cell holds two
 
 
 class MovingSquares:
     """
     The data of the MeloMotion report: coloured squares on black; colours tell the velocities.
 
-    A mover goes v = speed * (red - 1/2, green - 1/2) frame widths per frame, for ever; blue, 1/2 to
-    1, only keeps it visible. Who moves: `differentiated` object 0 alone, whatever colours the others
-    have; `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0
-    alone, and the others are known by red = green = 1/2. Movers start so that they stay inside for
-    16 frames, then they may leave. Drawn at whole pixels, the larger number on top.
+    A mover goes v = SPEED * (red - 1/2, green - 1/2) frame widths per frame; blue, 1/2 to 1, only
+    keeps it visible. Who moves: `differentiated` object 0, whatever colours the others have;
+    `all-move`; `random-mover` one, and nothing in frame 0 tells which; `colour-mover` object 0, and
+    the others are known by red = green = 1/2. Movers stay inside for 16 frames, then may leave.
+    Drawn at whole pixels, the larger number on top.
     Clip i depends on (seed, split, i) and the options alone. `batch` returns
 
     first_frame    (B, 3, H, W)     uint8
@@ -417,83 +317,74 @@ class MovingSquares:
         frames=16,              # T
         objects=3,              # N
         side=24,                # pixels: objects fill a box of side x side
-        gap=8,           # least pixels between two objects in frame 0; 8: no latent cell holds two
-        speed=0.1,              # twice the largest v along an axis
-        mode="differentiated",  # who moves: differentiated, all-move, random-mover, colour-mover
-        shape="square",         # square, disc, triangle, cross; any: each object one of them
+        mode="differentiated",  # who moves, see MODES
+        shape="square",         # see STAMPS, or any: each object one of them
         video=True,             # False: frame 0 alone is drawn
         seed=0,                 # below 10**9
         split="train",          # or "eval", whose clips are others
     ):
-        if mode not in MODES or shape not in (*STAMPS, "any"):
-            raise ValueError(f"squares: {mode=} {shape=}: choose from {', '.join(MODES)}, and from "
-                             f"{', '.join(STAMPS)}, any")
+        if mode not in MODES:
+            raise ValueError(f"squares: {mode=} must be one of {', '.join(MODES)}")
         self.size = size
         self.frames = frames
         self.objects = objects
         self.side = side
-        self.gap = gap
-        self.speed = speed
         self.mode = mode
         self.video = video
         self.seed = split_seed(seed, split)
+        y, x = (np.mgrid[:side, :side] + 0.5) * 2 / side - 1            # in (-1, 1)
+        cross = np.minimum(abs(x), abs(y)) <= 0.36
+        tables = [abs(x) <= 1, np.hypot(x, y) <= 1, abs(x) <= (1 + y) / 2, cross]
+        self.stamps = tables if shape == "any" else [tables[STAMPS.index(shape)]]
         self.reach = size * min(frames - 1, 15)     # pixels in 16 frames per unit of velocity
-        if side > size or speed / 2 * self.reach > size - side:
-            raise ValueError(f"squares: {size=} {side=} {frames=} {speed=}: objects must stay "
-                             "inside for 16 frames; take smaller or slower ones")
-        y, x = abs(np.mgrid[:side, :side] + 0.5 - side / 2) * 2 / side  # from the middle, in (0, 1)
-        down = (np.arange(side)[:, None] + 0.5) / side
-        tables = x <= 1, x**2 + y**2 <= 1, x <= down, np.minimum(x, y) <= 0.36
-        stamps = dict(zip(STAMPS, tables))
-        self.stamps = list(stamps.values()) if shape == "any" else [stamps[shape]]
+        if SPEED / 2 * self.reach > size - side:
+            raise ValueError(f"squares: {side=} is too large to stay inside for 16 frames")
 
     def _draw(self, rng):
-        """One clip's colours (N, 3) in 0..255, velocities and corners in frame 0 (N, 2), stamps."""
+        """One clip's colours (N, 3) in 0..255, velocities and corners in frame 0, both (N, 2)."""
         N = self.objects
         i, j = np.triu_indices(N, 1)
         for _ in range(1600):
-            u = rng.random((N, 7))
-            colours = (256 * u[:, :3]).astype(int)
-            colours[:, 2] = 128 + colours[:, 2] // 2
-            mover = int(u[0, 3] * N) if self.mode == "random-mover" else 0
-            moves = (np.arange(N) == mover) | (self.mode == "all-move")
+            colours = rng.integers((0, 0, 128), 256, (N, 3))
+            moves = np.full(N, self.mode == "all-move")
+            moves[rng.integers(N) if self.mode == "random-mover" else 0] = True
             if self.mode == "colour-mover":
                 colours[~moves, :2] = 128
-            v = self.speed * moves[:, None] * (colours[:, :2] - 128) / 255
+            v = SPEED * moves[:, None] * (colours[:, :2] - 128) / 255
             path = v * self.reach
             least = np.maximum(-path, 0)
             most = self.size - self.side - np.maximum(path, 0)
-            corners = np.rint(least + u[:, 4:6] * (most - least)).astype(int)
-            apart = abs(corners[i] - corners[j]).max(-1) >= self.side + self.gap
+            corners = np.rint(rng.uniform(least, most)).astype(int)
+            apart = abs(corners[i] - corners[j]).max(-1) >= self.side + GAP
             if apart.all():
-                kinds = (u[:, 6] * len(self.stamps)).astype(int)
-                return colours, v, corners, [self.stamps[kind] for kind in kinds]
-        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {self.gap} "
-                         "apart: take fewer or smaller ones")
+                return colours, v, corners
+        raise ValueError(f"squares: no room for {N} objects of {self.side} pixels, {GAP} apart")
 
     def __getitem__(self, index):
         rng = np.random.default_rng((self.seed, int(index)))
-        colours, v, corners, stamps = self._draw(rng)
-        N, S, side = self.objects, self.size, self.side
-        masks = np.zeros((N, S, S), bool)
-        for n, (x, y) in enumerate(corners):
-            masks[n, y:y + side, x:x + side] = stamps[n]
+        colours, v, corners = self._draw(rng)
+        stamps = [self.stamps[k] for k in rng.integers(len(self.stamps), size=self.objects)]
+        S, side = self.size, self.side
+        masks = np.zeros((self.objects, S, S), bool)
+        for mask, stamp, (x, y) in zip(masks, stamps, corners):
+            mask[y:y + side, x:x + side] = stamp
         times = self.frames if self.video else 1
-        video = np.zeros((times, 3, S + 2 * side, S + 2 * side), np.uint8)  # a rim for what leaves
-        for t in range(times):
+        video = np.zeros((times, S + 2 * side, S + 2 * side, 3), np.uint8)  # a rim for what leaves
+        for t, frame in enumerate(video):
             place = corners + np.rint(v * S * t).astype(int)
             place = np.clip(place, -side, S) + side
-            for n, (x, y) in enumerate(place):
-                box = video[t, :, y:y + side, x:x + side]
-                box[:, stamps[n]] = colours[n][:, None]
-        video = torch.from_numpy(video[..., side:-side, side:-side].copy())
+            for stamp, colour, (x, y) in zip(stamps, colours, place):
+                frame[y:y + side, x:x + side][stamp] = colour
+        video = video[:, side:-side, side:-side].transpose(0, 3, 1, 2).copy()
         displacements = v[:, None] * np.arange(1, self.frames)[:, None]
         clip = dict(
-            first_frame=video[0],
+            first_frame=torch.from_numpy(video[0]),
             masks=torch.from_numpy(masks),
             displacements=torch.from_numpy(displacements).float(),
         )
-        return clip | dict(video=video) if self.video else clip
+        if self.video:
+            clip["video"] = torch.from_numpy(video)
+        return clip
 
     def batch(self, indices):
         """The clips of these numbers: the dictionary in the class docstring."""
@@ -1037,29 +928,21 @@ class Videos(torch.utils.data.Dataset):
 
 
 # ---- crops and photometric augmentation ----------------------------------------------------------
-def random_boxes(rng, height, width, scale, n, ratio=(3 / 4, 4 / 3)):
+def random_box(rng, height, width, scale):
     """
-    n boxes (n, 4) of top, left, height, width: RandomResizedCrop's rule. Area uniform in `scale`
-    times the whole, aspect log-uniform in `ratio`, rounded to pixels, the first of 10 tries that
-    fits, else the largest centred box of allowed aspect.
+    Top, left, height, width by RandomResizedCrop's rule: area uniform in `scale` times the whole,
+    aspect log-uniform in 3/4 .. 4/3; after 10 tries that don't fit the largest in the middle.
     """
-    area = height * width * rng.uniform(*scale, (n, 10))
-    aspect = np.exp(rng.uniform(*np.log(ratio), (n, 10)))
-    w = np.round(np.sqrt(area * aspect))                                # (n, 10)
-    h = np.round(np.sqrt(area / aspect))
-    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
-    first = np.arange(n), fits.argmax(1)
-    w, h = w[first], h[first]
-    down, right = rng.uniform(size=(2, n))
-    top = np.floor(down * (height - h + 1))
-    left = np.floor(right * (width - w + 1))
-    boxes = np.stack([top, left, h, w], 1)
-
-    aspect = np.clip(width / height, *ratio)            # no try fits: a very long frame
-    w = min(width, round(height * aspect))
-    h = min(height, round(width / aspect))
-    largest = (height - h) // 2, (width - w) // 2, h, w
-    return np.where(fits.any(1)[:, None], boxes, largest).astype(np.int64)
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = (4 / 3) ** rng.uniform(-1, 1)
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def crop_uint8(frame, box, size, flip=False):
@@ -1071,27 +954,9 @@ def crop_uint8(frame, box, size, flip=False):
     return crop.flip(-1) if flip else crop
 
 
-def gray(x):
-    """(N, 3, H, W) -> (N, 1, H, W)."""
+def luma(x):
     r, g, b = x.split(1, dim=1)
     return 0.2989 * r + 0.587 * g + 0.114 * b
-
-
-def grayscale(x, _):
-    return gray(x).expand_as(x)
-
-
-def brightness(x, factor):
-    return (factor * x).clamp(0, 1)
-
-
-def contrast(x, factor):
-    mean = gray(x).mean((2, 3), keepdim=True)
-    return torch.lerp(mean, x, factor).clamp(0, 1)
-
-
-def saturation(x, factor):
-    return torch.lerp(gray(x), x, factor).clamp(0, 1)
 
 
 def rotate_hue(x, turn):
@@ -1102,47 +967,38 @@ def rotate_hue(x, turn):
     numerator = torch.where(r == high, g - b, torch.where(g == high, b - r, r - g))
     sixths = torch.where(r == high, 0.0, torch.where(g == high, 2.0, 4.0))
     hue = numerator / (chroma + 1e-12) + sixths + 6 * turn             # in sixths of a turn; 0: red
-    starts = 5 - 2 * torch.arange(3, device=x.device)                   # of red, green, blue
-    k = hue + starts.view(3, 1, 1)                                      # (N, 3, H, W)
-    k = k - 6 * (k / 6).floor()                                         # in [0, 6)
+    k = hue + torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)    # of red, green, blue
+    k = k - 6 * (k / 6).floor()                                         # (N, 3, H, W) in [0, 6)
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def blur_weights(length, sigma):
-    """Rows that blur one axis (N, 1, length, length), normalised: borders are not darkened."""
-    d = torch.arange(length, device=sigma.device)
-    weights = (-(d[:, None] - d) ** 2 / (2 * sigma**2)).exp()
-    return weights / weights.sum(-1, keepdim=True)
-
-
 def blur(x, sigma):
-    """Gaussian blur of (N, 3, H, W), sigma (N, 1, 1, 1) pixels: two products with band matrices."""
-    return blur_weights(x.shape[-2], sigma) @ x @ blur_weights(x.shape[-1], sigma).mT
+    """Gaussian blur of square crops (N, 3, S, S), sigma (N, 1, 1, 1) pixels: two products with a
+    band matrix, whose rows are normalised: borders are not darkened."""
+    line = torch.arange(x.shape[-1], device=x.device)
+    weights = torch.exp(-((line[:, None] - line) / sigma) ** 2 / 2)     # (N, 1, S, S)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ x @ weights.mT
 
 
-def solarize(x, _):
-    return torch.where(x >= 0.5, 1 - x, x)
-
-
-JITTER = (brightness, contrast, saturation, rotate_hue)
+OPERATIONS = {                          # of crops (N, 3, S, S), with amounts (N, 1, 1, 1)
+    "brightness": lambda x, factor: (factor * x).clamp(0, 1),
+    "contrast": lambda x, factor: luma(x).mean((2, 3), keepdim=True).lerp(x, factor).clamp(0, 1),
+    "saturation": lambda x, factor: luma(x).lerp(x, factor).clamp(0, 1),
+    "hue": rotate_hue,
+    "gray": lambda x, _: luma(x).expand_as(x),
+    "blur": blur,
+    "solarize": lambda x, _: torch.where(x >= 0.5, 1 - x, x),
+}
+JITTER = ("brightness", "contrast", "saturation", "hue")
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)          # factors that change nothing
-
-
-def apply_to(x, chosen, operation, amounts):
-    """In place: x[chosen] = operation(x[chosen], amounts[chosen]). Both lie on the CPU, so that the
-    device is never waited for."""
-    index = chosen.nonzero()[:, 0]
-    if len(index):
-        amounts = amounts[index].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
-        index = index.to(x.device, non_blocking=True)
-        x.index_copy_(0, index, operation(x[index], amounts))
 
 
 def photometric(x, params):
     """
-    Colour jitter in each crop's own order, grayscale, blur, solarise, with torchvision's and PIL's
-    meaning, of only those crops that need it. x (N, 3, H, W) float in [0, 1] on any device; params
-    on the CPU:
+    Colour jitter, grayscale, blur, solarise with torchvision's and PIL's meaning, of those crops
+    that need it. x (N, 3, S, S) float in [0, 1] on any device; params on the CPU, so that the
+    device is never waited for:
 
     order     (N, 4)  the first to the last operation of jitter, numbers of JITTER
     factors   (N, 4)  of brightness, contrast, saturation; turns of hue. NEUTRAL: not at all
@@ -1151,15 +1007,20 @@ def photometric(x, params):
     solarize  (N,)    bool
     """
     x = x.clone()
-    order = params["order"]
-    factors = params["factors"]
-    for k in range(4):                      # the k-th operation of every crop
-        for number, operation in enumerate(JITTER):
-            needed = (order[:, k] == number) & (factors[:, number] != NEUTRAL[number])
-            apply_to(x, needed, operation, factors[:, number])
-    apply_to(x, params["gray"], grayscale, params["gray"])
-    apply_to(x, params["blur"] > 0, blur, params["blur"])
-    apply_to(x, params["solarize"], solarize, params["solarize"])
+
+    def apply(name, chosen, amounts):
+        index = chosen.nonzero()[:, 0]
+        if len(index):
+            amounts = amounts[index].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+            index = index.to(x.device, non_blocking=True)
+            x.index_copy_(0, index, OPERATIONS[name](x[index], amounts))
+
+    for turn in params["order"].T:          # the first, second ... operation of every crop
+        for number, name in enumerate(JITTER):
+            factors = params["factors"][:, number]
+            apply(name, (turn == number) & (factors != NEUTRAL[number]), factors)
+    for name in ("gray", "blur", "solarize"):
+        apply(name, params[name] > 0, params[name])
     return x
 
 
@@ -1175,11 +1036,9 @@ class MultiCrop:
     locals   (2, n, 3, s, s)  [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
                               initial crop), flipped, T3
 
-    Colours, drawn anew for every crop: jitter (0.4, 0.4, 0.2, 0.1) in random order with probability
-    0.8, grayscale 0.2, then T1: blur;  T2: blur with probability 0.1, solarise 0.2;  T3: blur 0.5.
-    Blur: sigma from 0.1 to `blur` pixels of the crop. colours=False: none at all (held-out tables).
-    motion_colours: for the motion crops "independent" draws; "shared": frame 1's for both; "none".
-    our choice: independent, as released, while the paper is silent.
+    blur: the largest sigma in pixels of the crop. colours=False: none at all (held-out tables).
+    motion_colours of the two motion crops: "shared": frame 1's for both; "none"; our choice:
+    "independent", as released, while the paper is silent.
     """
 
     def __init__(self, size, local_size, local_crops, blur=2.0, colours=True,
@@ -1188,55 +1047,57 @@ class MultiCrop:
             raise ValueError(f"{motion_colours=} must be independent, shared or none")
         n = local_crops
         self.n = n
-        self.local_size = local_size
         self.blur = blur
         self.colours = colours
         self.motion_colours = motion_colours
-        # of a pair's 6 + 2n crops: motion of both frames; globals [frame, box]; locals [frame, box]
+        # of the 6 + 2n crops: motion of both frames, globals [frame, box], locals [frame, box]
         self.frames = [0, 1] + [0, 0, 1, 1] + n * [0] + n * [1]
         self.sizes = 6 * [size] + 2 * n * [local_size]
-        self.kinds = np.array([0, 1] + [0, 1, 0, 1] + 2 * n * [2])      # of colours: T1, T2, T3
+        t1 = [0.8, 0.2, 1.0, 0.0]                   # chances of jitter, gray, blur, solarise
+        t2 = [0.8, 0.2, 0.1, 0.2]
+        t3 = [0.8, 0.2, 0.5, 0.0]
+        self.chances = [t1, t2] + [t1, t2, t1, t2] + 2 * n * [t3]
 
     def draw(self, rng, height, width):
         """Boxes (6 + 2n, 4), flips (6 + 2n,) and parameters of `photometric` of a pair's crops."""
-        motion = random_boxes(rng, height, width, (0.2, 0.4), 1)
-        top, left, h, w = random_boxes(rng, height, width, (0.05, 0.2), 1)[0]
-        large = random_boxes(rng, h, w, (0.4, 1.0), 2) + (top, left, 0, 0)
-        small = random_boxes(rng, h, w, (0.05, 0.4), 2 * self.n) + (top, left, 0, 0)
-        boxes = np.concatenate([motion, motion, large, large, small])
-        flips = rng.uniform(size=2 + 2 * self.n) < 0.5
-        flips = np.concatenate([[False, False], flips[:2], flips[:2], flips[2:]])
+        motion = random_box(rng, height, width, (0.2, 0.4))
+        top, left, h, w = random_box(rng, height, width, (0.05, 0.2))
+        large = [random_box(rng, h, w, (0.4, 1.0)) for _ in range(2)]
+        small = [random_box(rng, h, w, (0.05, 0.4)) for _ in range(2 * self.n)]
+        boxes = np.array([motion, motion] + large + large + small)
+        boxes[2:, :2] += (top, left)
+        flips = rng.random(len(boxes)) < 0.5
+        flips[:2] = False
+        flips[4:6] = flips[2:4]
 
         N = len(boxes)
-        order = rng.permuted(np.tile(np.arange(4), (N, 1)), axis=1)
+        chosen = rng.random((N, 4)) < self.chances
+        order = rng.random((N, 4)).argsort(1)
         factors = rng.uniform((0.6, 0.6, 0.8, -0.1), (1.4, 1.4, 1.2, 0.1), (N, 4))
-        jittered, grayed, blurred, solarized = rng.uniform(size=(N, 4)).T
-        blur_chance = np.array([1, 0.1, 0.5])[self.kinds]
         sigma = rng.uniform(0.1, self.blur, N)
-        params = dict(
-            order=order,
-            factors=np.where(jittered[:, None] < 0.8, factors, NEUTRAL).astype(np.float32),
-            gray=grayed < 0.2,
-            blur=np.where(blurred < blur_chance, sigma, 0).astype(np.float32),
-            solarize=(solarized < 0.2) & (self.kinds == 1),
-        )
-        if self.motion_colours == "shared":
-            for value in params.values():
-                value[1] = value[0]
         if self.motion_colours == "none":
-            params["factors"][:2] = NEUTRAL
-            for name in ("gray", "blur", "solarize"):
-                params[name][:2] = 0
-        return boxes, flips, {name: torch.from_numpy(value) for name, value in params.items()}
+            chosen[:2] = False
+        if self.motion_colours == "shared":
+            for drawn in (chosen, order, factors, sigma):
+                drawn[1] = drawn[0]
+        jitter, grayed, blurred, solarized = torch.from_numpy(chosen).T
+        factors = torch.from_numpy(factors).float()
+        params = dict(
+            order=torch.from_numpy(order),
+            factors=torch.where(jitter[:, None], factors, torch.tensor(NEUTRAL)),
+            gray=grayed,
+            blur=blurred * torch.from_numpy(sigma).float(),
+            solarize=solarized,
+        )
+        return boxes, flips, params
 
     def __call__(self, frames, rng):
         """Two frames (H, W, 3) uint8 of one size -> uint8 crops, and `params` for finish()."""
         boxes, flips, params = self.draw(rng, *frames[0].shape[:2])
-        crops = [crop_uint8(frames[frame], box, size, flip)
-                 for frame, box, size, flip in zip(self.frames, boxes, self.sizes, flips)]
-        small = torch.empty(2 * self.n, 3, self.local_size, self.local_size, dtype=torch.uint8)
-        for i, crop in enumerate(crops[6:]):
-            small[i] = crop
+        crops = []
+        for frame, box, size, flip in zip(self.frames, boxes, self.sizes, flips):
+            crops.append(crop_uint8(frames[frame], box, size, flip))
+        small = torch.stack(crops[6:]) if self.n else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         return dict(
             motion=torch.stack(crops[:2]),
             globals=torch.stack(crops[2:6]).unflatten(0, (2, 2)),
