@@ -517,7 +517,11 @@ def warn(text):
 
 
 def walk(root):
-    """Sorted paths, relative to `root`, of the regular files at any depth; links yes, hidden no."""
+    """Sorted paths of the regular files in a folder, at any depth; links yes, hidden no. Of a file
+    itself."""
+    root = expand(root)
+    if os.path.isfile(root):
+        return [root]
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder")
     found, seen = [], set()
@@ -529,7 +533,7 @@ def walk(root):
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
         paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
-        found += [os.path.relpath(path, root) for path in paths if os.path.isfile(path)]
+        found += [path for path in paths if os.path.isfile(path)]
     return sorted(found)
 
 
@@ -727,8 +731,8 @@ class Videos(torch.utils.data.Dataset):
     not cross holes in the numbers of frames.
 
     Sample i, for any i >= 0, depends on (seed, i) alone. A pass takes the files in a new order, with
-    `repeat` samples in a row from each opening (of images one, and a pass has as many as they are).
-    It is transform(list of T uint8 (H, W, 3), a numpy Generator), or dict(video=(T, 3, H, W)).
+    `repeat` samples from each opening (of images one, and a pass has as many as there are). It is
+    transform(list of T uint8 (H, W, 3), a numpy Generator), by default dict(video=(T, 3, H, W)).
 
     Broken, too short and too sparse files are named once, counted in `broken` and replaced. Raises
     FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row fail). """
@@ -737,17 +741,13 @@ class Videos(torch.utils.data.Dataset):
                  transform=None):
         if not 0 < gap[0] <= gap[1] < math.inf:
             raise ValueError(f"{gap=}: want two rising numbers above 0")
+        self.root, self.seed, self.transform = root, seed, transform
         self.frames, self.stride, self.repeat = frames, stride, repeat
         self.gap = Fraction(gap[0]), Fraction(gap[1])
-        self.seed, self.transform = seed, transform
         self.wish = f"clips of {frames} frames at stride {stride}"
         if frames == 2:
             self.wish = f"pairs {gap[0]:g} to {gap[1]:g} s apart"
-        self.root = expand(root)
-        if os.path.isfile(self.root):
-            paths = [self.root]
-        else:
-            paths = [os.path.join(self.root, name) for name in walk(self.root)]
+        paths = walk(root)
         self.files = [path for path in paths if path.lower().endswith(VIDEO_TYPES)]
         self.sources = self.files                       # paths of videos, or FrameFolders
         self.starts = range(len(self.files))            # what a pass goes through: files, or images
@@ -758,9 +758,8 @@ class Videos(torch.utils.data.Dataset):
             self.starts = np.repeat(np.arange(len(lengths)), lengths)
         left_out = sorted({*paths} - {*self.files})
         if left_out:
-            kinds = sorted({os.path.splitext(path)[1] for path in left_out})
-            warn(f"{self.root}: left out {len(left_out)} files ({' '.join(kinds)}): neither videos nor "
-                 f"numbered frames, such as {left_out[0]}")
+            kinds = " ".join(sorted({os.path.splitext(path)[1] for path in left_out}))
+            warn(f"{root}: left out {len(left_out)} files ({kinds}), such as {left_out[0]}")
         # Shared memory: the workers of a loader count together and name each broken file once.
         self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
         self.order = -1, None                           # a pass, and the order of `starts` in it
@@ -772,17 +771,16 @@ class Videos(torch.utils.data.Dataset):
             match = re.fullmatch(r"(.*?)([0-9]+)\.(?i:jpe?g|png)", path, re.DOTALL)
             if match:                       # x1.jpg and x1.png are one frame: the first by name
                 found.setdefault(match[1], {}).setdefault(int(match[2]), path)
-        self.files = [path for sequence in found.values() for path in sequence.values()]
         if not found:
-            raise ValueError(f"{self.root}: no videos and no frames: want {' '.join(VIDEO_TYPES)}, or "
-                             "images whose names end in a frame number, as a_0001.jpg does")
+            raise ValueError(f"{self.root}: no videos and no frames: want {' '.join(VIDEO_TYPES)}, "
+                             "or images whose names end in a frame number, as a_0001.jpg does")
+        self.files = [path for sequence in found.values() for path in sequence.values()]
         sequences = [FrameFolder(sequence, fps) for sequence in found.values()]
         good = [one for one in sequences if self.draw(one, 0.5, np.random.default_rng(0))]
         if not good:
-            steps = [float(one.step) for one in sequences]
-            raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish}: neighbours are "
-                             f"{min(steps):.3g} to {max(steps):.3g} s apart; change --gap, --frames or "
-                             "--fps")
+            steps = sorted(float(one.step) for one in sequences)
+            raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish}: neighbours "
+                             f"are {steps[0]:.3g} to {steps[-1]:.3g} s apart; change --fps or --gap")
         return good
 
     def __len__(self):
@@ -1171,9 +1169,13 @@ def numbered(folder, pattern):
 
 def clip_folders(root, file):
     """The folders at any depth with a file of this name -> {name of the folder: path of the file}."""
-    found = [name for name in walk(root) if os.path.basename(name) == file]
-    alone = os.path.basename(os.path.abspath(root))
-    return {os.path.dirname(name) or alone: os.path.join(root, name) for name in found}
+    root = os.path.abspath(expand(root))
+    found = {}
+    for path in walk(root):
+        if os.path.basename(path) == file:
+            name = os.path.relpath(os.path.dirname(path), root)
+            found[os.path.basename(root) if name == "." else name] = path
+    return found
 
 
 def read_flo(path):
@@ -1221,16 +1223,16 @@ def read_pfm(path):
 
 
 FLOW_LAYOUTS = (    # path of a flow; kinds of images; frames n and n + 1 (n is 1 where the path of the
-    # flow has none), without suffix; what in the path tells the val split
-    (r"(?P<top>.*/|)flow/(?P<scene>[^/]+)/frame_(?P<n>\d+)\.flo", ("clean", "final"),
-     "{top}{kind}/{scene}/frame_{n:04d}", "/temple_[23]/"),                                 # Sintel
-    (r"(?P<top>.*/|)(?P<scene>\d+)_flow\.flo", ("",), "{top}{scene}_img{n}", None),         # Chairs
-    (r"(?P<top>.*/|)optical_flow/(?P<scene>.+)/into_future/left/"
+    # flow has none), without suffix; how scenes of the val split begin
+    (r"(?P<top>.*/)flow/(?P<scene>[^/]+)/frame_(?P<n>\d+)\.flo", ("clean", "final"),
+     "{top}{kind}/{scene}/frame_{n:04d}", ("temple_2", "temple_3")),                        # Sintel
+    (r"(?P<top>.*/)(?P<scene>\d+)_flow\.flo", ("",), "{top}{scene}_img{n}", None),          # Chairs
+    (r"(?P<top>.*/)optical_flow/(?P<scene>.+)/into_future/left/"
      r"OpticalFlowIntoFuture_(?P<n>\d+)_L\.pfm", ("clean", "final"),
-     "{top}frames_{kind}pass/{scene}/left/{n:04d}", "/TEST/"),                              # Things
-    (r"(?P<top>.*/|)flow_occ/(?P<scene>\d+)_(?P<n>10)\.png", ("image_2", "colored_0"),
+     "{top}frames_{kind}pass/{scene}/left/{n:04d}", ("TEST/",)),                            # Things
+    (r"(?P<top>.*/)flow_occ/(?P<scene>\d+)_(?P<n>10)\.png", ("image_2", "colored_0"),
      "{top}{kind}/{scene}_{n}", None),                                                      # KITTI
-    (r"(?P<top>.*/|)flow\.(flo|png)", ("",), "{top}frame{n}", None))                        # yours
+    (r"(?P<top>.*/)flow\.(flo|png)", ("",), "{top}frame{n}", None))                         # yours
 
 
 class FlowPairs(torch.utils.data.Dataset):
@@ -1247,39 +1249,38 @@ class FlowPairs(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, split="val"):
-        self.root = expand(root)
-        self.files = [name.replace(os.sep, "/") for name in walk(self.root)]
-        lists = [file for file in self.files if file.endswith("FlyingChairs_train_val.txt")]
-        self.chairs = read_bytes(os.path.join(self.root, lists[0])).split() if lists else []
-        suffixes = (*IMAGE_TYPES, ".ppm", ".webp")
-        images = {os.path.splitext(file)[0]: file for file in self.files
-                  if file.lower().endswith(suffixes)}
-        pairs = [pair for flow in self.files for pair in self.pairs(flow, images)]
+        files = [path.replace(os.sep, "/") for path in walk(root)]
+        lists = [path for path in files if path.endswith("/FlyingChairs_train_val.txt")]
+        chairs = read_bytes(lists[0]).split() if lists else None
+        images = {os.path.splitext(path)[0]: path for path in files
+                  if path.lower().endswith((*IMAGE_TYPES, ".ppm", ".webp"))}
+        pairs = [pair for path in files for pair in self.pairs(path, images, chairs)]
         self.items = [pair for pair in pairs if split in ("all", pair["split"]) or not pair["split"]]
-        self.names = [pair["name"] for pair in self.items]
+        self.names = [os.path.relpath(pair["name"], expand(root)) for pair in self.items]
         if not self.items:
-            raise ValueError(f"{self.root}: none of {len(pairs)} pairs with flow is of split {split!r}: "
+            raise ValueError(f"{root}: of its {len(pairs)} pairs with flow none is of split {split!r}: "
                              "want NAME/frame1.png, frame2.png, flow.flo, or Sintel, FlyingChairs, "
                              "FlyingThings3D or KITTI as unpacked")
 
-    def pairs(self, flow, images):
-        """A file -> the pairs that it is the flow of, of those whose frames are there."""
+    def pairs(self, flow, images, chairs):
+        """The pairs that a file is the flow of, with paths of what belongs to them."""
         found = []
         for pattern, kinds, frame, val in FLOW_LAYOUTS:
             match = re.fullmatch(pattern, flow)
             for kind in kinds if match else ():
                 parts = dict(n=1) | match.groupdict()
-                n = int(parts["n"])
-                names = [frame.format(**parts | dict(kind=kind, n=number)) for number in (n, n + 1)]
+                n = int(parts.pop("n"))
+                first = frame.format(kind=kind, n=n, **parts)
+                second = frame.format(kind=kind, n=n + 1, **parts)
+                mask = frame.format(kind="invalid", n=n, **parts) if kind else None     # Sintel's
                 split = None
                 if val:
-                    split = "val" if re.search(val, flow) else "train"
-                elif self.chairs and flow.endswith("_flow.flo"):
-                    split = {b"1": "train", b"2": "val"}[self.chairs[int(parts["scene"]) - 1]]
-                mask = frame.format(**parts | dict(kind="invalid", n=n)) if kind else None
-                if names[0] in images and names[1] in images:
-                    found.append(dict(name=names[0].removesuffix("/frame1"), split=split, flow=flow,
-                                      frames=[images[name] for name in names], mask=images.get(mask)))
+                    split = "val" if parts["scene"].startswith(val) else "train"
+                elif chairs and flow.endswith("_flow.flo"):
+                    split = {b"1": "train", b"2": "val"}[chairs[int(parts["scene"]) - 1]]
+                if first in images and second in images:
+                    found.append(dict(name=first.removesuffix("/frame1"), split=split, flow=flow,
+                                      frames=(images[first], images[second]), mask=images.get(mask)))
         return found
 
     def __len__(self):
@@ -1287,15 +1288,15 @@ class FlowPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         item = self.items[i]
-        file = os.path.join(self.root, item["flow"])
-        frames = read_clip(os.path.join(self.root, name) for name in item["frames"])    # (2, H, W, 3)
+        file = item["flow"]
+        frames = read_clip(item["frames"])                                      # (2, H, W, 3)
         if file.endswith(".png"):
             flow, valid = read_kitti_flow(file)
         else:
             flow = read_pfm(file) if file.endswith(".pfm") else read_flo(file)
             valid = (abs(flow) <= 1e9).all(-1)                                  # nan is not
         if item["mask"]:
-            valid &= read_one_channel(os.path.join(self.root, item["mask"])) == 0
+            valid &= read_one_channel(item["mask"]) == 0
         if frames.shape[1:3] != valid.shape:
             raise ValueError(f"{file}: the flow is {valid.shape}, its frames {frames.shape[1:3]}")
         flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
@@ -1335,26 +1336,28 @@ class Segmentation(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, split="train", num_classes=None, ignore_index=None):
-        self.root = expand(root)
-        files = [name.replace(os.sep, "/") for name in walk(self.root)]
+        files = [path.replace(os.sep, "/") for path in walk(root)]
+        root = expand(root).replace(os.sep, "/").rstrip("/") + "/"
         for images, labels, classes, first, ignored, names in SEGMENTATION_LAYOUTS:
             splits = dict(train=[], val=[], test=[])
             for name, part in SPLITS.items():
-                splits[part] += self.pairs(files, images.format(name), labels.format(name))
+                folders = root + images.format(name), root + labels.format(name)
+                splits[part] += self.pairs(files, *folders)
             if any(splits.values()):
                 break
         else:                                                       # yours, without splits
-            every = self.pairs(files, "images/", "labels/")
-            splits = dict(val=every[4::5], train=[pair for pair in every if pair not in every[4::5]])
+            every = self.pairs(files, f"{root}images/", f"{root}labels/")
+            splits["val"] = every[4::5]
+            splits["train"] = [pair for pair in every if pair not in splits["val"]]
         self.files = splits.get(split)
         if not self.files:
-            raise ValueError(f"{self.root}: has no images with labels, in a known layout, of split "
-                             f"{split!r}: want images/{split}/A.jpg with labels/{split}/A.png, or "
-                             "CamVid, Cityscapes, BDD100K, ADE20K as unpacked")
+            raise ValueError(f"{root}: no labelled images of split {split!r} in a known layout: want "
+                             f"images/{split}/A.jpg with labels/{split}/A.png, or CamVid, Cityscapes, "
+                             "BDD100K, ADE20K as unpacked")
         self.first = first
         self.ignore_index = ignored if ignore_index is None else ignore_index
         if classes is None:
-            classes = self.count_classes(label for pairs in splits.values() for _, label in pairs)
+            classes = self.count_classes([pair[1] for pairs in splits.values() for pair in pairs])
         self.num_classes = num_classes or classes
         self.names = list(names) if names and len(names) == self.num_classes else None
         if not 2 <= self.num_classes <= 255:
@@ -1362,18 +1365,18 @@ class Segmentation(torch.utils.data.Dataset):
 
     def pairs(self, files, images, labels):
         """Files in two folders -> [(image, its label)]: alike but for the data set's endings."""
-        def key(name, folder):
-            stem = os.path.splitext(name.removeprefix(folder))[0]
-            return re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", stem)
+        def stem(path, folder):
+            name = os.path.splitext(path.removeprefix(folder))[0]
+            return re.sub("_leftImg8bit$|_gtFine_label(Ids|TrainIds)$", "", name)
 
-        known = {key(name, labels): name for name in files      # of Cityscapes TrainIds come last
-                 if name.startswith(labels) and name.endswith(".png")}
-        names = [name for name in files
-                 if name.startswith(images) and name.lower().endswith(IMAGE_TYPES)]
-        found = [(os.path.join(self.root, name), os.path.join(self.root, known[key(name, images)]))
-                 for name in names if key(name, images) in known]
-        if 0 < len(found) < len(names):
-            warn(f"left out {len(names) - len(found)} images without label in {images}")
+        truth = {stem(path, labels): path for path in files     # of Cityscapes TrainIds come last
+                 if path.startswith(labels) and path.endswith(".png")}
+        pictures = [path for path in files
+                    if path.startswith(images) and path.lower().endswith(IMAGE_TYPES)]
+        stems = {path: stem(path, images) for path in pictures}
+        found = [(path, truth[stems[path]]) for path in pictures if stems[path] in truth]
+        if 0 < len(found) < len(pictures):
+            warn(f"{images}: left out {len(pictures) - len(found)} images without label")
         return found
 
     def count_classes(self, labels):
@@ -1383,7 +1386,7 @@ class Segmentation(torch.utils.data.Dataset):
             seen.update(np.unique(read_one_channel(label)).tolist())
         seen.discard(self.ignore_index)
         if len(seen) < 2:                   # one class would be found by everybody: mIoU 100
-            raise ValueError(f"{self.root}: beside {self.ignore_index}, which is ignored, the labels "
+            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, which is ignored, the labels "
                              f"hold only {seen}: want two classes. Store masks of 0 and 255 as 0 and "
                              "1, or set --ignore-index")
         return max(seen) + 1
@@ -1441,7 +1444,8 @@ class NumpyOnly(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"):             # how protocol 2 writes bytes
             return lambda text, encoding: text.encode("latin1")
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "_frombuffer"):
+        arrays = "_reconstruct", "ndarray", "dtype", "_frombuffer"
+        if module.split(".")[0] == "numpy" and name in arrays:
             return Pickled
         raise ValueError(f"wants {module}.{name} to be called: refused, arrays have no need of it")
 
@@ -1469,18 +1473,19 @@ class PointTracks(torch.utils.data.Dataset):
 
     def __init__(self, path, video=None):
         path = expand(path)
-        self.video = expand(video) if video else None
-        rgbd = clip_folders(path, "tracks.npz") if os.path.isdir(path) else {}
-        files = [os.path.join(path, name) for name in walk(path)] if os.path.isdir(path) else [path]
+        self.video = video
+        rgbd = clip_folders(path, "tracks.npz")
         self.names = list(rgbd)
         self.items = [(self.read_rgbd, file, None) for file in rgbd.values()]
-        for shard in [file for file in files if file.endswith(".pkl")]:
-            with error_prefix(shard), open(shard, "rb") as file:
-                clips = NumpyOnly(file).load()
-                clips = clips if isinstance(clips, dict) else dict(enumerate(clips, len(self.items)))
-            self.names += map(str, clips)
-            self.items += [(self.read_tapvid, shard, clip) for clip in clips.values()]
-        if path.endswith(".npz") and video:
+        for shard in walk(path):
+            if shard.endswith(".pkl"):
+                with error_prefix(shard), open(shard, "rb") as file:
+                    clips = NumpyOnly(file).load()
+                    if not isinstance(clips, dict):
+                        clips = dict(enumerate(clips, len(self.items)))
+                self.names += map(str, clips)
+                self.items += [(self.read_tapvid, shard, clip) for clip in clips.values()]
+        if video:
             self.names = [os.path.basename(path).removesuffix(".npz")]
             self.items = [(self.read_joints, path, None)]
         if not self.items:
@@ -1548,7 +1553,6 @@ class BoxTracks(torch.utils.data.Dataset):
     """
 
     def __init__(self, root):
-        root = expand(root)
         found = clip_folders(root, "boxes_xyxy.txt")
         self.names, self.items = list(found), list(found.values())
         if not self.items:
