@@ -1626,6 +1626,7 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     device = torch.device(device)
     size, frames = inputs["size"], inputs["frames"]
     own_seed = split_seed(seed, split)
+    workers = count_workers(workers, source, device)
     crops = None
     if "crops" in inputs:
         crops = MultiCrop(size, **inputs["crops"], colours=colours, motion_colours=motion_colours)
@@ -1639,7 +1640,6 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     else:
         dataset = Videos(source, frames, seed=own_seed, transform=crops or SquareClip(size),
                          **asdict(videos or VideoOptions()))
-    workers = count_workers(workers, source, device)
     loader = torch.utils.data.DataLoader(
         Batches(dataset, crops, own_seed), batch_size=None, sampler=batches, num_workers=workers,
         pin_memory=device.type == "cuda", worker_init_fn=start_worker)
