@@ -585,17 +585,16 @@ class Reader:
             if frame.pts is not None and (frame.key_frame or not keyframe):
                 return frame
 
-    def duration(self):
-        """Seconds to the end of the last frame, as the header promises: it may be too much."""
+    def last(self, exact):
+        """Time of the last frame, as the header promises, or by decoding the end of the file."""
+        length = Fraction(self.container.duration or 0, 10**6)
         if self.stream.duration:
-            return self.stream.duration * self.tick
-        if self.container.duration:
-            return Fraction(self.container.duration, 10**6)
-        raise ValueError(f"{self.path}: no duration in its header: ffmpeg -i old -c copy new.mkv")
-
-    def last(self):
-        """Time of the last frame, found by decoding the end of the file."""
-        found = self.at(self.duration()) if self.end is None else None
+            length = self.stream.duration * self.tick
+        if not length:
+            raise ValueError(f"{self.path}: no duration in its header: ffmpeg -i old -c copy new.mkv")
+        if not exact:
+            return length - 1 / self.rate
+        found = self.at(length) if self.end is None else None
         while found:
             found = self.at(found[1] + TINY)
         return self.end
@@ -689,6 +688,7 @@ class FrameFolder:
 
     def __init__(self, paths, fps):
         self.paths, self.numbers = paths, sorted(paths)
+        self.path = paths[self.numbers[0]]          # of the file that was read last
         self.rate = Fraction(fps)
         steps = [b - a for a, b in itertools.pairwise(self.numbers)] or [1]
         self.step = Counter(steps).most_common(1)[0][0] / self.rate     # others are holes
@@ -700,14 +700,11 @@ class FrameFolder:
             number = self.numbers[place]
             return self.paths[number], (number - first) / self.rate
 
-    def last(self):
+    def last(self, exact):
         return (self.numbers[-1] - self.numbers[0]) / self.rate
 
-    def duration(self):
-        return self.last() + 1 / self.rate
-
     def image(self, path):
-        self.path = path                    # that of the last, if it can't be read
+        self.path = path
         return read_image(path)
 
 
@@ -730,9 +727,9 @@ class Videos(torch.utils.data.Dataset):
     folder, is its sequence. Pairs lie in the gap to half a frame, at variable rates too; clips do
     not cross holes in the numbers of frames.
 
-    Sample i, for any i >= 0, depends on (seed, i) alone. A pass takes the files in a new order, with
-    `repeat` samples from each opening (of images one, and a pass has as many as there are). It is
-    transform(list of T uint8 (H, W, 3), a numpy Generator), by default dict(video=(T, 3, H, W)).
+    Sample i, for any i >= 0, depends on (seed, i) alone. A pass takes the files in a new order,
+    with `repeat` samples from each opening (of images one, and as many as there are in a pass). It
+    is transform(list of T uint8 (H, W, 3), a Generator), by default dict(video=(T, 3, H, W)).
 
     Broken, too short and too sparse files are named once, counted in `broken` and replaced. Raises
     FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row fail). """
@@ -779,8 +776,9 @@ class Videos(torch.utils.data.Dataset):
         good = [one for one in sequences if self.draw(one, 0.5, np.random.default_rng(0))]
         if not good:
             steps = sorted(float(one.step) for one in sequences)
+            apart = f"{steps[0]:.3g} to {steps[-1]:.3g} s apart"
             raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish}: neighbours "
-                             f"are {steps[0]:.3g} to {steps[-1]:.3g} s apart; change --fps or --gap")
+                             f"are {apart}; change --fps or --gap")
         return good
 
     def __len__(self):
@@ -837,9 +835,9 @@ class Videos(torch.utils.data.Dataset):
         begin = (key[-1] + rng.random()) / self.repeat          # in order of time: no seeks back
         frames = self.draw(reader, begin, rng)
         if frames is None:
-            length = float(reader.last() + 1 / reader.rate)
-            raise ValueError(f"lasts {length:.2f} s at {float(reader.rate):.3g} frames a second: too "
-                             f"short or too sparse for {self.wish}")
+            length, rate = float(reader.last(exact=True)), float(reader.rate)
+            raise ValueError(f"its {length:.2f} s at {rate:.3g} frames a second are too short or too "
+                             f"sparse for {self.wish}")
         images = [reader.image(frame) for frame in frames]
         if len({image.shape for image in images}) > 1:
             raise ValueError("its frames change size")
@@ -853,13 +851,13 @@ class Videos(torch.utils.data.Dataset):
         frame = 1 / reader.rate
         length = (self.frames - 1) * self.stride * frame
         if self.frames == 2:
-            length = low + rng.random() * max(min(high, reader.duration() - frame) - low, 0)
+            length = low + rng.random() * max(min(high, reader.last(exact=False)) - low, 0)
         for attempt in range(TRIES):
-            last = reader.last() if attempt else reader.duration() - frame
+            last = reader.last(exact=attempt > 0)
             start = max(begin * (max(last - length, 0) + frame) - frame, 0)
             first = reader.at(start if attempt < TRIES - 1 else 0)
-            sample = first and (self.pair if self.frames == 2 else self.clip)(reader, first, length)
-            if sample:
+            take = self.pair if self.frames == 2 else self.clip
+            if first and (sample := take(reader, first, length)):
                 return sample
             begin = rng.random()
 
@@ -1168,7 +1166,7 @@ def numbered(folder, pattern):
 
 
 def clip_folders(root, file):
-    """The folders at any depth with a file of this name -> {name of the folder: path of the file}."""
+    """{name of a folder: path of the file} of the folders at any depth with a file of this name."""
     root = os.path.abspath(expand(root))
     found = {}
     for path in walk(root):
@@ -1219,11 +1217,11 @@ def read_pfm(path):
             raise ValueError("does not begin as a .pfm file of three channels does")
         numbers = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end())
         rows = numbers.reshape(int(header[2]), int(header[1]), 3)
-        return rows[::-1, :, :2].astype(np.float32)                         # stored from the bottom up
+    return rows[::-1, :, :2].astype(np.float32)             # stored from the bottom up
 
 
-FLOW_LAYOUTS = (    # path of a flow; kinds of images; frames n and n + 1 (n is 1 where the path of the
-    # flow has none), without suffix; how scenes of the val split begin
+FLOW_LAYOUTS = (    # path of a flow; kinds of images; frames n and n + 1 (n: of the flow's path, or
+    # 1), without suffix; how scenes of the val split begin
     (r"(?P<top>.*/)flow/(?P<scene>[^/]+)/frame_(?P<n>\d+)\.flo", ("clean", "final"),
      "{top}{kind}/{scene}/frame_{n:04d}", ("temple_2", "temple_3")),                        # Sintel
     (r"(?P<top>.*/)(?P<scene>\d+)_flow\.flo", ("",), "{top}{scene}_img{n}", None),          # Chairs
@@ -1236,9 +1234,9 @@ FLOW_LAYOUTS = (    # path of a flow; kinds of images; frames n and n + 1 (n is 
 
 
 class FlowPairs(torch.utils.data.Dataset):
-    """Pairs of frames with the true flow between them. `root`, or a folder in it at any depth, holds
-    Sintel, FlyingChairs, FlyingThings3D or KITTI as unpacked, or your folders NAME/frame1.png
-    frame2.png flow.flo (or flow.png, of KITTI's kind).
+    """Pairs of frames with the true flow between them. `root` holds, at any depth, Sintel,
+    FlyingChairs, FlyingThings3D or KITTI as unpacked, or your folders NAME/frame1.png frame2.png
+    flow.flo (or flow.png, of KITTI's kind).
 
     split: "train", "val" (of Sintel temple_2 and temple_3, as in CroCo v2) or "all"; KITTI, yours
     and Chairs without FlyingChairs_train_val.txt have no splits: each is everything. [i] is
@@ -1255,11 +1253,11 @@ class FlowPairs(torch.utils.data.Dataset):
         images = {os.path.splitext(path)[0]: path for path in files
                   if path.lower().endswith((*IMAGE_TYPES, ".ppm", ".webp"))}
         pairs = [pair for path in files for pair in self.pairs(path, images, chairs)]
-        self.items = [pair for pair in pairs if split in ("all", pair["split"]) or not pair["split"]]
+        self.items = [pair for pair in pairs if split == "all" or pair["split"] in (split, None)]
         self.names = [os.path.relpath(pair["name"], expand(root)) for pair in self.items]
         if not self.items:
-            raise ValueError(f"{root}: of its {len(pairs)} pairs with flow none is of split {split!r}: "
-                             "want NAME/frame1.png, frame2.png, flow.flo, or Sintel, FlyingChairs, "
+            raise ValueError(f"{root}: of its {len(pairs)} pairs with flow none is of split {split!r}"
+                             ": want NAME/frame1.png, frame2.png, flow.flo, or Sintel, FlyingChairs, "
                              "FlyingThings3D or KITTI as unpacked")
 
     def pairs(self, flow, images, chairs):
@@ -1279,8 +1277,9 @@ class FlowPairs(torch.utils.data.Dataset):
                 elif chairs and flow.endswith("_flow.flo"):
                     split = {b"1": "train", b"2": "val"}[chairs[int(parts["scene"]) - 1]]
                 if first in images and second in images:
+                    frames = images[first], images[second]
                     found.append(dict(name=first.removesuffix("/frame1"), split=split, flow=flow,
-                                      frames=(images[first], images[second]), mask=images.get(mask)))
+                                      frames=frames, mask=images.get(mask)))
         return found
 
     def __len__(self):
@@ -1312,7 +1311,7 @@ CITYSCAPES_IDS = [          # in labelIds.png
     7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 SPLITS = dict(train="train", training="train", val="val", validation="val", test="test",
               testing="test")
-SEGMENTATION_LAYOUTS = (    # folders of images, of labels; classes, first value, value ignored; names
+SEGMENTATION_LAYOUTS = (    # folders of images, labels; classes, first value, value ignored, names
     ("{}/", "{}annot/", 11, 0, 11, CAMVID),                                             # SegNet's
     ("leftImg8bit/{}/", "gtFine/{}/", 19, 0, 255, CITYSCAPES),
     ("images/10k/{}/", "labels/sem_seg/masks/{}/", 19, 0, 255, CITYSCAPES),             # BDD100K
@@ -1325,8 +1324,8 @@ class Segmentation(torch.utils.data.Dataset):
     BDD100K or ADE20K as unpacked, or yours: images/train/ANY/NAME.jpg labels/train/ANY/NAME.png; or
     images/ANY/NAME.jpg labels/ANY/NAME.png, of which every fifth by name is val, the rest train.
 
-    Labels are PNGs of one channel of at most 8 bits, or of a palette. split: "train", "val", "test".
-    num_classes (2 at least) and ignore_index, the value of no class, are by default what the data
+    Labels are PNGs of one channel of at most 8 bits, or of a palette. split: "train", "val" or
+    "test". num_classes (2 at least) and ignore_index, the value of no class, are by default what the data
     set says; yours: as many as the labels of all splits show, and 255. [i] is
 
     image     (H, W, 3)  uint8
@@ -1352,8 +1351,8 @@ class Segmentation(torch.utils.data.Dataset):
         self.files = splits.get(split)
         if not self.files:
             raise ValueError(f"{root}: no labelled images of split {split!r} in a known layout: want "
-                             f"images/{split}/A.jpg with labels/{split}/A.png, or CamVid, Cityscapes, "
-                             "BDD100K, ADE20K as unpacked")
+                             f"images/{split}/A.jpg with labels/{split}/A.png, or CamVid, "
+                             "Cityscapes, BDD100K, ADE20K as unpacked")
         self.first = first
         self.ignore_index = ignored if ignore_index is None else ignore_index
         if classes is None:
@@ -1386,9 +1385,9 @@ class Segmentation(torch.utils.data.Dataset):
             seen.update(np.unique(read_one_channel(label)).tolist())
         seen.discard(self.ignore_index)
         if len(seen) < 2:                   # one class would be found by everybody: mIoU 100
-            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, which is ignored, the labels "
-                             f"hold only {seen}: want two classes. Store masks of 0 and 255 as 0 and "
-                             "1, or set --ignore-index")
+            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, which is ignored, there "
+                             f"is only {seen}: want two classes. Store masks of 0 and 255 as 0 and 1, "
+                             "or set --ignore-index")
         return max(seen) + 1
 
     def __len__(self):
@@ -1409,7 +1408,7 @@ class Segmentation(torch.utils.data.Dataset):
         classes = table[values]                                 # (H, W)
         if classes.min() < 0:
             raise ValueError(
-                f"{label}: value {values[classes < 0].max()} is neither one of the {self.num_classes} "
+                f"{label}: value {values[classes < 0].max()} is neither one of {self.num_classes} "
                 f"classes nor {self.ignore_index}, to be ignored: set --classes / --ignore-index")
         return dict(image=picture, classes=classes)
 
@@ -1489,8 +1488,8 @@ class PointTracks(torch.utils.data.Dataset):
             self.names = [os.path.basename(path).removesuffix(".npz")]
             self.items = [(self.read_joints, path, None)]
         if not self.items:
-            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz with rgb_00.jpg, ..., the "
-                             ".pkl files of TAP-Vid, or joints.npz with the path of their video")
+            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz with rgb_00.jpg, ..., .pkl "
+                             "files of TAP-Vid, or joints.npz with the path of their video")
 
     def __len__(self):
         return len(self.items)
@@ -1503,7 +1502,7 @@ class PointTracks(torch.utils.data.Dataset):
     def sample(self, video, tracks, visible, valid, query=None, **more):
         """What is said of points (P, T) is checked against their video, and time comes first."""
         if tracks.shape != (len(visible), len(video), 2):
-            raise ValueError(f"tracks {tracks.shape} do not fit {len(video)} frames: want (P, T, 2)")
+            raise ValueError(f"tracks (P, T, 2) {tracks.shape} do not fit {len(video)} frames")
         if query is None:
             seen = visible.any(1)
             tracks, visible, valid = tracks[seen], visible[seen], valid[seen]
@@ -1632,7 +1631,8 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
         crops = MultiCrop(size, **inputs["crops"], colours=colours, motion_colours=motion_colours)
     if source == "squares":
         squares = inputs.get("squares", {})
-        dataset = MovingSquares(2 * size if crops else size, frames, seed=seed, split=split, **squares)
+        canvas = 2 * size if crops else size
+        dataset = MovingSquares(canvas, frames, seed=seed, split=split, **squares)
     elif source == "scenes":
         options = scenes or SceneOptions(size=2 * size)
         options = options if crops else replace(options, size=size)
@@ -1640,11 +1640,23 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     else:
         dataset = Videos(source, frames, seed=own_seed, transform=crops or SquareClip(size),
                          **asdict(videos or VideoOptions()))
-    loader = torch.utils.data.DataLoader(
-        Batches(dataset, crops, own_seed), batch_size=None, sampler=batches, num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=start_worker)
+    dataset = Batches(dataset, crops, own_seed)
+    return DeviceLoader(data_loader(dataset, workers, device, batch_size=None, sampler=batches),
+                        crops, device)
+
+
+def sample_loader(dataset, batches, device="cpu"):
+    """A dataset's samples in batches of numbers, in order."""
+    workers = min(8, max(1, cores() - 1))
+    return data_loader(dataset, workers, torch.device(device), batch_sampler=batches)
+
+
+def data_loader(dataset, workers, device, **options):
+    """DataLoader with processes that end with this one."""
     atexit.register(end_workers)
-    return DeviceLoader(loader, crops, device)
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=start_worker,
+        **options)
 
 
 def cores():
@@ -1659,19 +1671,9 @@ def count_workers(workers, source, device):
         raise ValueError(f"--workers {workers}: at most {8 * cores()} on {cores()} cores")
     if workers >= 0:
         return workers
-    if source == "squares":
-        return 0
     share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return 1 if source == "scenes" and device.type == "cpu" else share
-
-
-def sample_loader(dataset, batches, device="cpu"):
-    """A dataset's samples in batches of numbers, in order, by processes that end with this one."""
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=min(8, max(1, cores() - 1)),
-        pin_memory=torch.device(device).type == "cuda", worker_init_fn=start_worker)
-    atexit.register(end_workers)
-    return loader
+    cheap = {"squares": 0, "scenes": 1 if device.type == "cpu" else share}
+    return cheap.get(source, share)
 
 
 def start_worker(number):
@@ -1703,7 +1705,7 @@ class DeviceLoader:
 
 # ---- look at your data ---------------------------------------------------------------------------
 def show(source, path, videos=None):
-    """Writes a picture: scenes with their truth (not of videos), and crops like those of training."""
+    """Writes a picture: scenes with their truth (not of videos), and crops as in training."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import hsv_to_rgb
 
@@ -1736,7 +1738,7 @@ def show(source, path, videos=None):
         for (title, image), axis in zip(row.items(), line):
             axis.imshow(image)
             axis.set_title(title, fontsize=8)
-    figure.supxlabel("flow: hue is its direction (red: to the right), saturation its speed", fontsize=8)
+    figure.supxlabel("flow: hue is its direction (red: right), saturation its speed", fontsize=8)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=90)
 
@@ -1754,10 +1756,10 @@ def bench(source):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes out/data.png: scenes with truth, and crops.")
+    parser = argparse.ArgumentParser(description="Writes out/data.png: scenes, truth and crops.")
     parser.add_argument("data", nargs="?", default="scenes", help="a video, or a folder")
     parser.add_argument("--fps", type=float, default=30.0, help="rate of numbers in frame names")
-    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="s between two frames")
+    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 1.0), help="s between frames")
     parser.add_argument("--bench", action="store_true", help="measure the CPU time instead")
     args = parser.parse_args()
     try:
