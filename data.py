@@ -591,7 +591,7 @@ class Reader:
         if self.stream.duration:
             length = self.stream.duration * self.tick
         if not length:
-            raise ValueError(f"{self.path}: no duration in its header: ffmpeg -i old -c copy new.mkv")
+            raise ValueError(f"{self.path}: no duration in its header: ffmpeg -i in -c copy out.mkv")
         if not exact:
             return length - 1 / self.rate
         found = self.at(length) if self.end is None else None
@@ -603,13 +603,21 @@ class Reader:
         """The first frame at or after t -> (frame, its time), or None behind the last."""
         if self.end is not None and t > self.end:
             return None
-        # Up to 2 s, a usual distance of keyframes, decoding on is no dearer than a seek.
-        if self.frame is None or not self.asked <= t <= self.time + 2:
+        if self.frame is None or t < self.asked or t > self.time and self.keyframe_before(t):
             self.seek(t)
         while self.frame and self.time < t:
             self.take(self.decode())
         self.asked = t
         return self.frame and (self.frame, self.time)
+
+    def keyframe_before(self, t):
+        """Is there one between the decoder and t? Else a seek would repeat work."""
+        index = self.stream.index_entries
+        wanted = self.start + math.floor(t / self.tick)
+        if len(index) and index[-1].timestamp >= wanted:
+            key = index.search_timestamp(wanted)
+            return key >= 0 and (index[key].timestamp - self.start) * self.tick > self.time
+        return t > self.time + 2        # mkv reads its index piece by piece: go by a usual distance
 
     def seek(self, t):
         """To a keyframe at or before t. Frames shown before it are left out: they may need earlier
@@ -777,8 +785,8 @@ class Videos(torch.utils.data.Dataset):
         if not good:
             steps = sorted(float(one.step) for one in sequences)
             apart = f"{steps[0]:.3g} to {steps[-1]:.3g} s apart"
-            raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish}: neighbours "
-                             f"are {apart}; change --fps or --gap")
+            raise ValueError(f"{self.root}: frames at --fps {fps:g} give no {self.wish}: "
+                             f"neighbours are {apart}; change --fps or --gap")
         return good
 
     def __len__(self):
@@ -836,8 +844,8 @@ class Videos(torch.utils.data.Dataset):
         frames = self.draw(reader, begin, rng)
         if frames is None:
             length, rate = float(reader.last(exact=True)), float(reader.rate)
-            raise ValueError(f"its {length:.2f} s at {rate:.3g} frames a second are too short or too "
-                             f"sparse for {self.wish}")
+            raise ValueError(f"its {length:.2f} s at {rate:.3g} frames a second are too short or "
+                             f"too sparse for {self.wish}")
         images = [reader.image(frame) for frame in frames]
         if len({image.shape for image in images}) > 1:
             raise ValueError("its frames change size")
@@ -1256,8 +1264,8 @@ class FlowPairs(torch.utils.data.Dataset):
         self.items = [pair for pair in pairs if split == "all" or pair["split"] in (split, None)]
         self.names = [os.path.relpath(pair["name"], expand(root)) for pair in self.items]
         if not self.items:
-            raise ValueError(f"{root}: of its {len(pairs)} pairs with flow none is of split {split!r}"
-                             ": want NAME/frame1.png, frame2.png, flow.flo, or Sintel, FlyingChairs, "
+            raise ValueError(f"{root}: no flow with its two frames of split {split!r}: want NAME/"
+                             "frame1.png, frame2.png, flow.flo, or Sintel, FlyingChairs, "
                              "FlyingThings3D or KITTI as unpacked")
 
     def pairs(self, flow, images, chairs):
@@ -1325,8 +1333,8 @@ class Segmentation(torch.utils.data.Dataset):
     images/ANY/NAME.jpg labels/ANY/NAME.png, of which every fifth by name is val, the rest train.
 
     Labels are PNGs of one channel of at most 8 bits, or of a palette. split: "train", "val" or
-    "test". num_classes (2 at least) and ignore_index, the value of no class, are by default what the data
-    set says; yours: as many as the labels of all splits show, and 255. [i] is
+    "test". num_classes (2 at least) and ignore_index, the value of no class, are by default what
+    the data set says; yours: as many as the labels of all splits show, and 255. [i] is
 
     image     (H, W, 3)  uint8
     classes   (H, W)     int64: 0 .. num_classes - 1, and 255 where ignored
@@ -1350,8 +1358,8 @@ class Segmentation(torch.utils.data.Dataset):
             splits["train"] = [pair for pair in every if pair not in splits["val"]]
         self.files = splits.get(split)
         if not self.files:
-            raise ValueError(f"{root}: no labelled images of split {split!r} in a known layout: want "
-                             f"images/{split}/A.jpg with labels/{split}/A.png, or CamVid, "
+            raise ValueError(f"{root}: no labelled images of split {split!r} in a known layout: "
+                             f"want images/{split}/A.jpg with labels/{split}/A.png, or CamVid, "
                              "Cityscapes, BDD100K, ADE20K as unpacked")
         self.first = first
         self.ignore_index = ignored if ignore_index is None else ignore_index
@@ -1385,9 +1393,9 @@ class Segmentation(torch.utils.data.Dataset):
             seen.update(np.unique(read_one_channel(label)).tolist())
         seen.discard(self.ignore_index)
         if len(seen) < 2:                   # one class would be found by everybody: mIoU 100
-            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, which is ignored, there "
-                             f"is only {seen}: want two classes. Store masks of 0 and 255 as 0 and 1, "
-                             "or set --ignore-index")
+            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, which is ignored, only "
+                             f"{seen}: want two classes. Store masks of 0 and 255 as 0 and 1, or set "
+                             "--ignore-index")
         return max(seen) + 1
 
     def __len__(self):
@@ -1488,8 +1496,8 @@ class PointTracks(torch.utils.data.Dataset):
             self.names = [os.path.basename(path).removesuffix(".npz")]
             self.items = [(self.read_joints, path, None)]
         if not self.items:
-            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz with rgb_00.jpg, ..., .pkl "
-                             "files of TAP-Vid, or joints.npz with the path of their video")
+            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz with rgb_00.jpg, ..., "
+                             ".pkl files of TAP-Vid, or joints.npz with the path of their video")
 
     def __len__(self):
         return len(self.items)

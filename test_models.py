@@ -1495,6 +1495,11 @@ def test_a_video_is_opened_once_for_its_repeats(tmp_path, monkeypatch):
     assert (np.diff(starts) >= 0).all()                     # in order of time
 
 
+def test_bench_prints_what_a_pair_costs(tmp_path, capsys):
+    data.bench(str(encode(tmp_path / "a.mp4", CONSTANT[:60])))
+    assert float(re.search("a.mp4: (.*) CPU-seconds", capsys.readouterr().out)[1]) > 0
+
+
 def write_frames(folder, names):
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in names.items():
@@ -2136,8 +2141,8 @@ def test_flow_pairs_of_each_layout(tmp_path, layout):
 
 @pytest.mark.parametrize("name, content, word", [
     ("yours/a/2/frame2.png", np.zeros((4, 5, 3), np.uint8), "size of"), ("yours/a/2/flow.flo", FLO, "the flow is"),
-    ("yours/a/2/frame1.png", b"no image", "can't be read"), ("none/a.txt", b"", "of its 0 pairs"),
-    ("chairs/FlyingChairs_train_val.txt", b"1\n1\n1\n", "none is of split 'val'")])
+    ("yours/a/2/frame1.png", b"no image", "can't be read"), ("none/a.txt", b"", "no flow with its two frames"),
+    ("chairs/FlyingChairs_train_val.txt", b"1\n1\n1\n", "frames of split 'val'")])
 def test_flow_pairs_say_what_is_wrong(tmp_path, name, content, word):
     layout = name.split("/")[0]
     (tmp_path / layout).mkdir()
@@ -2872,7 +2877,7 @@ def test_flow_trains_on_a_training_split_and_leaves_out_what_it_tests(midway_fil
         data.write_flo(tmp_path / f"training/flow/{scene}/frame_0001.flo", truth if scene != "temple_3" else
                        0 * truth + 1e10)                        # where nothing is known
     training, test = evaluate.flow_pairs(argparse.Namespace(data=tmp_path / "training"))
-    assert len(training) == 1 and len(test) == 2 and "alley" in training.items[0][1]
+    assert len(training) == 1 and len(test) == 2 and "alley" in training.items[0]["name"]
     seen, crops = [], evaluate.FlowCrops
     monkeypatch.setattr(evaluate, "FlowCrops", lambda *of: seen.append(len(of[0])) or crops(*of))
     ((title, rows),) = eval_tables(midway_file, tmp_path, "--task", "flow", "--data", tmp_path / "training",
