@@ -10,8 +10,8 @@ Videos in, batches out: synthetic scenes with exact truth, your own videos, and 
     read_flo, write_flo, read_kitti_flow, read_pfm    files of optical flow
 
 Everything random about sample i of a run is drawn on the CPU from generators seeded by (seed, i)
-and (seed, i, 1), for videos also (seed, pass) and (seed, opening), never a worker's or a device's.
-So the data are the same with any number of workers or processes and after any resume.
+and (seed, i, 1), for videos also (seed, pass) and (seed, opening, try, sample), never a worker's
+or a device's: the data are the same with any number of workers or processes, after any resume.
 
     loader = make_loader("scenes", dict(frames=8, size=64), batches=[range(0, 32), range(32, 64)])
     loader = make_loader("PATH/TO/VIDEOS", model.cfg.inputs, batches, device="cuda", workers=8)
@@ -824,7 +824,7 @@ class Videos(torch.utils.data.Dataset):
             source = self.sources[start]
             try:
                 reader = source if isinstance(source, FrameFolder) else Reader(source)
-                return [self.read(reader, (self.seed, k, attempt, r)) for r in picks]
+                return [self.read(reader, (self.seed, k, attempt, r + 1)) for r in picks]
             except (av.error.FFmpegError, ValueError, OSError, IndexError, SyntaxError) as error:
                 path = source if isinstance(source, str) else source.path
                 why = str(error).removeprefix(f"{path}: ") or type(error).__name__
@@ -837,10 +837,10 @@ class Videos(torch.utils.data.Dataset):
         raise OSError(f"{self.root}: ten files in a row give no sample; the last: {path}: {why}")
 
     def read(self, reader, key):
-        """One sample of a file or sequence, drawn with `key`, whose last number is below `repeat`
-        -> a list of T images."""
+        """One sample of a file or sequence, drawn with `key`, whose last number is from 1 to
+        `repeat` -> a list of T images."""
         rng = np.random.default_rng(key)
-        begin = (key[-1] + rng.random()) / self.repeat          # in order of time: no seeks back
+        begin = (key[-1] - rng.random()) / self.repeat          # in order of time: few seeks back
         frames = self.draw(reader, begin, rng)
         if frames is None:
             length, rate = float(reader.last(exact=True)), float(reader.rate)

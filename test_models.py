@@ -1517,7 +1517,7 @@ def test_frame_folders_pair_by_number_within_a_sequence(tmp_path, capfd):
     dataset = Videos(tmp_path, frames=4, stride=2)
     clips = [dataset[i]["video"][:, 0, 0, 0].tolist() for i in range(200)]
     assert all(np.diff(clip).tolist() == [10, 10, 10] for clip in clips)    # none over the hole
-    assert {clip[0] for clip in clips} >= {0, 5, 10, 15, 55, 60, 65, 100, 115, 165}
+    assert {clip[0] for clip in clips} >= {5, 10, 15, 55, 60, 65, 105, 115, 165}
 
 
 def test_nanoseconds_as_frame_numbers_stay_whole(tmp_path):
