@@ -399,17 +399,17 @@ class MeloMotion(nn.Module):
 
 
 # ---- the baseline --------------------------------------------------------------------------------
+GRID = 16                           # cells: height and width of the latents that it takes
 WINDOW = 8                          # cells: height and width of an attention window
 HEADS = 2
 
 
 class SwinBlock(nn.Module):
-    """Attention in windows with relative position bias; windows may be shifted by half."""
+    """Attention in windows of cells (B, 256, 64) with relative position bias. shift: in cells."""
 
     def __init__(self, shift):
         super().__init__()
         D = FEATURES
-        self.shift = shift
         self.norm1 = nn.LayerNorm(D)
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
@@ -417,39 +417,26 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         side = 2 * WINDOW - 1               # offsets along an axis
         self.bias = nn.Parameter(0.02 * torch.randn(side * side, HEADS))
-        line = torch.arange(WINDOW)
-        cells = torch.cartesian_prod(line, line)                        # (64, 2)
-        y, x = (cells[:, None] - cells + WINDOW - 1).unbind(-1)         # (64, 64), 0 .. side-1
-        self.register_buffer("offset", y * side + x, persistent=False)
-
-    def windows(self, x):
-        """(B, h, w, X) -> (B, windows, 64, X)."""
-        x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))     # (B, h/8, 8, w/8, 8, X)
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    def attention_bias(self, x):
-        """What is added to the logits of x (B, h, w, D): (nh, 64, 64) or (windows, nh, 64, 64)."""
-        bias = self.bias[self.offset].permute(2, 0, 1)                  # (nh, 64, 64)
-        if not self.shift:
-            return bias
-        region = torch.zeros_like(x[:1, :, :, :1])                      # (1, h, w, 1)
-        region[:, -self.shift:] += 1        # what was rolled in from the other side is no neighbour
-        region[:, :, -self.shift:] += 2
-        region = self.windows(region)[0]                                # (windows, 64, 1)
-        return bias - 1e4 * (region != region.mT)[:, None]
+        cells = torch.arange(GRID * GRID).view(GRID, GRID).roll((-shift, -shift), (0, 1))
+        windows = cells.unfold(0, WINDOW, WINDOW).unfold(1, WINDOW, WINDOW)
+        windows = windows.reshape(-1, WINDOW * WINDOW)                  # (4, 64), numbers of cells
+        y = (windows // GRID)[:, :, None] - (windows // GRID)[:, None]  # (4, 64, 64)
+        x = (windows % GRID)[:, :, None] - (windows % GRID)[:, None]
+        near = (y.abs() < WINDOW) & (x.abs() < WINDOW)      # not rolled in from the other side
+        offset = (y + WINDOW - 1) * side + x + WINDOW - 1
+        self.register_buffer("windows", windows, persistent=False)
+        self.register_buffer("near", near[:, None], persistent=False)
+        self.register_buffer("offset", offset * near, persistent=False)
 
     def forward(self, x):
-        B, h, w, D = x.shape
-        s = self.shift
-        y = self.norm1(x).roll((-s, -s), (1, 2))                        # (B, h, w, D)
-        qkv = self.qkv(self.windows(y))                                 # (B, windows, 64, 3*D)
-        qkv = qkv.unflatten(-1, (3, HEADS, -1))                         # (B, windows, 64, 3, nh, hd)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                         # (B, windows, nh, 64, hd)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.attention_bias(x))
-        y = self.proj(y.transpose(2, 3).flatten(3))                     # (B, windows, 64, D)
-        y = y.view(B, h // WINDOW, -1, WINDOW, WINDOW, D)               # (B, h/8, w/8, 8, 8, D)
-        y = y.transpose(2, 3).reshape(B, h, w, D)
-        x = x + y.roll((s, s), (1, 2))
+        y = self.norm1(x)[:, self.windows]                              # (B, 4, 64, D)
+        qkv = self.qkv(y).unflatten(-1, (3, HEADS, -1))                 # (B, 4, 64, 3, nh, hd)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                         # (B, 4, nh, 64, hd)
+        bias = self.bias[self.offset].movedim(-1, 1)                    # (4, nh, 64, 64)
+        bias = bias.masked_fill(~self.near, -1e4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = self.proj(y.transpose(2, 3).flatten(3))                     # (B, 4, 64, D)
+        x = x + y.flatten(1, 2)[:, self.windows.flatten().argsort()]
         return x + self.mlp(self.norm2(x))
 
 
@@ -475,21 +462,21 @@ class FlowBaseline(nn.Module):
 
     def flow(self, latent):
         """Latent (B, 16, h, w) -> flow (B, 2, h, w): how far each next cell has come, in widths."""
-        x = self.embed(latent).permute(0, 2, 3, 1)                      # (B, h, w, 64)
+        x = self.embed(latent).flatten(2).mT                            # (B, 256, 64)
         x = self.norm(self.blocks(x))
-        return self.head(x.permute(0, 3, 1, 2))                         # (B, 2, h, w)
+        return self.head(x.mT.unflatten(2, (GRID, GRID)))               # (B, 2, h, w)
 
     def forward(self, batch):
         """batch: `first_frame`, `masks`, `video` as for MeloMotion -> L1 of frames; logs."""
         video = unit(batch["video"])                                    # (B, T, 3, H, W)
         first = MeloMotion.extract(batch["first_frame"], batch["masks"]).sum(1)
-        latent = first
-        latents = []
-        for t in range(1, video.shape[1]):
-            if t == 1 or not self.one_shot:
-                flow = self.flow(latent)
-            latent = warp(first, t * flow) if self.one_shot else warp(latent, flow)
-            latents.append(latent)
+        flow = self.flow(first)
+        latents = [warp(first, flow)]
+        for t in range(2, video.shape[1]):
+            if self.one_shot:
+                latents.append(warp(first, t * flow))
+            else:
+                latents.append(warp(latents[-1], self.flow(latents[-1])))
         frames = decode(self.decoder, torch.stack(latents, 1))          # (B, T-1, 3, H, W)
         loss = (frames - video[:, 1:]).abs().mean()
         return loss, dict(l1=loss.detach())
