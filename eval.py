@@ -76,7 +76,7 @@ import data
 import midway
 import moog
 import train
-from melomotion import RECIPES, Config, FlowBaseline, MeloMotion, place, position_loss, warp
+from melomotion import POOLINGS, Config, FlowBaseline, MeloMotion, place, position_loss, warp
 from moog import psnr       # one of the metrics, for whoever imports this file
 
 matplotlib.use("Agg")
@@ -1896,13 +1896,51 @@ def unroll(model, config, args, report):
     report.picture(figure, "unroll.png")
 
 
+# ==== shim: what eval.py's rebuilt shared part brings; drop when merging ====
+BAR = dict(leave=False, disable=not sys.stderr.isatty())
+
+
+class Run:
+    def __init__(self, model, args, report):
+        self.model, self.args, self.out = model, args, report.out
+        self.table, self.picture = report.table, report.picture
+
+    def gif(self, frames, name, duration=250):
+        iio.imwrite(self.out / name, np.uint8(255 * np.clip(frames, 0, 1)), duration=duration, loop=0)
+
+
+def rendered(figure):
+    figure.canvas.draw()
+    plt.close(figure)
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255
+
+
+def image_grid(rows, columns=(), width=1.4, note=""):
+    most = max(len(images) for _, images in rows)
+    H, W = rows[0][1][0].shape[:2]
+    size = (width * most + 0.3, width * H / W * len(rows) + 0.55)
+    figure, axes = plt.subplots(len(rows), most, squeeze=False, layout="constrained", figsize=size)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    for (label, images), line in zip(rows, axes):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, image in zip(line, images):
+            axis.imshow(image, interpolation="nearest" if H < 100 else None)
+            axis.autoscale(False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], columns):
+        axis.set_title(title, fontsize=9)
+    if note:
+        figure.supxlabel(note, fontsize=9)
+    return figure, axes
+
+
+# ==== end of the shim ====
+
+
 # ---- MeloMotion: many trainings at once ----------------------------------------------------------
 EPOCH = 2000                            # clips, one a step. report: Sec. 4.1
 EPOCHS = 6                              # report: Sec. 4.1
-CONTROL_EPOCHS = 2                      # our choice: for ablations; the claim is "within two"
-HELD_OUT = 1000                         # clips for POS
-L1_CLIPS = 16                           # clips for L1
-DECODER_STEPS = 300                     # of 8 frames each
 ROUNDS = 7                              # of the stopwatch
 DIFF = "differentiated"
 ALL = "all-move"
@@ -1910,319 +1948,249 @@ RANDOM = "random-mover"
 
 
 @cache
-def pooled_clips(mode, seed, start=0, count=EPOCH, split="train"):
-    """What predictors see of clips: {pooling: (count, N, 3 or 16)}, and their displacements `d`."""
-    models = {name: MeloMotion(Config(pooling=name)) for name in ("rgb", "avg", "max", "full")}
+def pooled_clips(mode, seed, epoch, split="train"):
+    """What predictors see of an epoch: {pooling: (EPOCH, N, 3 or 16)}, and displacements `d`."""
+    models = {name: MeloMotion(Config(pooling=name)) for name in POOLINGS}
     squares = data.MovingSquares(mode=mode, seed=seed, split=split, video=False)
+    numbers = torch.arange(epoch * EPOCH, (epoch + 1) * EPOCH)
     parts = []
-    for i in range(start, start + count, 20):           # few at a time, as caches like it
-        batch = squares.batch(range(i, min(i + 20, start + count)))
+    for some in numbers.split(20):                      # few at a time, as caches like it
+        batch = squares.batch(some)
         layers = MeloMotion.extract(batch["first_frame"], batch["masks"])
         part = {name: model.pool(layers) for name, model in models.items()}
         parts.append(part | dict(d=batch["displacements"]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class StackedTraining:
+def start(config, seeds):
+    """An untrained model for each seed."""
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(MeloMotion(config))
+    return models
+
+
+def train_together(models, mode, epochs=2, lr=1e-2, decay=False, sgd=False):
     """
-    R trainings of a Config at once, one for each (mode, seed), each as train.py would do it alone:
-    one clip a step, from its own start. AdamW and SGD treat each number by itself, so one step of
-    stacked weights is R steps; vmap makes of forward() a forward() of R models.
+    Trains R models of one Config, each as train.py would, one clip a step; model i on clips of seed
+    i. AdamW and SGD treat each number by itself, so one step of stacked weights is R steps; vmap
+    makes of forward() that of R models. Returns the mean POS of each epoch's steps, epochs x R.
+    our choice: two epochs unless more are said; the report's claim is "within two".
     """
+    params, _ = stack_module_state(models)
+    params = {name: p for name, p in params.items() if p.requires_grad}
+    if sgd:
+        optimizer = torch.optim.SGD(params.values(), lr)
+    else:
+        optimizer = torch.optim.AdamW(params.values(), lr, (0.9, 0.95), weight_decay=1e-5)
 
-    def __init__(self, config, worlds, epochs=CONTROL_EPOCHS, lr=1e-2, decay=False, sgd=False):
-        self.config = config
-        self.worlds = worlds
-        self.pos = []                                   # the mean of each epoch, (R,)
-        self.weights = []                               # after each epoch, {name: (R, ...)}
-        models = []
-        for _, seed in worlds:
-            torch.manual_seed(seed)
-            models.append(MeloMotion(config))
-        params, _ = stack_module_state(models)
-        params = {name: p for name, p in params.items() if p.requires_grad}
-        if sgd:
-            optimizer = torch.optim.SGD(params.values(), lr)
-        else:
-            optimizer = torch.optim.AdamW(
-                params.values(), lr, betas=(0.9, 0.95), weight_decay=1e-5, fused=True)
-        forward = vmap(lambda weights, batch: functional_call(models[0], weights, (batch,)))
-        for epoch in range(epochs):
-            clips = [pooled_clips(*world, epoch * EPOCH, EPOCH) for world in worlds]
-            pooled = torch.stack([c[config.pooling] for c in clips], 1)         # (EPOCH, R, N, 3)
-            d = torch.stack([c["d"] for c in clips], 1)                 # (EPOCH, R, N, T-1, 2)
-            pos = torch.zeros(len(worlds))
-            for i in progress(range(EPOCH), f"epoch {epoch + 1} of {epochs}"):
-                done = (epoch + i / EPOCH) / epochs
-                optimizer.param_groups[0]["lr"] = lr * (1 - decay * done)
-                batch = dict(pooled=pooled[i, :, None], displacements=d[i, :, None])
-                loss, logs = forward(params, batch)
-                loss.sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                pos += logs["pos"] / EPOCH
-            self.pos.append(pos)
-            self.weights.append({name: p.detach().clone() for name, p in params.items()})
+    def forward(weights, batch):
+        return functional_call(models[0], weights, (batch,))
 
-    def models(self, mode, epoch=CONTROL_EPOCHS):
-        """The models of a mode, one for each seed, as they were after an epoch."""
-        models = []
-        for i, world in enumerate(self.worlds):
-            model = MeloMotion(self.config).eval()
-            weights = {name: p[i] for name, p in self.weights[epoch - 1].items()}
-            model.load_state_dict(weights, strict=False)
-            if world[0] == mode:
-                models.append(model)
-        return models
-
-    def scores(self, mode, key, epoch=CONTROL_EPOCHS, permute=False):
-        """One number of score() for each seed."""
-        return [score(model, mode, permute)[key].item() for model in self.models(mode, epoch)]
+    history = []
+    for epoch in range(epochs):
+        clips = [pooled_clips(mode, seed, epoch) for seed in range(len(models))]
+        pooled = torch.stack([c[models[0].cfg.pooling] for c in clips], 1)      # (EPOCH, R, N, 3)
+        d = torch.stack([c["d"] for c in clips], 1)                     # (EPOCH, R, N, T-1, 2)
+        total = torch.zeros(len(models))
+        for i in tqdm(range(EPOCH), f"epoch {epoch + 1} of {epochs}", **BAR):
+            done = (epoch + i / EPOCH) / epochs
+            optimizer.param_groups[0]["lr"] = lr * (1 - decay * done)
+            batch = dict(pooled=pooled[i, :, None], displacements=d[i, :, None])
+            loss, logs = vmap(forward)(params, batch)
+            loss.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total += logs["pos"]
+        history.append((total / EPOCH).tolist())
+    for i, model in enumerate(models):
+        model.load_state_dict({name: p[i] for name, p in params.items()}, strict=False)
+    return history
 
 
 @torch.no_grad()
-def score(model, mode, permute):
-    """Numbers of a model on held-out clips; permute: their objects come in another order."""
-    clips = pooled_clips(mode, 0, 0, HELD_OUT, "eval")
-    pooled = clips[model.cfg.pooling].roll(int(permute), 1)
-    d = clips["d"].roll(int(permute), 1)
-    v = model.velocities(pooled)
-    hidden = model.predictors.hidden(model.features(pooled))
-    true = d[:, :1, 0]                                          # of the mover, (clips, 1, 2)
-    return dict(
-        pos=position_loss(v, d),
-        zero=position_loss(0 * v, d),
-        spread=(v.amax(1) - v.amin(1)).max(),                   # over all clips
-        dead=(hidden.amax(1) <= 0).float().mean(),              # hidden units that no clip wakes
-        slope=(v[:, :1] * true).sum() / true.square().sum(),    # 1: as fast as it should be
-        still=v[:, 1:].abs().mean(),
-        most=v[:, 1:].abs().max())
+def measure(models, mode):
+    """What TABLES show, on clips never seen in training: {heading: [a number for each model]}."""
+    clips = pooled_clips(mode, 0, 0, "eval")
+    d = clips["d"]                                      # (clips, N, T-1, 2)
+    true = d[:, :1, 0]                                  # v of object 0, (clips, 1, 2)
+    rows = []
+    for model in models:
+        pooled = clips[model.cfg.pooling]               # (clips, N, 3 or 16)
+        f = model.features(pooled)                      # (clips, N, 64)
+        v = model.predictors(f)                         # (clips, N, 2)
+        hidden = model.predictors.hidden(f)             # (N, clips, 32), or (1, N * clips, 32)
+        spread = (v.amax(1) - v.amin(1)).max()
+        others = model.velocities(pooled.roll(1, 1))
+        rows.append({
+            "POS": position_loss(v, d),
+            "POS, nothing moves": position_loss(torch.zeros_like(v), d),
+            "POS, objects permuted": position_loss(others, d.roll(1, 1)),
+            "features differ by": (f - f.roll(1, 1)).abs().mean(),      # of the three pairs
+            "outputs differ": spread > 1e-6,            # 1: yes
+            "dead units": (hidden.amax(1) <= 0).float().mean(),         # no clip wakes them
+            "object 0, slope of v on truth": (v[:, :1] * true).sum() / true.square().sum(),
+            "others, mean |v|": v[:, 1:].abs().mean(),
+            "others, largest |v|": v[:, 1:].abs().max()})
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 # ---- MeloMotion: tables --------------------------------------------------------------------------
 SHARED = dict(shared_predictor=True)
-TRAININGS = {                           # name: changes of Config, modes, options of StackedTraining
-    "decoupled": ({}, (DIFF,), dict(epochs=EPOCHS)),
-    "decayed": ({}, (DIFF,), dict(epochs=EPOCHS, decay=True)),
-    "decoupled, others": ({}, (ALL, RANDOM), {}),
-    "shared": (SHARED, (DIFF, ALL, RANDOM), {}),
-    "shared, lr 1e-3": (SHARED, (DIFF,), dict(lr=1e-3)),
-    "shared + index": (SHARED | dict(object_index=True), (DIFF,), {}),
-    "avg": (dict(pooling="avg"), (DIFF,), {}),
-    "full": (dict(pooling="full"), (DIFF,), {}),
-    "avg, SGD": (dict(pooling="avg"), (ALL,), dict(sgd=True, lr=0.03)),
-    "max, SGD": (dict(pooling="max"), (ALL,), dict(sgd=True, lr=0.03)),
-    "rgb, SGD": ({}, (ALL,), dict(sgd=True, lr=0.03)),
-    "no t^2": (dict(normalize=False), (ALL,), {}),
-    "SGD": ({}, (ALL,), dict(sgd=True)),
-    "SGD, no t^2": (dict(normalize=False), (ALL,), dict(sgd=True)),
+UNDIVIDED = dict(normalize=False)
+SGD = dict(sgd=True)
+TRAININGS = {                           # name: changes of Config, who moves, how it is trained
+    "decoupled": ({}, DIFF, dict(epochs=EPOCHS)),
+    "decoupled, rate decayed": ({}, DIFF, dict(epochs=EPOCHS, decay=True)),
+    "decoupled, all move": ({}, ALL, {}),
+    "decoupled, random mover": ({}, RANDOM, {}),
+    "shared": (SHARED, DIFF, {}),
+    "shared, rate 1e-3": (SHARED, DIFF, dict(lr=1e-3)),
+    "shared, all move": (SHARED, ALL, {}),
+    "shared, random mover": (SHARED, RANDOM, {}),
+    "shared + object index": (SHARED | dict(object_index=True), DIFF, {}),
+    "average": (dict(pooling="avg"), DIFF, {}),
+    "average of all, no masks": (dict(pooling="full"), DIFF, {}),
+    "average, SGD, all move": (dict(pooling="avg"), ALL, SGD),
+    "maximum, SGD, all move": (dict(pooling="max"), ALL, SGD),
+    "mean RGB, SGD, all move": ({}, ALL, SGD),
+    "not divided, all move": (UNDIVIDED, ALL, {}),
+    "not divided, SGD, all move": (UNDIVIDED, ALL, SGD),
+}
+TABLES = {                              # title: headings, {training: what the report says of it}
+    "Section 4.4: who moves": (
+        ["object 0, slope of v on truth", "others, mean |v|", "others, largest |v|"],
+        {"decoupled": "others <= .001"}),
+    "Table 3: one predictor or three": (
+        ["outputs differ", "dead units", "POS", "POS, nothing moves", "POS, objects permuted"],
+        {"decoupled": "outputs differ", "shared": "they don't", "shared, rate 1e-3": "",
+         "shared + object index": "", "decoupled, all move": "", "shared, all move": "",
+         "decoupled, random mover": "", "shared, random mover": ""}),
+    "Table 4: pooling; features before training": (
+        ["features differ by", "POS", "POS, nothing moves"],
+        {"average": ".003, does not converge", "average, SGD, all move": ".003, does not converge",
+         "maximum, SGD, all move": ".031, partial", "mean RGB, SGD, all move": ".045, converges",
+         "decoupled": ".045, converges", "average of all, no masks": ""}),
+    "Section 3.4: division by t^2": (
+        ["frame 15's gradient / frame 1's", "POS", "POS, nothing moves"],
+        {"decoupled, all move": "", "not divided, all move": "225, unstable",
+         "mean RGB, SGD, all move": "", "not divided, SGD, all move": "225, unstable"}),
 }
 
 
-def melomotion_tables(model, config, args, report):
-    """Every table of the report beside ours, and controls."""
+def melomotion_tables(run):
+    """
+    Every table of the report beside ours, and controls; each cell of a training is the mean over
+    seeds. Table 2's L1 has no row for us: no gradient passes from frames to predictors, so it is
+    as flat as the report says whatever the frozen decoder; what it is for black frames is shown.
+    """
     torch.set_num_threads(1)            # small tensors; and Sec. 4.8 counts seconds of one core
-    table1(report)
-    this_checkpoint(model, report)
-    runs = {}
-    for name, (change, modes, options) in TRAININGS.items():
-        worlds = [(mode, seed) for mode in modes for seed in range(args.seeds)]
-        runs[name] = StackedTraining(Config(**change), worlds, **options)
-    table2(report, runs)
-    differentiation(report, runs["decoupled"])
-    table3(report, runs)
-    table4(report, runs, range(args.seeds))
-    normalisation(report, runs)
-    edges(report)
-    speed(report)
+    sizes(run)
+    this_checkpoint(run)
+    results = {}
+    for name, (change, mode, options) in TRAININGS.items():
+        models = start(Config(**change), range(run.args.seeds))
+        before = measure(models, mode)
+        history = train_together(models, mode, **options)
+        results[name] = measure(models, mode)
+        results[name]["features differ by"] = before["features differ by"]
+        results[name]["frame 15's gradient / frame 1's"] = late_over_early(models[0].cfg.normalize)
+        results[name]["history"] = history
+    learning(run, results)
+    for title, (headings, trainings) in TABLES.items():
+        rows = []
+        for name, says in trainings.items():
+            rows.append([name, says, *[results[name][heading] for heading in headings]])
+        run.table(title, ["report", *headings], rows)
+    edges(run)
+    speed(run)
 
 
-def size_of(module):
-    return sum(p.numel() for p in module.parameters())
+def late_over_early(normalize):
+    """The gradient on v of an error in frame 15, over that of the same error of v in frame 1."""
+    d = torch.arange(1.0, 16)[:, None].repeat(1, 1, 1, 2).requires_grad_()
+    grad, = torch.autograd.grad(position_loss(torch.zeros(1, 1, 2), d, normalize), d)
+    late, early = grad[0, 0, [14, 0], 0].tolist()
+    return 15 * late / early                            # on v: -t times that on d(t)
 
 
-def table1(report):
+def sizes(run):
+    def size(module):
+        return sum(p.numel() for p in module.parameters())
+
     model = MeloMotion(Config())
     says = dict(predictors=6438, rgb_proj=256, camera=742, encoder=1088, decoder=34587)
-    rows = [[name, number, size_of(getattr(model, name))] for name, number in says.items()]
-    rows.append(["total", 43111, size_of(model)])
-    baseline = size_of(FlowBaseline())
-    rows.append(["baseline's Swin", "323K", baseline - size_of(model.decoder)])
-    whole = baseline + size_of(model.encoder) + size_of(model.camera)
+    rows = [[name, number, size(getattr(model, name))] for name, number in says.items()]
+    rows.append(["total", 43111, size(model)])
+    baseline = size(FlowBaseline())
+    rows.append(["baseline's Swin", "323K", baseline - size(model.decoder)])
+    whole = baseline + size(model.encoder) + size(model.camera)
     rows.append(["baseline: Swin, decoder, encoder, camera", "441K", whole])
-    report.table("Table 1: parameters", ["report", "ours"], rows)
+    run.table("Table 1: parameters", ["report", "ours"], rows)
 
 
-def own_squares(model, frames, **change):
+def own_squares(model, frames, video):
     """Held-out clips of the kind that a model was trained on, of any length."""
-    options = model.cfg.inputs["squares"] | change
+    options = model.cfg.inputs["squares"] | dict(video=video)
     return data.MovingSquares(model.cfg.size, frames, split="eval", **options)
 
 
 @torch.no_grad()
-def this_checkpoint(model, report):
-    batch = own_squares(model, 64, video=False).batch(range(250))
-    d = batch["displacements"]                                          # (B, N, 63, 2)
-    v = model.motion(batch)
-    rows = [["POS", position_loss(v, d).item(), position_loss(0 * v, d).item()]]
+def this_checkpoint(run):
+    model = run.model
+    report = model.report(own_squares(model, 16, True).batch(range(16)))
+    rows = [[name, *[x.item() for x in row.values()]] for name, row in report.items()]
+    batch = own_squares(model, 64, False).batch(range(250))
+    d = batch["displacements"] * model.cfg.size                         # (B, N, 63, 2), pixels
+    v = model.motion(batch) * model.cfg.size
     for t in (15, 31, 63):
-        true = d[:, :, t - 1] * model.cfg.size                          # pixels
-        off = t * v * model.cfg.size - true
-        means = [x.norm(dim=-1).mean().item() for x in (off, true)]
-        rows.append([f"pixels off at t = {t}", *means])
-    report.table(f"This checkpoint: 250 clips never seen in training, {model.cfg.mode}",
-                 ["model", "nothing moves"], rows)
+        true = d[:, :, t - 1]
+        off = (t * v - true).norm(dim=-1)
+        rows.append([f"pixels off at t = {t}", off.mean().item(), true.norm(dim=-1).mean().item()])
+    title = f"This checkpoint, {model.cfg.mode}: clips never seen in training"
+    run.table(title, ["model", "nothing moves, or black"], rows)
 
 
-def train_decoder(phase, predictors=None, decoder=None):
-    """The decoder after phase 0, or after phase 2 from a trained model and a decoder on."""
-    torch.manual_seed(0)
-    model = MeloMotion(Config(phase=phase))
-    recipe = RECIPES["phase2" if phase else "decoder"]
-    if phase:
-        model.load_state_dict(predictors.state_dict())
-        model.decoder.load_state_dict(decoder.state_dict())
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, recipe["lr"], recipe["betas"], weight_decay=1e-5)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DECODER_STEPS)
-    squares = data.MovingSquares()
-    for i in progress(range(DECODER_STEPS), f"decoder, phase {phase}"):
-        loss, _ = model(squares.batch(range(8 * i, 8 * i + 8)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        cosine.step()
-    return model.decoder.eval()
-
-
-@torch.no_grad()
-def l1_of(model, batch, decoder):
-    model.decoder = decoder
-    return model.l1(batch, model.motion(batch)).item()
-
-
-def table2(report, runs):
-    """POS and L1 over training; Sec. 4.4."""
-    plain = runs["decoupled"]
-    rows = [["POS, report", 2e-4, 1e-4, 1e-4, "< 1e-4", "< 1e-4", "< 1e-4", ""]]
-    for name in ("decoupled", "decayed"):
-        means = [pos.tolist() for pos in runs[name].pos]
-        rows.append([f"POS, {name}", *means, runs[name].scores(DIFF, "pos", EPOCHS)])
-    pixels = [[15 * 128 * math.sqrt(pos) for pos in cell] for cell in rows[1][1:]]
-    rows.insert(2, ["pixels at t = 15, root mean square", *pixels])
-    zero, *_ = plain.scores(DIFF, "zero")
-    rows.append(["POS, nothing moves", *[zero] * (EPOCHS + 1)])
-
-    frozen = train_decoder(0)
-    tuned = train_decoder(2, plain.models(DIFF, EPOCHS)[0], frozen)
-    batch = data.MovingSquares(split="eval").batch(range(L1_CLIPS))
-    black = (batch["video"][:, 1:] / 255).mean().item()
-    rows.append(["L1, report (decoder frozen)", 0.067, 0.068, 0.067, 0.068, 0.068, 0.067, ""])
-    for name, decoder in (("frozen", frozen), ("after phase 2", tuned)):
-        cells = []
-        for epoch in range(1, EPOCHS + 1):
-            cells.append([l1_of(model, batch, decoder) for model in plain.models(DIFF, epoch)])
-        rows.append([f"L1, decoder {name}", *cells, ""])
-    rows.append(["L1, black frames", *[black] * EPOCHS, ""])
-    columns = [f"epoch {i + 1}" for i in range(EPOCHS)] + ["held out"]
-    title = f"Table 2: POS, mean of an epoch's steps; L1 of {L1_CLIPS} held-out clips"
+def learning(run, results):
+    """Table 2: the mean of each epoch's steps, and held-out clips after the last one."""
+    video = data.MovingSquares(split="eval").batch(range(16))["video"]
+    black = (video[:, 1:] / 255).mean().item()
+    rows = [
+        ["L1 of frames, report", 0.067, 0.068, 0.067, 0.068, 0.068, 0.067, ""],
+        ["L1 of black frames", *[black] * (EPOCHS + 1)],
+        ["POS, report", 2e-4, 1e-4, 1e-4, "< 1e-4", "< 1e-4", "< 1e-4", ""]]
+    for name in ("decoupled", "decoupled, rate decayed", "decoupled, all move"):
+        history = results[name]["history"]
+        missing = [""] * (EPOCHS - len(history))
+        cells = [*history, *missing, results[name]["POS"]]
+        rows.append([f"POS, {name}", *cells])
+        pixels = []
+        for cell in cells:
+            pixels.append([15 * 128 * math.sqrt(pos) for pos in cell] or "")
+        rows.append(["... in pixels at t = 15", *pixels])
     columns = [f"epoch {i + 1}" for i in range(EPOCHS)]
-    report.table(title, [*columns, "held out"], rows)
-
-
-def differentiation(report, run):
-    """Sec. 4.4."""
-    rows = []
-    for name, says, key, true in (("moving, slope of v on truth", "", "slope", 1.0),
-                                  ("stationary, mean |v|", "<= 0.001", "still", 0.0),
-                                  ("stationary, largest |v|", "", "most", 0.0)):
-        rows.append([name, says, run.scores(DIFF, key, EPOCHS), true])
-    title = f"Section 4.4: who moves, {DIFF}; frame widths per frame"
-    report.table(title, ["report", "ours", "truth"], rows)
-
-
-def table3(report, runs):
-    """Shared or decoupled predictors, and who moves."""
-    rows = []
-    for name, says in (("decoupled", "yes"), ("shared", "no"), ("shared, lr 1e-3", ""),
-                       ("shared + index", "")):
-        spread, dead, pos = (runs[name].scores(DIFF, key) for key in ("spread", "dead", "pos"))
-        differ = sum(x > 1e-6 for x in spread)
-        rows.append([name, says, f"{differ} of {len(spread)}", dead, pos])
-    zero = {mode: runs["shared"].scores(mode, "zero")[0] for mode in (DIFF, ALL, RANDOM)}
-    rows.append(["nothing moves", "", "", "", zero[DIFF]])
-    title = f"Table 3: one predictor or three, {DIFF}, {CONTROL_EPOCHS} epochs"
-    report.table(title, ["report: outputs differ", "ours", "dead units", "held-out POS"], rows)
-
-    rows = []
-    for mode in (DIFF, ALL, RANDOM):
-        run = runs["decoupled" if mode == DIFF else "decoupled, others"]
-        decoupled = run.scores(mode, "pos")
-        rows.append([mode, decoupled, runs["shared"].scores(mode, "pos"), zero[mode]])
-    permuted = [runs[name].scores(DIFF, "pos", permute=True) for name in ("decoupled", "shared")]
-    rows.append([f"{DIFF}, objects in another order at test", *permuted, zero[DIFF]])
-    title = f"Table 3, controls: held-out POS, {CONTROL_EPOCHS} epochs"
-    report.table(title, ["decoupled", "shared", "nothing moves"], rows)
-
-
-def table4(report, runs, seeds):
-    """Pooling: how far features differ at the start, and whether that matters, by optimiser."""
-    rows = []
-    clips = pooled_clips(ALL, 0, 0, HELD_OUT, "eval")
-    for pooling, name, says, converges, adam, sgd in (      # the last two are names of trainings
-            ("avg", "average of the object's latent", 0.003, "no", "avg", "avg, SGD"),
-            ("max", "maximum of the object's latent", 0.031, "partial", "", "max, SGD"),
-            ("rgb", "mean RGB of the object", 0.045, "yes", "decoupled", "rgb, SGD"),
-            ("full", "average of the whole latent, not masked", "", "", "full", "")):
-        apart = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            f = MeloMotion(Config(pooling=pooling)).features(clips[pooling])
-            apart.append((f - f.roll(1, 1)).abs().mean().item())        # the three pairs of objects
-        adam = runs[adam].scores(DIFF, "pos") if adam else ""
-        sgd = runs[sgd].scores(ALL, "pos") if sgd else ""
-        rows.append([name, says, apart, converges, adam, sgd])
-    zero = [runs["shared"].scores(mode, "zero")[0] for mode in (DIFF, ALL)]
-    rows.append(["nothing moves", "", "", "", *zero])
-    title = f"Table 4: pooling; features at the start, held-out POS, {CONTROL_EPOCHS} epochs"
-    columns = ["report: difference", "ours", "report: converges"]
-    report.table(title, [*columns, f"AdamW .01, {DIFF}", f"SGD .03, {ALL}"], rows)
-
-
-def normalisation(report, runs):
-    """Sec. 3.4: what the division by t^2 is good for."""
-    ratio = []
-    for normalize in (True, False):
-        d = torch.arange(1.0, 16)[:, None].repeat(1, 1, 1, 2).requires_grad_()
-        grad, = torch.autograd.grad(position_loss(torch.zeros(1, 1, 2), d, normalize), d)
-        ratio.append((15 * grad[0, 0, 14, 0] / grad[0, 0, 0, 0]).item())    # on v: -t times on d(t)
-    rows = [["gradient of frame 15 over that of frame 1", *ratio]]
-    for name, pair in {"AdamW, lr .01": ("decoupled, others", "no t^2"),
-                       "SGD, lr .01": ("SGD", "SGD, no t^2")}.items():
-        scores = [runs[run].scores(ALL, "pos") for run in pair]
-        rows.append([f"held-out POS, {name}", *scores])
-    title = f'Section 3.4, division by t^2 (report: without it "unstable"), {ALL}'
-    report.table(title, ["with", "without"], rows)
+    run.table("Table 2: learning", [*columns, "held out"], rows)
 
 
 @torch.no_grad()
-def edges(report):
+def edges(run):
     """What 15 frames do to an object's occupancy, channel 0, given its true velocity."""
     batch = data.MovingSquares(mode=ALL, split="eval", video=False).batch(range(100))
     layers = MeloMotion.extract(batch["first_frame"], batch["masks"])[:, :, :1]
-    start = layers.flatten(0, 1)                                        # (objects, 1, h, w)
+    still = layers.flatten(0, 1)                                        # (objects, 1, h, w)
     v = batch["displacements"][:, :, 0].flatten(0, 1)[..., None, None]  # (objects, 2, 1, 1)
-    again = start
+    again = still
     for _ in range(15):
         again = warp(again, v)
     placed = place(layers, batch["displacements"][:, :, -1:]).flatten(0, 2)
-    ways = {"frame 0": start, "warped 15 times, as in a flow pipeline": again,
-            "warped once, by 15 v": warp(start, 15 * v), "placed": placed}
+    ways = {"frame 0": still, "warped 15 times, as in a flow pipeline": again,
+            "warped once, by 15 v": warp(still, 15 * v), "placed": placed}
     rows = [[name, x.amax((1, 2, 3)).mean().item()] for name, x in ways.items()]
-    report.table("Sharp edges (Sec. 1): occupancy of 300 objects, 15 frames on", ["peak"], rows)
+    run.table("Sharp edges (Sec. 1): occupancy of 300 objects, 15 frames on", ["peak"], rows)
 
 
-def speed(report):
+def speed(run):
     """Sec. 4.8: forward, backward, AdamW; each way in turn, medians of the rounds."""
     clip = data.MovingSquares().batch([0])
     bare = {name: value for name, value in clip.items() if name != "video"}
@@ -2232,89 +2200,61 @@ def speed(report):
         "MeloMotion, frames drawn": (MeloMotion(Config()), clip, 10),
         "MeloMotion, nothing drawn": (MeloMotion(Config()), bare, 200)}
     rates = {name: [] for name in ways}
-    for _ in progress(range(ROUNDS), "Section 4.8"):
+    for _ in tqdm(range(ROUNDS), "Section 4.8", **BAR):
         for name, (model, batch, steps) in ways.items():
             params = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
-            start = time.process_time()
+            begin = time.process_time()
             for _ in range(steps):
                 loss, _ = model(batch)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            rates[name].append(steps / (time.process_time() - start))
+            rates[name].append(steps / (time.process_time() - begin))
     medians = {name: statistics.median(rate[1:]) for name, rate in rates.items()}
     base, *_ = medians.values()
     rows = [[name, rate, rate / base] for name, rate in medians.items()]
     title = "Section 4.8: steps of one clip, one thread (report: 100 against 12 a second, MPS)"
-    report.table(title, ["clips per CPU-second", "times the baseline"], rows)
+    run.table(title, ["clips per CPU-second", "times the baseline"], rows)
 
 
 # ---- MeloMotion: pictures ------------------------------------------------------------------------
-class Shot:
-    """A held-out clip of a model, true and as predicted, and the paths of its objects in both."""
-
-    @torch.no_grad()
-    def __init__(self, model, number, frames=32, **change):
-        batch = own_squares(model, frames, video=True, **change).batch([number])
-        masks = batch["masks"].float()
-        t = torch.arange(frames)[:, None]
-        true = t * batch["displacements"][:, :, :1]                     # (1, N, T, 2)
-        ours = t * model.motion(batch)[:, :, None]
-        # our choice: cut out and put at whole pixels, as phase 1 has no trained decoder
-        objects = batch["first_frame"][:, None] / 255 * masks[:, :, None]
-        drawn = 0.0
-        for layer in place(objects, ours)[0]:                           # (T, 3, H, W), the last on top
-            drawn = torch.where(layer.amax(1, keepdim=True) > 0, layer, drawn)
-        self.videos = dict(truth=as_images(batch["video"][0]), prediction=as_images(drawn))
-        centres = [mask.nonzero().float().mean(0).flip(0) for mask in masks[0]]         # (x, y)
-        start = torch.stack(centres)[:, None]                           # (N, 1, 2), pixels
-        self.paths = [start + model.cfg.size * path[0] for path in (true, ours)]
-
-    def show(self, axis, name, t):
-        """Frame t of truth or prediction; true (white) and predicted (red) paths up to it."""
-        axis.clear()
-        axis.imshow(self.videos[name][t], vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[])
-        axis.autoscale(False)
-        for path, colour, width in zip(self.paths, ("white", "tab:red"), (3, 1.2)):
-            for x, y in path[:, :t + 1].transpose(1, 2):
-                axis.plot(x, y, color=colour, lw=width)
-                axis.plot(x[-1], y[-1], "o", color=colour, markersize=2 * width)
+def with_paths(videos, paths, times, columns, note):
+    """Frames `times` of {name: video}; on each, true (white) and predicted (red) paths so far."""
+    rows = [(name, [video[t] for t in times]) for name, video in videos.items()]
+    figure, axes = image_grid(rows, columns, 1.5, f"{note}white: true paths, red: predicted")
+    for line in axes:
+        for axis, t in zip(line, times):
+            for path, colour, width in zip(paths, ("white", "tab:red"), (3, 1.2)):
+                x, y = path[:t + 1].unbind(-1)                          # (t+1, N), one line each
+                axis.plot(x, y, "o-", markevery=[t], color=colour, lw=width, ms=2 * width)
+    return figure
 
 
-def figures(model, config, args, report):
-    """figure1.png, the report's Figure 1, and motion.gif, twice as long, with shapes never seen."""
-    shots = {"as in training": Shot(model, 29), "shapes never seen": Shot(model, 13, shape="any")}
-    names = ("truth", "prediction")
-    paths = "white: true paths, red: predicted ones"
-    times = (0, 1, 2, 4, 8, 12, 15)
-    figure, axes = plt.subplots(2, len(times), figsize=(10.5, 3.6), layout="constrained")
-    for row, name in zip(axes, names):
-        for axis, t in zip(row, times):
-            shots["as in training"].show(axis, name, t)
-            axis.set_title(f"t = {t}" if name == "truth" else "")
-        row[0].set_ylabel(name)
-    figure.supxlabel(paths, fontsize=10)
-    report.picture(figure, "figure1.png")
-
-    figure, axes = plt.subplots(2, 2, figsize=(4.4, 5), layout="constrained")
-    figure.supxlabel(paths, fontsize=10)
-    heading = figure.suptitle("t = 0")
-    pictures = []
+@torch.no_grad()
+def figures(run):
+    """figure1.png, the report's Figure 1, and motion.gif, twice as long."""
+    model = run.model
+    batch = own_squares(model, 32, True).batch([29])
+    masks = batch["masks"].float()                                      # (1, N, H, W)
+    t = torch.arange(32)[:, None]
+    moves = [t * batch["displacements"][:, :, :1], t * model.motion(batch)[:, :, None]]
+    # our choice: cut out and put at whole pixels, as phase 1 has no trained decoder
+    objects = batch["first_frame"][:, None] / 255 * masks[:, :, None]
+    drawn = 0.0
+    for layer in place(objects, moves[1])[0]:                           # (T, 3, H, W), the last on top
+        drawn = torch.where(layer.amax(1, keepdim=True) > 0, layer, drawn)
+    videos = dict(truth=as_images(batch["video"][0]), prediction=as_images(drawn))
+    centres = [mask.nonzero().float().mean(0).flip(0) for mask in masks[0]]             # (x, y)
+    paths = [torch.stack(centres) + model.cfg.size * move[0].transpose(0, 1) for move in moves]
+    times = (0, 3, 6, 9, 12, 15)
+    figure = with_paths(videos, paths, times, [f"t = {t}" for t in times], "")
+    run.picture(figure, "figure1.png")
+    frames = []
     for t in range(32):
-        for row, (title, shot) in zip(axes, shots.items()):
-            for axis, name in zip(row, names):
-                shot.show(axis, name, t)
-                axis.set_title(name if shot is shots["as in training"] else "")
-            row[0].set_ylabel(title)
-        beyond = "" if t < model.cfg.frames else ", beyond the clips of training"
-        heading.set_text(f"t = {t}{beyond}")
-        figure.canvas.draw()
-        figure.set_layout_engine("none")            # from now on as in the first frame
-        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
-    iio.imwrite(report.out / "motion.gif", np.stack(pictures), duration=120, loop=0)
+        beyond = "" if t < model.cfg.frames else ", longer than in training"
+        frames.append(rendered(with_paths(videos, paths, [t], [f"t = {t}{beyond}"], "")))
+    run.gif(np.stack(frames), "motion.gif", 120)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -2323,7 +2263,8 @@ TASKS = {
     "midway": {"latents": latents, "heatmap": heatmap, "identity-bias": identity_bias, "track": track,
                "segmentation": segmentation, "flow": flow},
     "moog": {"tokens": tokens, "points": points, "boxes": boxes, "depth": depth, "unroll": unroll},
-    "melomotion": {"tables": melomotion_tables, "figures": figures}}
+    "melomotion": {"tables": lambda m, c, a, r: melomotion_tables(Run(m, a, r)),        # shim
+                   "figures": lambda m, c, a, r: figures(Run(m, a, r))}}
 
 
 def main(argv):
