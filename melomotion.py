@@ -12,10 +12,9 @@ interpolated, so no edge blurs. eval.py tests both.
     F_t = F_bg + sum_i place(F_obj_i, mask_i, t v_i)                                report: Eq. 3, 4
     loss = mean |I_t - I_t^gt|  +  10 mean |t v_i - d_i(t)|^2 / t^2                 report: Eq. 5, 6
 
-    B       clips                           C       channels of a latent, 16
+    B  N    clips, objects                  C       channels of a latent, 16
     T       frames of a clip, 0 .. T-1      H W     pixels
     K       frames that are drawn           h w     latent grid; one cell is 8 pixels
-    N       objects
     layers  (B, N, C, h, w) the objects' latents, F_obj: 0 in cells that an object doesn't touch
     v       (B, N, 2) velocities (x, y) in frame widths per frame
     d       (B, N, T-1, 2) displacements since frame 0 in frame widths; true ones are exactly t v
@@ -25,12 +24,11 @@ As d = t v, Eq. 5 is the squared error of v, whatever T ("POS"). place() rounds,
 passes from frames to velocities: in phase 1, with its frozen decoder, L1 trains nothing, and the
 factor 10 changes little under Adam. So phase 1 draws nothing. Left out: segmentation (masks are
 given), velocities that change. Departures: "our choice". Usage:
-
     model = MeloMotion(Config())                            # the report's model: 43,111 parameters
     loss, logs = model(dict(first_frame=..., masks=..., displacements=...))
     video = model.render(first_frame, masks, frames=32)     # (B, 32, 3, H, W) in [0, 1]
 
-`python melomotion.py` runs a demo in seconds. MIT licence: copy this file freely.
+`python melomotion.py` runs a demo in seconds. MIT licence.
 """
 from dataclasses import dataclass
 
@@ -62,9 +60,11 @@ class Config:
     def inputs(self):
         """What the model expects: moving squares, drawn beyond frame 0 if frames are compared."""
         video = self.phase != 1
-        squares = dict(objects=self.objects, mode=self.mode, shape=self.shape, video=video)
-        held_out = 4 if video else 32       # clips
-        return dict(frames=self.frames, size=self.size, held_out=held_out, squares=squares)
+        return dict(
+            frames=self.frames,
+            size=self.size,
+            held_out=4 if video else 32,    # clips
+            squares=dict(objects=self.objects, mode=self.mode, shape=self.shape, video=video))
 
 
 PRESETS = {
@@ -77,11 +77,10 @@ PRESETS = {
 DEFAULTS = "report", "report"       # train.py's choice without a GPU and with one
 
 # What train.py starts from, preset by preset; every entry is a flag. report: Sec. 4.1
-# Means over 2,000 steps of the log are Table 2's epochs.
 REPORT = dict(
-    data="squares", steps=12_000, batch_size=1, lr=1e-2, min_lr=1e-2, warmup=0.0,
-    betas=(0.9, 0.95), weight_decay=1e-5, weight_decay_end=1e-5, clip=0.0,
-    log_every=500, save_every=6000,
+    data="squares", steps=12_000, batch_size=1, log_every=500, save_every=6000,
+    lr=1e-2, min_lr=1e-2, warmup=0.0, clip=0.0,
+    betas=(0.9, 0.95), weight_decay=1e-5, weight_decay_end=1e-5,
     dtype="float32", compile=False)         # our choice: so small a model gains nothing by either
 # our choice: steps, batches and rates below; the report trains no decoder and has one rate
 DECODER = REPORT | dict(
@@ -100,14 +99,9 @@ def unit(image):
     return image / 255 if image.dtype == torch.uint8 else image
 
 
-def at_frames(video, t):
-    """Frames t (B, K) of video (B, T, ...) -> (B, K, ...)."""
-    return torch.stack([clip[frames] for clip, frames in zip(video, t)])
-
-
 def encode_latent(image, occupancy):
     """
-    image (B, 3, H, W) and occupancy (B, 1, H, W) in [0, 1] -> latent (B, 16, H/8, W/8). Channel 0 is
+    Image (B, 3, H, W) and occupancy (B, 1, H, W) in [0, 1] -> latent (B, 16, h, w). Channel 0 is
     occupancy, 1-3 R G B (report: "channels 1-3"), means over a cell; 4-15 how its quarters differ.
     our choice: the report's VAE isn't public. This one, a Haar transform, has no parameters.
     """
@@ -125,7 +119,7 @@ def place(layers, displacements):
     rounded to cells, so without a gradient -> (B, N, T, C, h, w). What leaves the grid is cut off,
     what comes in is 0. Equals slicing bounding boxes. report: Eq. 4
     """
-    B, N, C, h, w = layers.shape
+    B, N, _, h, w = layers.shape
     device = layers.device
     cells = (displacements * w).round().long()
     dx, dy = cells.split(1, -1)                                         # (B, N, T, 1)
@@ -142,7 +136,7 @@ def place(layers, displacements):
 
 
 def inpaint(x, hole):
-    """x (B, C, h, w), its hole (B, 1, h, w) filled. our choice: with the mean; exact on one colour."""
+    """x (B, C, h, w), its hole (B, 1, h, w) filled. our choice: with the mean of the rest."""
     rest = 1 - hole
     area = rest.sum((2, 3), keepdim=True).clamp(min=1)                  # (B, 1, 1, 1)
     mean = (x * rest).sum((2, 3), keepdim=True) / area                  # (B, C, 1, 1)
@@ -161,11 +155,11 @@ def warp(x, flow):
 
 def position_loss(v, displacements, normalize=True):
     """
-    v (B, N, 2) and displacements (B, N, T-1, 2) in frames 1 .. T-1, both in frame widths -> scalar:
-    the mean over clips, objects and frames of |t v - d(t)|^2, by default over t^2. report: Eq. 5
+    v (B, N, 2) and displacements (B, N, T-1, 2) in frames 1 .. T-1, in frame widths -> mean over
+    clips, objects and frames of |t v - d(t)|^2, by default over t^2. report: Eq. 5
     """
-    T = displacements.shape[2] + 1
-    t = torch.arange(1, T, device=v.device)[:, None]                    # (T-1, 1)
+    t = torch.arange(1, displacements.shape[2] + 1, device=v.device)
+    t = t[:, None]                                                      # (T-1, 1)
     error = t * v[:, :, None] - displacements                           # (B, N, T-1, 2)
     error = error / t if normalize else error
     return error.square().sum(-1).mean()
@@ -173,10 +167,7 @@ def position_loss(v, displacements, normalize=True):
 
 # ---- learnt parts --------------------------------------------------------------------------------
 class Predictors(nn.Module):
-    """
-    `count` networks 64 -> 32 -> 2, stacked; each of 2,146 parameters, as by the report's Eq. 2 and
-    Table 1; its text says 2,274.
-    """
+    """`count` networks 64 -> 32 -> 2, stacked; 2,146 parameters each. The report's text: 2,274."""
 
     def __init__(self, count):
         super().__init__()
@@ -233,8 +224,10 @@ class MeloMotion(nn.Module):
         poolings = POOLINGS[:1] if cfg.object_index else POOLINGS
         assert cfg.pooling in poolings, f"pooling={cfg.pooling}: choose from {poolings}"
         self.cfg = cfg
-        self.predictors = Predictors(1 if cfg.shared_predictor else cfg.objects)    # 6,438
-        self.rgb_proj = nn.Linear(3 + cfg.objects * cfg.object_index, FEATURES)     # 256
+        count = 1 if cfg.shared_predictor else cfg.objects
+        width = 3 + cfg.objects if cfg.object_index else 3
+        self.predictors = Predictors(count)         # 6,438 parameters
+        self.rgb_proj = nn.Linear(width, FEATURES)  # 256
         # 742. our choice: the report counts a camera head, but neither describes nor trains it
         self.camera = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 6))
         self.encoder = nn.Linear(16, FEATURES)      # 1,088, for pooling other than rgb
@@ -247,7 +240,6 @@ class MeloMotion(nn.Module):
         for module in trained[cfg.phase]:
             module.requires_grad_(True)
 
-    # -- from frame 0 to velocities --
     @staticmethod
     def extract(first_frame, masks):
         """
@@ -280,15 +272,14 @@ class MeloMotion(nn.Module):
             return self.encoder(pooled)
         if self.cfg.object_index:
             B, N, _ = pooled.shape
-            index = torch.eye(N, device=pooled.device).expand(B, N, N)
-            pooled = torch.cat([pooled, index], -1)                     # (B, N, 3 + N)
+            index = torch.eye(N, device=pooled.device)
+            pooled = torch.cat([pooled, index.expand(B, N, N)], -1)     # (B, N, 3 + N)
         return self.rgb_proj(pooled)
 
     def velocities(self, pooled):
         """Pooled (B, N, 3 or 16) -> v (B, N, 2), frame widths per frame, the same in each frame."""
         return self.predictors(self.features(pooled))
 
-    # -- from velocities to frames --
     def draw(self, first_frame, masks, v, t):
         """Frames t (B, K) of clips whose objects move v (B, N, 2) per frame: (B, K, 3, H, W)."""
         d = t[:, None, :, None] * v[:, :, None]                         # (B, N, K, 2) report: Eq. 3
@@ -302,12 +293,13 @@ class MeloMotion(nn.Module):
         """draw() by warping from frame to frame, as flow pipelines do: what phase 0 learns from."""
         layers = self.extract(first_frame, masks).flatten(0, 1)         # (B*N, 16, h, w)
         flow = v.flatten(0, 1)[..., None, None]                         # (B*N, 2, 1, 1)
-        latents = []
+        frames = []
         for _ in range(1, self.cfg.frames):
             layers = warp(layers, flow)
-            latents.append(layers.unflatten(0, v.shape[:2]).sum(1))     # frame 1 comes first
-        latents = torch.stack(latents, 1)                               # (B, T-1, 16, h, w)
-        return self.decoder(at_frames(latents, t - 1))
+            frames.append(layers)                                       # frame 1 comes first
+        latents = torch.stack(frames, 1).unflatten(0, v.shape[:2])      # (B, N, T-1, 16, h, w)
+        latents = latents.sum(1)                                        # (B, T-1, 16, h, w)
+        return self.decoder(torch.stack([x[some - 1] for x, some in zip(latents, t)]))
 
     @torch.no_grad()
     def render(self, first_frame, masks, frames=16):
@@ -317,7 +309,6 @@ class MeloMotion(nn.Module):
         pooled = self.pool(self.extract(first_frame, masks))
         return self.draw(first_frame, masks, self.velocities(pooled), t)
 
-    # -- training --
     def motion(self, batch):
         """Velocities (B, N, 2); in phase 0, where only the decoder learns, the true ones."""
         if self.cfg.phase == 0:
@@ -330,30 +321,26 @@ class MeloMotion(nn.Module):
     def l1(self, batch, v, one=False):
         """Mean L1 of frames 1 .. T-1, or of a random one of each clip. report: Eq. 6"""
         B, T = batch["video"].shape[:2]
-        t = torch.arange(1, T, device=v.device).expand(B, -1)
+        t = torch.arange(1, T, device=v.device).expand(B, -1)           # (B, K)
         if one:
             t = torch.randint(1, T, (B, 1), device=v.device)
         draw = self.warped if self.cfg.phase == 0 else self.draw
         frames = draw(batch["first_frame"], batch["masks"], v, t)       # (B, K, 3, H, W)
-        return (frames - unit(at_frames(batch["video"], t))).abs().mean()
+        true = torch.stack([x[some] for x, some in zip(batch["video"], t)])
+        return (frames - unit(true)).abs().mean()
 
     def forward(self, batch):
         """
-        batch: `first_frame` (B, 3, H, W), uint8 or float in [0, 1]; `masks` (B, N, H, W);
-        `displacements` (B, N, T-1, 2) in frame widths; `video` (B, T, 3, H, W) for L1, which is
-        otherwise left out. `pooled`, from pool(), may stand for frame 0 and masks.
+        batch: `first_frame` and `masks` as extract() takes them, or `pooled` as pool() gives it;
+        `displacements` (B, N, T-1, 2) in frame widths; `video` (B, T, 3, H, W), or L1 is left out.
         Returns the loss and a dict of detached scalars.
         """
         cfg = self.cfg
         d = batch["displacements"]                                      # (B, N, T-1, 2)
         v = self.motion(batch)                                          # (B, N, 2)
-        loss = 0.0
-        logs = {}
-        if cfg.phase:
-            logs["pos"] = position_loss(v, d)
-            # the largest difference between objects: 0 if a predictor has collapsed
-            logs["spread"] = (v.amax(1) - v.amin(1)).amax(-1).mean()
-            loss = cfg.pos_weight * position_loss(v, d, cfg.normalize)
+        loss = cfg.pos_weight * position_loss(v, d, cfg.normalize)
+        apart = v.amax(1) - v.amin(1)       # the objects; 0 if a predictor has collapsed
+        logs = dict(pos=position_loss(v, d), spread=apart.amax(-1).mean())
         if "video" in batch:
             # our choice: one frame a clip where the decoder learns; its neighbours teach no more
             logs["l1"] = self.l1(batch, v, one=cfg.phase != 1)
@@ -368,11 +355,14 @@ class MeloMotion(nn.Module):
         """How well motion is predicted, beside "nothing moves": {row: {column: scalar}}."""
         d = batch["displacements"]                                      # (B, N, T-1, 2)
         v = self.motion(batch)                                          # (B, N, 2)
-        zero = position_loss(torch.zeros_like(v), d)
-        rows = {"POS: squared error of v": dict(model=position_loss(v, d), zero=zero)}
+        rows = {}
+        rows["POS: squared error of v"] = dict(
+            model=position_loss(v, d),
+            zero=position_loss(0 * v, d))
         if "video" in batch:
-            black = unit(batch["video"][:, 1:]).mean()
-            rows["L1 of frames"] = dict(model=self.l1(batch, v), black=black)
+            rows["L1 of frames"] = dict(
+                model=self.l1(batch, v),
+                black=unit(batch["video"][:, 1:]).mean())
         return rows
 
 
@@ -407,6 +397,7 @@ class SwinBlock(nn.Module):
         near = (offset.abs() < WINDOW).all(-1)          # not rolled in from the other side
         offset = (offset + WINDOW - 1) @ torch.tensor([side, 1])        # a number for each offset
         self.register_buffer("windows", windows, persistent=False)
+        self.register_buffer("home", windows.flatten().argsort(), persistent=False)
         self.register_buffer("near", near[:, None], persistent=False)
         self.register_buffer("offset", offset * near, persistent=False)
 
@@ -418,16 +409,15 @@ class SwinBlock(nn.Module):
         bias = bias.masked_fill(~self.near, -1e4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         y = self.proj(y.transpose(2, 3).flatten(3))                     # (B, 4, 64, D)
-        home = self.windows.flatten().argsort()     # where each cell lies in y
-        x = x + y.flatten(1, 2)[:, home]
+        x = x + y.flatten(1, 2)[:, self.home]
         return x + self.mlp(self.norm2(x))
 
 
 class FlowBaseline(nn.Module):
     """
-    What the report compares with: a Swin backbone (322,862 parameters) predicts a flow that warps
-    the latent, then another from the warped one, frame after frame; then the decoder, frozen.
-    Control, `one_shot`: one flow, times t. our choice: the plainest Swin of the report's "323K".
+    What the report compares with: a Swin of 322,862 parameters (our choice: plainest for "323K")
+    predicts a flow that warps the latent, then another from the warped one, frame after frame; then
+    the decoder, frozen. Control, `one_shot`: one flow, times t.
     """
 
     def __init__(self, one_shot=False):
@@ -469,20 +459,15 @@ class FlowBaseline(nn.Module):
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = MeloMotion(Config())
-    masks = torch.zeros(16, 3, 128, 128)
-    for n in range(3):                      # squares abreast; the first one moves
-        masks[:, n, 48:72, 40 * n:40 * n + 24] = 1
-    colours = torch.rand(16, 3, 3)
-    image = torch.einsum("bnc,bnhw->bchw", colours, masks)
-    d = torch.zeros(16, 3, 15, 2)
-    d[:, 0] = 0.1 * (colours[:, :1, :2] - 0.5) * torch.arange(1, 16)[:, None]
-    pooled = model.pool(model.extract(image, masks))
+    colours = torch.rand(64, 3, 3)          # (B, N, 3)
+    v = 0.1 * (colours[..., :2] - 0.5)      # red tells x, green y
+    v[:, 1:] = 0                            # of the first object; the others stay
+    d = torch.arange(1, 16)[:, None] * v[:, :, None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(301):
-        loss, logs = model(dict(pooled=pooled, displacements=d))
+        loss, logs = model(dict(pooled=colours, displacements=d))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"step {step}: POS {logs['pos']:.1e}, spread {logs['spread']:.3f}")
-    print("rendered:", tuple(model.render(image, masks, frames=32).shape))
+            print(f"step {step}: POS {logs['pos']:.1e}")
