@@ -24,6 +24,7 @@ As d = t v, Eq. 5 is the squared error of v, whatever T ("POS"). place() rounds,
 passes from frames to velocities: in phase 1, with its frozen decoder, L1 trains nothing, and the
 factor 10 changes little under Adam. So phase 1 draws nothing. Left out: segmentation (masks are
 given), velocities that change. Departures: "our choice". Usage:
+
     model = MeloMotion(Config())                            # the report's model: 43,111 parameters
     loss, logs = model(dict(first_frame=..., masks=..., displacements=...))
     video = model.render(first_frame, masks, frames=32)     # (B, 32, 3, H, W) in [0, 1]
