@@ -1,6 +1,6 @@
 """
 MeloMotion: Multi-Layer Motion Prediction for Object-Centric Video Generation
-(Fu, MeloLab technical report, June 2026), in one file that needs nothing but torch.
+(Fu, MeloLab technical report, June 2026), in one file that needs nothing but torch; run for a demo.
 
 Given are frame 0 of a video and a mask for each object. Each object becomes a layer: a patch of
 frame 0's latent, frozen, and a small network of its own that reads one velocity off the object's
@@ -15,7 +15,7 @@ interpolated, so no edge blurs. eval.py tests both.
     B  N    clips, objects                  C       channels of a latent, 16
     T       frames of a clip, 0 .. T-1      H W     pixels
     K       frames that are drawn           h w     latent grid; one cell is 8 pixels
-    layers  (B, N, C, h, w) the objects' latents, F_obj: 0 in cells that an object doesn't touch
+    layers  (B, N, C, h, w) F_obj: the latent of all objects' pixels, in the cells of each
     v       (B, N, 2) velocities (x, y) in frame widths per frame
     d       (B, N, T-1, 2) displacements since frame 0 in frame widths; true ones are exactly t v
     pooled  (B, N, 3 or 16) what is read off an object before anything is learnt
@@ -28,8 +28,6 @@ given), velocities that change. Departures: "our choice". Usage:
     model = MeloMotion(Config())                            # the report's model: 43,111 parameters
     loss, logs = model(dict(first_frame=..., masks=..., displacements=...))
     video = model.render(first_frame, masks, frames=32)     # (B, 32, 3, H, W) in [0, 1]
-
-`python melomotion.py` runs a demo in seconds. MIT licence.
 """
 from dataclasses import dataclass
 
@@ -83,7 +81,7 @@ REPORT = dict(
     lr=1e-2, min_lr=1e-2, warmup=0.0, clip=0.0,
     betas=(0.9, 0.95), weight_decay=1e-5, weight_decay_end=1e-5,
     dtype="float32", compile=False)         # our choice: so small a model gains nothing by either
-# our choice: steps, batches and rates below; the report trains no decoder and has one rate
+# our choice below: the report trains no decoder and has one rate
 DECODER = REPORT | dict(
     steps=1000, batch_size=8, lr=3e-3, min_lr=1e-4, log_every=100, save_every=1000)
 RECIPES = {
@@ -110,7 +108,11 @@ def encode_latent(image, occupancy):
     x = F.avg_pool2d(x, CELL // 2)                                      # (B, 4, 2h, 2w)
     x = F.pixel_unshuffle(x, 2).unflatten(1, (4, 4))                    # (B, 4, quarters, h, w)
     a, b, c, d = x.unbind(2)                                            # a b above c d
-    haar = [a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]
+    top = a + b
+    bottom = c + d
+    top_edge = a - b
+    bottom_edge = c - d
+    haar = [top + bottom, top_edge + bottom_edge, top - bottom, top_edge - bottom_edge]
     return torch.cat(haar, 1) / 4                                       # (B, 16, h, w)
 
 
@@ -128,8 +130,7 @@ def place(layers, displacements):
     cols = torch.arange(w, device=device) - dx                          # (B, N, T, w)
     rows = rows.clamp(-1, h)                                            # -1, h, w: a border of 0
     cols = cols.clamp(-1, w)
-    padded = F.pad(layers, (0, 1, 0, 1))
-    padded = padded.movedim(2, -1)                                      # (B, N, h+1, w+1, C)
+    padded = F.pad(layers, (0, 1, 0, 1)).movedim(2, -1)                 # (B, N, h+1, w+1, C)
     b = torch.arange(B, device=device).view(B, 1, 1, 1, 1)
     n = torch.arange(N, device=device).view(N, 1, 1, 1)
     placed = padded[b, n, rows[..., None], cols[..., None, :]]          # (B, N, T, h, w, C)
@@ -159,8 +160,7 @@ def position_loss(v, displacements, normalize=True):
     v (B, N, 2) and displacements (B, N, T-1, 2) in frames 1 .. T-1, in frame widths -> mean over
     clips, objects and frames of |t v - d(t)|^2, by default over t^2. report: Eq. 5
     """
-    t = torch.arange(1, displacements.shape[2] + 1, device=v.device)
-    t = t[:, None]                                                      # (T-1, 1)
+    t = torch.arange(1, displacements.shape[2] + 1, device=v.device)[:, None]       # (T-1, 1)
     error = t * v[:, :, None] - displacements                           # (B, N, T-1, 2)
     error = error / t if normalize else error
     return error.square().sum(-1).mean()
@@ -177,7 +177,8 @@ class Predictors(nn.Module):
         self.w2 = nn.Parameter(torch.empty(count, HIDDEN, 2))
         self.b2 = nn.Parameter(torch.empty(count, 1, 2))
         for parameter, fan_in in zip(self.parameters(), (FEATURES, FEATURES, HIDDEN, HIDDEN)):
-            nn.init.uniform_(parameter, -fan_in ** -0.5, fan_in ** -0.5)    # as nn.Linear's
+            bound = fan_in ** -0.5          # nn.Linear's
+            nn.init.uniform_(parameter, -bound, bound)
 
     def hidden(self, f):
         """Features (B, N, 64) -> hidden units (N, B, 32), or (1, N*B, 32) if all share one."""
@@ -200,9 +201,8 @@ def block(width, out):
 
 class Decoder(nn.Sequential):
     """
-    Latents (B, T, 16, h, w) -> frames (B, T, 3, 8h, 8w) in (0, 1), 34,587 parameters.
-    our choice: the report gives their number only, and of 3 x 3 chains that never widen one has it.
-    Wide layers work at low resolution, where they cost little.
+    Latents (B, T, 16, h, w) -> frames (B, T, 3, 8h, 8w) in (0, 1). our choice: the report says only
+    that it has 34,587 parameters; of 3 x 3 chains that never widen one has. Wide layers come first.
     """
 
     def __init__(self):
@@ -222,8 +222,7 @@ class Decoder(nn.Sequential):
 class MeloMotion(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        poolings = POOLINGS[:1] if cfg.object_index else POOLINGS
-        assert cfg.pooling in poolings, f"pooling={cfg.pooling}: choose from {poolings}"
+        assert cfg.pooling in POOLINGS, f"pooling={cfg.pooling}: choose from {POOLINGS}"
         self.cfg = cfg
         count = 1 if cfg.shared_predictor else cfg.objects
         width = 3 + cfg.objects if cfg.object_index else 3
@@ -243,10 +242,7 @@ class MeloMotion(nn.Module):
 
     @staticmethod
     def extract(first_frame, masks):
-        """
-        Frame 0 (B, 3, H, W), uint8 or float in [0, 1], and masks (B, N, H, W) -> layers
-        (B, N, 16, h, w): the latent of all objects' pixels in the cells of each. report: Eq. 1
-        """
+        """Frame 0 (B, 3, H, W), uint8 or float, masks (B, N, H, W) -> layers. report: Eq. 1"""
         H, W = masks.shape[-2:]
         assert H % CELL == W % CELL == 0, f"{H}x{W} pixels: want multiples of {CELL}"
         masks = masks.float()
@@ -269,13 +265,13 @@ class MeloMotion(nn.Module):
 
     def features(self, pooled):
         """What the predictors see: pooled (B, N, 3 or 16) -> f (B, N, 64)."""
-        if self.cfg.pooling != "rgb":
-            return self.encoder(pooled)
-        if self.cfg.object_index:
+        if self.cfg.object_index:           # with pooling rgb only
             B, N, _ = pooled.shape
             index = torch.eye(N, device=pooled.device)
             pooled = torch.cat([pooled, index.expand(B, N, N)], -1)     # (B, N, 3 + N)
-        return self.rgb_proj(pooled)
+        if self.cfg.pooling == "rgb":
+            return self.rgb_proj(pooled)
+        return self.encoder(pooled)
 
     def velocities(self, pooled):
         """Pooled (B, N, 3 or 16) -> v (B, N, 2), frame widths per frame, the same in each frame."""
@@ -333,15 +329,16 @@ class MeloMotion(nn.Module):
     def forward(self, batch):
         """
         batch: `first_frame` and `masks` as extract() takes them, or `pooled` as pool() gives it;
-        `displacements` (B, N, T-1, 2) in frame widths; `video` (B, T, 3, H, W), or L1 is left out.
-        Returns the loss and a dict of detached scalars.
+        `displacements` (B, N, T-1, 2); `video` (B, T, 3, H, W), or L1 is left out -> loss, logs.
         """
         cfg = self.cfg
         d = batch["displacements"]                                      # (B, N, T-1, 2)
         v = self.motion(batch)                                          # (B, N, 2)
         loss = cfg.pos_weight * position_loss(v, d, cfg.normalize)
-        apart = v.amax(1) - v.amin(1)       # the objects; 0 if a predictor has collapsed
-        logs = dict(pos=position_loss(v, d), spread=apart.amax(-1).mean())
+        spread = v.amax(1) - v.amin(1)      # of the objects; 0 if a predictor has collapsed
+        logs = dict(
+            pos=position_loss(v, d),
+            spread=spread.amax(-1).mean())
         if "video" in batch:
             # our choice: one frame a clip where the decoder learns; its neighbours teach no more
             logs["l1"] = self.l1(batch, v, one=cfg.phase != 1)
@@ -416,9 +413,8 @@ class SwinBlock(nn.Module):
 
 class FlowBaseline(nn.Module):
     """
-    What the report compares with: a Swin of 322,862 parameters (our choice: plainest for "323K")
-    predicts a flow that warps the latent, then another from the warped one, frame after frame; then
-    the decoder, frozen. Control, `one_shot`: one flow, times t.
+    A Swin of 322,862 parameters (our choice: plainest for "323K") predicts a flow that warps the
+    latent, then another from the warped one, and so on. Control, `one_shot`: one flow, times t.
     """
 
     def __init__(self, one_shot=False):
