@@ -336,9 +336,10 @@ class MeloMotion(nn.Module):
         v = self.motion(batch)                                          # (B, N, 2)
         loss = cfg.pos_weight * position_loss(v, d, cfg.normalize)
         spread = v.amax(1) - v.amin(1)      # of the objects; 0 if a predictor has collapsed
-        logs = dict(
-            pos=position_loss(v, d),
-            spread=spread.amax(-1).mean())
+        logs = {}
+        if cfg.phase:
+            logs["pos"] = position_loss(v, d)
+            logs["spread"] = spread.amax(-1).mean()
         if "video" in batch:
             # our choice: one frame a clip where the decoder learns; its neighbours teach no more
             logs["l1"] = self.l1(batch, v, one=cfg.phase != 1)
@@ -354,9 +355,10 @@ class MeloMotion(nn.Module):
         d = batch["displacements"]                                      # (B, N, T-1, 2)
         v = self.motion(batch)                                          # (B, N, 2)
         rows = {}
-        rows["POS: squared error of v"] = dict(
-            model=position_loss(v, d),
-            zero=position_loss(0 * v, d))
+        if self.cfg.phase:
+            rows["POS: squared error of v"] = dict(
+                model=position_loss(v, d),
+                zero=position_loss(0 * v, d))
         if "video" in batch:
             rows["L1 of frames"] = dict(
                 model=self.l1(batch, v),
@@ -380,10 +382,7 @@ class SwinBlock(nn.Module):
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
         self.norm2 = nn.LayerNorm(D)
-        self.mlp = nn.Sequential(
-            nn.Linear(D, 4 * D),
-            nn.GELU(),
-            nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         side = 2 * WINDOW - 1               # offsets along an axis
         self.bias = nn.Parameter(0.02 * torch.randn(side * side, HEADS))
         cells = torch.arange(GRID * GRID).view(GRID, GRID)
