@@ -807,6 +807,19 @@ def random_box(rng, height, width, scale):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def move_box(rng, box, height, width, most=1 / 3):
+    """
+    A box moved by up to `most` of its sides in any direction, as far as the frame goes; and how far
+    that moves what it shows: (x, y) as shares of its sides.
+    """
+    corner, sides = box[:2], box[2:]
+    turn = rng.uniform(0, 2 * np.pi)
+    move = rng.uniform(0, most) * np.array([np.sin(turn), np.cos(turn)]) * sides
+    moved = np.clip(np.rint(corner + move), 0, (height, width) - sides).astype(int)
+    shift = (corner - moved) / sides
+    return np.concatenate([moved, sides]), torch.tensor(shift[::-1].copy(), dtype=torch.float32)
+
+
 def crop_uint8(frame, box, size, flip=False):
     """Frame (H, W, 3) -> its box (3, size, size), both uint8. Antialiased bicubic, as PIL's."""
     top, left, h, w = box
@@ -912,6 +925,7 @@ class MultiCrop:
         self.blur = blur
         self.colours = colours
         self.motion_colours = motion_colours
+        self.one_frame = False      # both motion crops from frame 1; `shift` (2,): how far apart
         # of the 6 + 2n crops: motion of both frames, globals [frame, box], locals [frame, box]
         self.frames = [0, 1] + [0, 0, 1, 1] + n * [0] + n * [1]
         self.sizes = 6 * [size] + 2 * n * [local_size]
@@ -955,16 +969,23 @@ class MultiCrop:
 
     def __call__(self, frames, rng):
         """Two frames (H, W, 3) uint8 of one size -> uint8 crops, and `params` for finish()."""
-        boxes, flips, params = self.draw(rng, *frames[0].shape[:2])
+        height, width = frames[0].shape[:2]
+        boxes, flips, params = self.draw(rng, height, width)
+        sources = self.frames
+        extra = {}
+        if self.one_frame:
+            sources = [0, 0] + self.frames[2:]
+            boxes[1], extra["shift"] = move_box(rng, boxes[0], height, width)
         crops = []
-        for frame, box, size, flip in zip(self.frames, boxes, self.sizes, flips):
-            crops.append(crop_uint8(frames[frame], box, size, flip))
+        for source, box, size, flip in zip(sources, boxes, self.sizes, flips):
+            crops.append(crop_uint8(frames[source], box, size, flip))
         small = torch.stack(crops[6:]) if self.n else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         return dict(
             motion=torch.stack(crops[:2]),
             globals=torch.stack(crops[2:6]).unflatten(0, (2, 2)),
             locals=small.unflatten(0, (2, self.n)),
             params=params,
+            **extra,
         )
 
     def finish(self, batch):
@@ -1458,10 +1479,13 @@ class SquareClip:
 class Batches(torch.utils.data.Dataset):
     """A list of sample numbers in, their collated batch out: what DataLoader's workers run."""
 
-    def __init__(self, source, crops, seed):
+    def __init__(self, source, crops, seed, one_frame=0):
         self.source, self.crops, self.seed = source, crops, seed
+        self.one_frame = one_frame
 
     def __getitem__(self, numbers):
+        if self.one_frame:                  # Videos have the same crops as their transform
+            self.crops.one_frame = numbers[0] < self.one_frame
         if isinstance(self.source, Videos):
             return torch.utils.data.default_collate(self.source.__getitems__(numbers))
         clips = self.source.batch(numbers)
@@ -1476,7 +1500,8 @@ class Batches(torch.utils.data.Dataset):
 
 
 def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train",
-                scenes=None, videos=None, colours=True, motion_colours="independent"):
+                scenes=None, videos=None, colours=True, motion_colours="independent",
+                one_frame=0):
     """Batches on the device, in order; to be iterated over once.
 
     source    "scenes", "squares", or the path of a video, of a folder of videos, or of frames
@@ -1487,6 +1512,7 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     split     "train" or "eval": other clips; of videos other draws from the same files
     scenes    SceneOptions, whose size counts only if there are crops; by default twice the model's
     videos    VideoOptions;   colours, motion_colours: of MultiCrop
+    one_frame the first samples, so many, have motion crops of one frame, and `shift`
     Raises FileNotFoundError or ValueError with what to do if the source can't be read. """
     if "squares" in inputs and source != "squares":
         raise ValueError(f"--data {source}: this model needs masks and displacements, which only "
@@ -1509,7 +1535,7 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     else:
         dataset = Videos(source, frames, seed=own_seed, transform=crops or SquareClip(size),
                          **asdict(videos or VideoOptions()))
-    dataset = Batches(dataset, crops, own_seed)
+    dataset = Batches(dataset, crops, own_seed, one_frame)
     return DeviceLoader(data_loader(dataset, workers, device, batch_size=None, sampler=batches),
                         crops, device)
 

@@ -75,6 +75,7 @@ class Options:
     log_every: int = 20         # steps between lines of the log
     save_every: int = 500       # steps between checkpoints; one is always written at the end
     motion_colours: str = "independent"     # of a motion crop's frames: independent, shared, none
+    shift_warmup: float = 0.0               # midway: share of steps that teach known shifts
     bench: bool = False         # time 20 steps on one batch and leave
 
 
@@ -510,7 +511,8 @@ def main(argv):
     samples = iter(data.make_loader(
         opt.data, parts["config"].inputs, batches(opt, start, accum, micro), device, opt.seed,
         opt.workers, scenes=parts["scenes"], videos=parts["videos"],
-        motion_colours=opt.motion_colours))
+        motion_colours=opt.motion_colours,
+        one_frame=int(opt.shift_warmup * opt.steps) * opt.batch_size))
     print0(f"{opt.model} {opt.preset} on {opt.data}: {sum(p.numel() for p in trained) / 1e6:.2f} M "
            f"trained parameters, {WORLD} x {device.type}, {'bfloat16' if bf16 else 'float32'}, "
            f"compile {opt.compile}, batch {accum} x {WORLD} x {micro}")
@@ -567,14 +569,15 @@ def main(argv):
             continue
 
         # ---- log and save; nothing above waits for the device
-        window.append(torch.stack([*meters.values()]))
+        window.append(meters)
         halt = bool(CAUGHT)
         if WORLD > 1:                   # all leave together; asked for every tenth step
             halt = step % 10 == 0 and mean_of_all(torch.tensor(halt * 1.0, device=device)) > 0
         save = halt or step + 1 == opt.steps or (step + 1) % opt.save_every == 0
         if not (save or step == start or (step + 1) % opt.log_every == 0):
             continue
-        rows = torch.stack(window)
+        meters = {name: x for name, x in meters.items() if name in window[0]}
+        rows = torch.stack([torch.stack([m[name] for name in meters]) for m in window])
         check_finite(opt, rows, step + 1 - len(window), good)
         means = mean_of_all(rows.mean(0)).tolist()
         seconds = (time.perf_counter() - clock) / len(window)
