@@ -591,7 +591,7 @@ class Reader:
         if self.stream.duration:
             length = self.stream.duration * self.tick
         if not length:
-            raise ValueError(f"{self.path}: no duration in its header; ffmpeg -i in -c copy new.mkv")
+            raise ValueError(f"{self.path}: no duration; remux: ffmpeg -i in -c copy out.mkv")
         if not exact:
             return length - 1 / self.rate
         found = self.at(length) if self.end is None else None
@@ -1393,7 +1393,7 @@ class Segmentation(torch.utils.data.Dataset):
             seen.update(np.unique(read_one_channel(label)).tolist())
         seen.discard(self.ignore_index)
         if len(seen) < 2:                   # one class would be found by everybody: mIoU 100
-            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, which is ignored, only "
+            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, ignored, only "
                              f"{seen}: want two classes. Store masks of 0 and 255 as 0 and 1, or "
                              "set --ignore-index")
         return max(seen) + 1
