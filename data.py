@@ -482,7 +482,7 @@ class Reader:
         if self.stream.duration:
             length = self.stream.duration * self.tick
         if not length:
-            raise ValueError(f"{self.path}: no duration in its header: ffmpeg -i in -c copy out.mkv")
+            raise ValueError(f"{self.path}: no duration; remux: ffmpeg -i in -c copy out.mkv")
         if not exact:
             return length - 1 / self.rate
         found = self.at(length) if self.end is None else None
@@ -1275,9 +1275,9 @@ class Segmentation(torch.utils.data.Dataset):
             seen.update(np.unique(read_one_channel(label)).tolist())
         seen.discard(self.ignore_index)
         if len(seen) < 2:                   # one class would be found by everybody: mIoU 100
-            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, which is ignored, only "
-                             f"{seen}: want two classes. Store masks of 0 and 255 as 0 and 1, or set "
-                             "--ignore-index")
+            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, ignored, only "
+                             f"{seen}: want two classes. Store masks of 0 and 255 as 0 and 1, or "
+                             "set --ignore-index")
         return max(seen) + 1
 
     def __len__(self):
@@ -1347,8 +1347,8 @@ class PointTracks(torch.utils.data.Dataset):
         joints.npz, with `video`, the path of its clip          joints that people marked
 
     RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,);
-    depth of 16 bits in millimetres. Joints: tracks (P, T, 2) in pixels, annotated (P, T). Points
-    that are never visible are left out there and of TAP-Vid. [i] is
+    depth of 16 bits in millimetres. Joints: tracks (P, T, 2), annotated (P, T). Points that are
+    never visible are left out, but not of RGB-D. [i] is
 
     video          (T, H, W, 3)  uint8
     tracks         (T, P, 2)     float32, (x, y) in pixels, centres at integers; 0 unless visible
