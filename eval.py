@@ -1080,16 +1080,20 @@ def latents(run, tests=256, fits=1024):
 
 
 def motion_gif(run, pairs, motion, read, count=12):
-    """latents.gif: pairs with the camera's motion in the source, true and as read off the latents."""
+    """latents.gif: pairs that move by a tenth of the frame or more, with the camera's motion in the
+    first frame: true and as read off the latents."""
+    middle = run.cfg.size / 2 - 0.5
     figures = []
-    middle = np.array([run.cfg.size / 2 - 0.5] * 2)
-    for pair, true, said in zip(as_images(pairs[:count]), motion.cpu(), read):
-        figure, axes = image_grid([("", list(pair))], ["first frame", "second frame"], 2.2)
-        for arrow, colour, width in ((true, "white", 6), (said, "#e66100", 2.5)):
-            axes[0, 0].annotate("", middle + arrow.numpy(), middle,
-                                arrowprops=dict(arrowstyle="->", color=colour, lw=width))
+    for k in (motion.norm(dim=1) > run.cfg.size / 10).nonzero()[:count, 0].tolist():
+        figure, axes = image_grid([("", list(as_images(pairs[k])))], ["frame 1", "frame 2"], 2.2,
+                                  "the camera's motion: white true, orange read off the latents")
+        for (dx, dy), colour, width in ((motion[k].tolist(), "white", 0.05),
+                                        (read[k].tolist(), "#ff6600", 0.02)):
+            axes[0, 0].quiver(middle, middle, dx, dy, color=colour, width=width, angles="xy",
+                              scale_units="xy", scale=1)
         figures.append(figure)
-    run.gif(figures, "latents.gif", 900)
+    if figures:
+        run.gif(figures, "latents.gif", 900)
 
 
 def models_to_compare(run):
