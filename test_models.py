@@ -1560,14 +1560,13 @@ def test_three_steps_are_a_plain_loops(name, tmp_path, monkeypatch):
         half = (1 + np.cos(np.pi * step / 3)) / 2
         torch.manual_seed(step)
         model(batch)[0].backward()
-        trained = [p for p in moments if p.grad is not None]
-        norm = torch.cat([p.grad.flatten() for p in trained]).norm().item()
+        gradients = [p.grad.flatten() for p in moments if p.grad is not None]
+        norm = torch.cat(gradients).norm().item()
         if hasattr(model, "before_step"):
             model.before_step(step / 3)
-        for p in trained:
-            if p.grad is None:                          # taken away by before_step
+        for p, state in moments.items():
+            if p.grad is None:
                 continue
-            state = moments[p]
             gradient = p.grad * min(1, 0.1 / (norm + 1e-6))
             state[0].lerp_(gradient, 0.2)
             state[1].lerp_(gradient ** 2, 0.05)
@@ -1797,9 +1796,9 @@ def test_loader_start_methods_agree(tmp_path):
         loader = data.make_loader(str(path), SMALL.inputs, [[0, 1], [2, 3]], workers=workers)
         loader.loader.multiprocessing_context = method
         loaded.append(list(loader))
-    for other in loaded[1:]:
-        for a, b in zip(loaded[0], other, strict=True):
-            assert all(torch.equal(a[name], b[name]) for name in a)
+    for batches in zip(*loaded, strict=True):
+        for name, x in batches[0].items():
+            assert all(torch.equal(x, other[name]) for other in batches[1:])
     with pytest.raises(ValueError, match="--workers 10000"):
         data.make_loader(str(path), SMALL.inputs, [], workers=10000)
 
@@ -2190,10 +2189,10 @@ def test_tapvid_pickles(tmp_path, kind, protocol):
     content = pickle.dumps({"dogs": clip} if kind == "davis" else [clip], protocol)
     if protocol == 2:                                           # as numpy 1 writes it
         content = content.replace(b"numpy._core.", b"numpy.core.")
-    files = ["a.pkl", "b.pkl"] if kind == "shards" else ["a.pkl"]
-    for file in files:
-        put(tmp_path / file, content)
-    tapvid = data.PointTracks(tmp_path if kind == "shards" else tmp_path / "a.pkl")
+    put(tmp_path / "a.pkl", content)
+    if kind == "shards":
+        put(tmp_path / "b.pkl", content)
+    tapvid = data.PointTracks(tmp_path / ("." if kind == "shards" else "a.pkl"))
     assert tapvid.names == dict(davis=["dogs"], shards=["0", "1"]).get(kind, ["0"])
     sample = tapvid[len(tapvid) - 1]
     assert abs(sample["video"].astype(int) - video).max() <= 1 and sample["valid"].all()
