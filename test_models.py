@@ -1356,7 +1356,7 @@ def test_headers_that_promise_too_much_break_nothing(tmp_path, name):
     dataset = Videos(path)
     pairs = numbers(dataset, range(60))
     assert not dataset.broken.any() and np.min(pairs) < 12 and np.max(pairs) > 78
-    assert numbers(Videos(path), [49]) == pairs[49:50]
+    assert [numbers(Videos(path), [i])[0] for i in range(0, 60, 7)] == pairs[::7]
 
 
 def test_avi_without_b_frames_is_read_and_with_them_refused(tmp_path):
@@ -2061,12 +2061,11 @@ def test_segmentation_of_each_layout(tmp_path, layout, capfd):
     image, truth, values, classes, num_classes = SEGMENTED[layout]
     splits = ("training", "validation") if layout == "ade" else ("train", "val")
     few = [values[0], values[0], values[2]]                     # the scan sees both splits
-    for split, used, names in ((splits[0], few, ["x0", "x1"]),
-                               (splits[1], values, ["x0", "x1", "x2"])):
-        for n, name in enumerate(names):
-            put(tmp_path / image.format(s=split, n=name), 50 * n)
+    for split, used, count, colour in ((splits[0], few, 2, 10), (splits[1], values, 3, 50)):
+        for n in range(count):
+            put(tmp_path / image.format(s=split, n=f"x{n}"), colour * n)
             if n < 2:
-                put(tmp_path / truth.format(s=split, n=name), label(used))
+                put(tmp_path / truth.format(s=split, n=f"x{n}"), label(used))
     train_set, val_set = (data.Segmentation(tmp_path, split) for split in ("train", "val"))
     assert "left out 1 images without label" in capfd.readouterr().err
     assert len(train_set) == len(val_set) == 2 and train_set.num_classes == num_classes
