@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -1289,8 +1290,8 @@ def test_wrong_options_of_made_data_are_refused(call, word):
 
 
 # ---- your own videos -----------------------------------------------------------------------------
-def bars(i, size=(256, 64)):
-    """A frame (H, W, 3) that shows the bits of i as ten bars in the lower half, and is red on top left."""
+def bars(i, size):
+    """A frame (H, W, 3): i's bits as ten bars in the lower half, red on top left, else white."""
     image = np.full((size[1], size[0], 3), 255, np.uint8)
     image[:size[1] // 4, :48] = 255, 0, 0
     for bit in range(10):
@@ -1298,28 +1299,37 @@ def bars(i, size=(256, 64)):
     return image
 
 
-def encode(path, times, size=(256, 64), gop=12, matrix=None, codec="libx264", frames=2, sound=0.0):
-    """Writes a video whose frame i is bars(i) at times[i]; frames: B-frames in a row; sound: its seconds."""
+def texture(i, size):
+    """Noise that moves by 3 pixels a frame: many bits to lose."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return np.roll(noise, 3 * i, 1)
+
+
+def encode(path, times, size=(256, 64), gop=12, codec="libx264", b_frames=2, matrix=None,
+           sound=0, paint=bars):
+    """Writes a video whose frame i is paint(i) at times[i]; sound: its seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    tick = Fraction(1, 30) if codec == "mpeg4" else Fraction(1, 15360)
     with av.open(str(path), "w") as out:
-        options = {"bf": str(frames)} | ({"preset": "ultrafast"} if codec == "libx264" else {})
-        stream = out.add_stream(codec, rate=30, options=options)
+        preset = {"preset": "ultrafast"} if codec == "libx264" else {}
+        stream = out.add_stream(codec, rate=30, options=preset | {"bf": str(b_frames)})
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = gop
-        tick = Fraction(1, 30) if codec == "mpeg4" else Fraction(1, 15360)
         stream.codec_context.time_base = tick
         if matrix:
             stream.set_display_matrix(matrix)
         audio = out.add_stream("aac", rate=48000) if sound else None
         for i, t in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(bars(i, size), "rgb24")
-            frame.pts, frame.time_base = round(t / tick), tick
+            frame = av.VideoFrame.from_ndarray(paint(i, size), "rgb24")
+            frame.pts = round(t / tick)
+            frame.time_base = tick
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-        for n in range(int(sound * 48000) // 1024):
+        for n in range(sound * 48000 // 1024):
             silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            silence.sample_rate, silence.pts = 48000, n * 1024
+            silence.sample_rate = 48000
+            silence.pts = n * 1024
             out.mux(audio.encode(silence))
         out.mux(audio.encode() if audio else [])
     return path
@@ -1328,78 +1338,78 @@ def encode(path, times, size=(256, 64), gop=12, matrix=None, codec="libx264", fr
 def number(image):
     """Image (H, W, 3) or (3, H, W) -> the frame number that encode wrote into it."""
     image = torch.as_tensor(image)
-    gray = (image if image.shape[-1] == 3 else image.permute(1, 2, 0))[..., 1]
-    return sum((gray[-8, 24 * bit + 12] > 128).item() << bit for bit in range(10))
+    green = image[..., 1] if image.shape[-1] == 3 else image[1]
+    lit = green[-8, 12:240:24] > 128
+    return sum(1 << bit for bit in range(10) if lit[bit])
 
 
 def numbers(dataset, indices):
-    return [[number(image) for image in sample["video"]] for sample in dataset.__getitems__(list(indices))]
+    samples = dataset.__getitems__(list(indices))
+    return [list(map(number, sample["video"])) for sample in samples]
 
 
 CONSTANT = [i / 30 for i in range(120)]
 VARIABLE = np.cumsum([0] + [(1, 4, 2, 1, 7, 1)[i % 6] / 60 for i in range(119)]).tolist()
-BURSTS = [5 * (i // 30) + i % 30 / 30 for i in range(120)]         # a second of frames, then nothing for four
+BURSTS = [5 * (i // 30) + i % 30 / 30 for i in range(120)]     # a second, then nothing for four
 
 
-@pytest.mark.parametrize("name, gop", [("constant.mp4", 12), ("variable.mkv", 250), ("late.mkv", 12),
-                                       ("late.ts", 250), ("constant.ts", 12)])
+@pytest.mark.parametrize("name, gop", [("constant.mp4", 12), ("variable.mkv", 250),
+                                       ("late.mkv", 12), ("late.ts", 250), ("constant.ts", 12)])
 def test_read_frames_finds_the_first_frame_at_or_after(tmp_path, name, gop):
-    times = VARIABLE if name.startswith("variable") else CONSTANT
-    late = 2.5 if name.startswith("late") else 0
-    path = encode(tmp_path / name, [t + late for t in times], gop=gop)
+    times = VARIABLE if "variable" in name else CONSTANT
+    path = encode(tmp_path / name, np.add(times, 2.5 * ("late" in name)), gop=gop)
     wanted = np.sort(np.random.default_rng(0).uniform(0, times[-1], 12)).tolist() + [times[-1]]
     images, true = read_frames(path, wanted)
-    assert [number(image) for image in images] == [int(np.searchsorted(times, t - 1e-3)) for t in wanted]
-    assert np.allclose(true, [times[number(image)] for image in images], atol=1e-3)
+    shown = list(map(number, images))
+    assert shown == np.searchsorted(times, np.subtract(wanted, 1e-3)).tolist()
+    assert np.allclose(true, np.array(times)[shown], atol=1e-3)
     backwards, _ = read_frames(path, times[::-9])           # dear, but not wrong
-    assert [number(image) for image in backwards] == list(range(119, -1, -9))
-    assert [number(image) for image in data.read_video(path)] == list(range(120))
+    assert list(map(number, backwards)) == list(range(119, -1, -9))
+    assert list(map(number, data.read_video(path))) == list(range(120))
     with pytest.raises(ValueError, match="ends at"):
         read_frames(path, [0.0, times[-1] + 1])
 
 
-@pytest.mark.parametrize("turn", range(4))
-@pytest.mark.parametrize("mirror", [1, -1])
-def test_all_eight_orientations_come_upright(tmp_path, turn, mirror):
-    a, b = ((1, 0), (0, 1), (-1, 0), (0, -1))[turn]         # shown x = a x + c y, y = b x + d y
-    c, d = -mirror * b, mirror * a
-    matrix = [a * 65536, b * 65536, 0, c * 65536, d * 65536, 0, 0, 0, 1 << 30]
+@pytest.mark.parametrize("a, b, c, d", [
+    (1, 0, 0, 1), (-1, 0, 0, -1), (1, 0, 0, -1), (-1, 0, 0, 1),
+    (0, 1, 1, 0), (0, -1, -1, 0), (0, 1, -1, 0), (0, -1, 1, 0)])
+def test_all_eight_orientations_come_upright(tmp_path, a, b, c, d):
+    """x is shown at a x + c y, and y at b x + d y."""
+    matrix = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
     plain = data.read_video(encode(tmp_path / "a.mp4", CONSTANT[:2]))[1]
     shown = data.read_video(encode(tmp_path / "b.mp4", CONSTANT[:2], matrix=matrix))[1]
-    y, x = np.mgrid[:plain.shape[0], :plain.shape[1]]
-    to_x, to_y = a * x + c * y, b * x + d * y
-    expected = np.empty(shown.shape, np.uint8)
-    expected[to_y - to_y.min(), to_x - to_x.min()] = plain
-    assert np.array_equal(shown, expected)
+    turned = plain if a else plain.swapaxes(0, 1)
+    assert np.array_equal(shown, turned[::b + d, ::a + c])
 
 
-@pytest.mark.parametrize("times, low, high, slack", [(CONSTANT, 0.5, 1.0, 1 / 60), (VARIABLE, 0.5, 0.5, 0.025),
-                                                     (BURSTS, 0.5, 0.9, 1 / 60)])
+@pytest.mark.parametrize("times, low, high, slack", [
+    (CONSTANT, 0.5, 1.0, 1 / 60), (VARIABLE, 0.5, 0.5, 0.025), (BURSTS, 0.5, 0.9, 1 / 60)])
 def test_pairs_lie_in_the_gap_to_half_a_local_frame(tmp_path, times, low, high, slack):
     dataset = Videos(encode(tmp_path / "a.MP4", times), gap=(low, high))
     gaps = [times[b] - times[a] for a, b in numbers(dataset, range(60))]
-    assert low - slack - 1e-3 < min(gaps) and max(gaps) < high + slack + 1e-3 and not dataset.broken.any()
-    assert max(gaps) - min(gaps) >= 0.7 * (high - low)
+    assert low - slack - 1e-3 < min(gaps) and max(gaps) < high + slack + 1e-3
+    assert max(gaps) - min(gaps) >= 0.7 * (high - low) and not dataset.broken.any()
 
 
 def test_clips_are_consecutive_decoded_frames(tmp_path):
-    variable = encode(tmp_path / "variable.mp4", VARIABLE)
-    assert all(set(np.diff(clip)) == {7} for clip in numbers(Videos(variable, frames=5, stride=7), range(20)))
-    assert numbers(Videos(variable, frames=120, repeat=1), [0]) == [list(range(120))]      # all of it fits
+    path = encode(tmp_path / "variable.mp4", VARIABLE)
+    assert (np.diff(numbers(Videos(path, frames=5, stride=7), range(20))) == 7).all()
+    assert numbers(Videos(path, frames=120, repeat=1), [0]) == [list(range(120))]   # all of it
 
 
 @pytest.mark.parametrize("name", ["late.mkv", "sound.mkv", "sound.ts"])
 def test_headers_that_promise_too_much_break_nothing(tmp_path, name):
-    late, sound = (2.5, 0) if name.startswith("late") else (0, 7)
-    path = encode(tmp_path / name, [t + late for t in CONSTANT[:90]], sound=sound)
+    late, sound = (2.5, 0) if "late" in name else (0, 7)
+    path = encode(tmp_path / name, np.add(CONSTANT[:90], late), sound=sound)
     dataset = Videos(path)
     pairs = numbers(dataset, range(60))
-    assert not dataset.broken.any() and min(pairs)[0] < 12 and max(b for _, b in pairs) > 78
+    assert not dataset.broken.any() and np.min(pairs) < 12 and np.max(pairs) > 78
     assert [numbers(Videos(path), [i])[0] for i in range(0, 60, 7)] == pairs[::7]
 
 
 def test_avi_without_b_frames_is_read_and_with_them_refused(tmp_path):
-    assert number(read_frames(encode(tmp_path / "a.avi", CONSTANT, codec="mpeg4", frames=0), [2.0])[0][0]) == 60
+    good = encode(tmp_path / "a.avi", CONSTANT, codec="mpeg4", b_frames=0)
+    assert number(read_frames(good, [2.0])[0][0]) == 60
     with pytest.raises(ValueError, match="ffmpeg -i"):
         data.Reader(encode(tmp_path / "b.avi", CONSTANT, codec="mpeg4"))
 
@@ -1410,27 +1420,26 @@ def test_the_best_of_two_streams_is_read(tmp_path):
             stream = out.add_stream("libx264", rate=30)
             stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
         for stream in out.streams.video:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(bars(5, (stream.width, 64)), "rgb24")))
+            image = np.zeros((64, stream.width, 3), np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
             out.mux(stream.encode())
     assert data.read_video(tmp_path / "a.ts").shape[1:] == (64, 256, 3)
 
 
 def test_samples_depend_on_seed_and_number_alone(tmp_path):
     for name in ("a.m4v", "deep/er/b.mov", "deep/c.mkv"):
-        encode(tmp_path / "x.mp4", CONSTANT)
+        video = encode(tmp_path / "x.mp4", CONSTANT)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "x.mp4").rename(tmp_path / name)
+        video.rename(tmp_path / name)
     (tmp_path / "._a.mp4").write_bytes(b"left by macOS")
     (tmp_path / "deep" / "loop").symlink_to(tmp_path)
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     dataset = Videos(tmp_path, repeat=3, seed=4)
-    assert [os.path.basename(path) for path in dataset.files] == ["a.m4v", "bad.mp4", "c.mkv", "b.mov"]
-    one_by_one = torch.stack([dataset[i]["video"] for i in reversed(range(12))]).flip(0)
-    for workers, start in ((0, None), (2, "fork"), (1, "spawn")):
-        loader = torch.utils.data.DataLoader(dataset, 5, num_workers=workers, multiprocessing_context=start)
-        assert torch.equal(torch.cat([batch["video"] for batch in loader]), one_by_one)
-    assert numbers(dataset, range(12)) != numbers(dataset, range(12, 24))
-    assert numbers(dataset, range(12)) != numbers(Videos(tmp_path, repeat=3, seed=5), range(12))
+    assert list(map(os.path.basename, dataset.files)) == ["a.m4v", "bad.mp4", "c.mkv", "b.mov"]
+    drawn = numbers(dataset, range(12))
+    assert [numbers(dataset, [i])[0] for i in reversed(range(12))] == drawn[::-1]
+    assert drawn != numbers(dataset, range(12, 24))
+    assert drawn != numbers(Videos(tmp_path, repeat=3, seed=5), range(12))
 
 
 def test_a_video_is_opened_once_for_its_repeats(tmp_path, monkeypatch):
@@ -1438,41 +1447,40 @@ def test_a_video_is_opened_once_for_its_repeats(tmp_path, monkeypatch):
         encode(tmp_path / f"{name}.mp4", CONSTANT)
     opened, real = [], av.open
     monkeypatch.setattr(av, "open", lambda path: opened.append(path) or real(path))
-    starts = np.array(numbers(Videos(tmp_path, gap=(0.1, 0.1)), range(20)))[:, 0].reshape(4, 5)
+    pairs = numbers(Videos(tmp_path, gap=(0.1, 0.1)), range(20))
     assert len(opened) == len(set(opened)) == 4             # a pass takes every file, each once
-    assert (np.diff(starts) >= 0).all()                     # in order of time
+    assert (np.diff(np.reshape(pairs, (4, 5, 2)), axis=1) >= 0).all()      # in order of time
 
 
-def test_bench_prints_what_a_pair_costs(tmp_path, capsys):
-    data.bench(str(encode(tmp_path / "a.mp4", CONSTANT[:60])))
-    assert float(re.search("a.mp4: (.*) CPU-seconds", capsys.readouterr().out)[1]) > 0
+def write_frames(folder, colours):
+    for name, value in colours.items():
+        put(folder / name, value, (8, 8))
 
 
-def write_frames(folder, names):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in names.items():
-        iio.imwrite(folder / name, np.full((8, 8, 3), value, np.uint8))
+def first_pixels(dataset):
+    return np.array([sample["video"][:, 0, 0, 0].tolist() for sample in dataset])
 
 
 def test_frame_folders_pair_by_number_within_a_sequence(tmp_path, capfd):
     write_frames(tmp_path / "x", {f"drive_{i:04d}.png": i for i in range(0, 100, 5)})
-    write_frames(tmp_path / "y", {f"drive_{i}.png": 100 + i for i in range(0, 100, 5)} | {"cover.png": 0})
-    iio.imwrite(tmp_path / "y" / "drive_0.png", np.full((8, 8), 100, np.uint8))             # gray is fine
-    pairs = [sample["video"][:, 0, 0, 0].tolist() for sample in Videos(tmp_path, gap=(0.5, 1.0), fps=30)]
+    write_frames(tmp_path / "y", {f"drive_{i}.png": 100 + i for i in range(0, 100, 5)})
+    write_frames(tmp_path / "y", {"cover.png": 0})
+    iio.imwrite(tmp_path / "y" / "drive_0.png", np.full((8, 8), 100, np.uint8))     # grey
+    pairs = first_pixels(Videos(tmp_path, gap=(0.5, 1.0), fps=30))
     assert "cover.png" in capfd.readouterr().err
-    assert {b - a for a, b in pairs} == {15, 20, 25, 30} and all((a < 100) == (b < 100) for a, b in pairs)
+    assert set(np.diff(pairs).ravel()) == {15, 20, 25, 30}
+    assert np.ptp(pairs // 100, axis=1).max() == 0          # both of x, or both of y
     os.remove(tmp_path / "x" / "drive_0050.png")
-    dataset = Videos(tmp_path, frames=4, stride=2)
-    clips = [dataset[i]["video"][:, 0, 0, 0].tolist() for i in range(200)]
-    assert all(np.diff(clip).tolist() == [10, 10, 10] for clip in clips)    # none over the hole
-    assert {clip[0] for clip in clips} >= {5, 10, 15, 55, 60, 65, 105, 115, 165}
+    clips = first_pixels(Videos(tmp_path, frames=4, stride=2))
+    assert (np.diff(clips) == 10).all()                     # none over the hole
+    assert set(clips[:, 0]) >= {5, 10, 15, 55, 60, 65, 105, 115, 165}
 
 
 def test_nanoseconds_as_frame_numbers_stay_whole(tmp_path):
     start = 1403636579763555584
     write_frames(tmp_path, {f"{start + i * 5 * 10**7}.png": i for i in range(30)})
-    pairs = [sample["video"][:, 0, 0, 0].tolist() for sample in Videos(tmp_path, fps=1e9)]
-    assert {b - a for a, b in pairs} <= set(range(10, 21))
+    steps = np.diff(first_pixels(Videos(tmp_path, fps=1e9)))
+    assert 10 <= steps.min() and steps.max() <= 20
 
 
 def test_broken_files_are_named_once_and_replaced(tmp_path, capfd, monkeypatch):
@@ -1484,30 +1492,23 @@ def test_broken_files_are_named_once_and_replaced(tmp_path, capfd, monkeypatch):
     encode(tmp_path / "sparse.mp4", [5.0 * i for i in range(9)])
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "b.wmv").write_text("")
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).write_text("a name that can't be printed")
+    (tmp_path / "\udcff.mp4").write_text("a name that can't be printed")
     dataset = Videos("~")
     assert "(.wmv)" in capfd.readouterr().err
-    assert sum(len(batch["video"]) for batch in torch.utils.data.DataLoader(dataset, 10, num_workers=2)) == 30
-    lines = sorted(line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped"))
-    names = {Path(line.split(".mp4: ")[0]).name for line in lines}
-    assert names == {"\\udcff", "cut", "odd", "short", "sparse"}
+    loader = torch.utils.data.DataLoader(dataset, 10, num_workers=2)
+    assert sum(len(batch["video"]) for batch in loader) == 30
+    lines = re.findall(r"(?m)^skipped.*/(.*)\.mp4: ", capfd.readouterr().err)
+    assert sorted(lines) == ["\\udcff", "cut", "odd", "short", "sparse"]
     assert dataset.broken.sum() == 5                        # the workers counted together
 
 
 def test_damaged_videos_give_the_same_samples_alone_and_in_a_batch(tmp_path):
-    for n in range(3):                      # textured frames: many bits to lose, in all but the last file
-        tiles = np.random.default_rng(n).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-        tiles = tiles.repeat(4, 0).repeat(4, 1)
-        with av.open(str(tmp_path / f"{n}.mp4"), "w") as out:
-            stream = out.add_stream("libx264", rate=30, options={"preset": "ultrafast"})
-            stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = 96, 64, "yuv420p", 40
-            for i in range(120):
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(tiles, 3 * i, 1), "rgb24")))
-            out.mux(stream.encode())
-        content = bytearray((tmp_path / f"{n}.mp4").read_bytes())
-        for place in np.random.default_rng(10 + n).integers(len(content) // 4, 3 * len(content) // 4, 8):
-            content[place] ^= 255 if n < 2 else 0
-        (tmp_path / f"{n}.mp4").write_bytes(content)
+    for n in range(3):
+        path = encode(tmp_path / f"{n}.mp4", CONSTANT, (96, 64), gop=40, paint=texture)
+        content = np.fromfile(path, np.uint8)
+        places = np.random.default_rng(10 + n).uniform(0.25, 0.75, 8) * len(content)
+        content[places.astype(int)] ^= 255 if n < 2 else 0      # the last one is good
+        content.tofile(path)
     together = Videos(tmp_path).__getitems__(list(range(30)))
     for i in range(30):
         assert torch.equal(Videos(tmp_path)[i]["video"], together[i]["video"]), i
@@ -1521,13 +1522,13 @@ def test_damaged_videos_give_the_same_samples_alone_and_in_a_batch(tmp_path):
 def test_paths_that_hold_no_samples_say_so(tmp_path, name, kind, word):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk").mkdir()
-    for path in ("notes.txt", *(f"junk/{i}.mp4" for i in range(12))):
-        (tmp_path / path).write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    for i in range(12):
+        (tmp_path / f"junk/{i}.mp4").write_text("")
     os.mkfifo(tmp_path / "fifo.mp4")
     write_frames(tmp_path / "unnumbered", {"cover.jpg": 0})
     write_frames(tmp_path / "far", {"a1.png": 0, "a99.png": 0})
-    write_frames(tmp_path / "bad", {"a1.png": 1, "a16.png": 2})
-    (tmp_path / "bad" / "a16.png").write_bytes(b"junk")
+    write_frames(tmp_path / "bad", {"a1.png": 1, "a16.png": b"junk"})
     with pytest.raises(kind, match=f"{name}.*{word}"):
         Videos(tmp_path / name)[0]
 
@@ -1541,14 +1542,11 @@ TINY_MOOG = ("--model moog --device cpu --workers 0 --batch-size 4 --size 16 --f
              "--dim 16 --channels 8 16 --strides 2 2 --encoder-bases 4 --decoder-bases 4 "
              "--predictor 1 2 8 --corrector 1 2 16 --decoder 1 2 8 --mlp 24 --subsample 4 "
              "--scene-textures 8 --log-every 1").split()
+TRAIN = str(HERE / "train.py")
 SQUARES = "--model melomotion --device cpu --batch-size 4 --warmup 0.3 --log-every 1".split()
 FAMILIES = dict(
     midway=([*TINY, "--drop-path", "0.3"], Midway), moog=(TINY_MOOG, moog.MooG),
     melomotion=(SQUARES, MeloMotion))
-
-
-def command(*args):
-    return [sys.executable, str(HERE / "train.py"), *args]
 
 
 def checkpoint(folder):
@@ -1557,6 +1555,13 @@ def checkpoint(folder):
 
 def weights(folder):
     return checkpoint(folder)["model"]
+
+
+def assert_same(a, b, tolerance=0):
+    """Of two runs' folders: the weights."""
+    for (name, x), (other, y) in zip(weights(a).items(), weights(b).items(), strict=True):
+        assert name == other
+        close(x.float(), y.float(), tolerance)
 
 
 def log(folder):
@@ -1585,10 +1590,10 @@ def test_schedules_are_dinos():
 def test_three_steps_are_a_plain_loops(name, tmp_path, monkeypatch):
     """AdamW written out, on the very batches of the run."""
     small, model_class = FAMILIES[name]
-    start, batches, forward = [], [], model_class.forward
+    starts, batches, forward = [], [], model_class.forward
 
     def recording(self, batch):
-        start.append(deepcopy(self) if not start else None)
+        starts.append(deepcopy(self))
         batches.append(deepcopy(batch))
         return forward(self, batch)
 
@@ -1597,17 +1602,19 @@ def test_three_steps_are_a_plain_loops(name, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(model_class, "forward", recording)
         train.main([*small, *flags.split(), "--out", str(tmp_path)])
-    model = start[0]
+    model = starts[0]
     moments = {p: [torch.zeros_like(p), torch.zeros_like(p), 0] for p in model.parameters()}
-    for step in range(3):
+    for step, batch in enumerate(batches[:3]):
         half = (1 + np.cos(np.pi * step / 3)) / 2
         torch.manual_seed(step)
-        model(batches[step])[0].backward()
-        norm = torch.stack([p.grad.norm() for p in moments if p.grad is not None]).norm().item()
+        model(batch)[0].backward()
+        gradients = [p.grad.flatten() for p in moments if p.grad is not None]
+        norm = torch.cat(gradients).norm().item()
         if hasattr(model, "before_step"):
             model.before_step(step / 3)
-        for p in (p for p in moments if p.grad is not None):
-            state = moments[p]
+        for p, state in moments.items():
+            if p.grad is None:
+                continue
             gradient = p.grad * min(1, 0.1 / (norm + 1e-6))
             state[0].lerp_(gradient, 0.2)
             state[1].lerp_(gradient ** 2, 0.05)
@@ -1639,15 +1646,14 @@ def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capfd, monkeypa
     monkeypatch.undo()
     assert leaving.value.code == 128 + signal.SIGTERM
     train.main(["--resume", f"{tmp_path}/parts", "--workers", "1"])
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
     for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
         assert {key for key in a if a[key] != b[key]} <= {"ms", "eta_min", "samples_per_s"}
     files = {path.name for path in (tmp_path / "whole").iterdir()}
     assert files == {"ckpt.pt", "log.jsonl", "curves.png", "config.json"}
     said, told = capfd.readouterr()
     assert "again to leave now" in told
-    assert [row for row in a["held_out"] if row not in said] == []
+    assert all(row in said for row in a["held_out"])
     assert max(len(line) for line in said.splitlines() if line.startswith("step ")) <= 100
 
 
@@ -1656,12 +1662,10 @@ def test_two_processes_equal_one(name, tmp_path):
     common = [*FAMILIES[name][0], "--steps", "3", "--clip", "0.1"]
     common += ["--drop-path", "0"] if name == "midway" else ["--micro-batch", "1"]
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
-    both = [*command(*common)[1:], "--out", f"{tmp_path}/two", "--micro-batch", "1"]
+    both = [TRAIN, *common, "--out", f"{tmp_path}/two", "--micro-batch", "1"]
     subprocess.run(launch + both, check=True, capture_output=True)      # 2 x 2 accumulated
     train.main([*common, "--out", f"{tmp_path}/one"])
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for key in one:
-        close(one[key].float(), two[key].float(), 1e-6)
+    assert_same(tmp_path / "one", tmp_path / "two", 1e-6)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
 
@@ -1669,7 +1673,7 @@ def test_two_processes_equal_one(name, tmp_path):
 def test_sigkill_leaves_a_whole_checkpoint_and_until_then_no_second_run_starts(tmp_path, capsys):
     out = tmp_path / "\udcff"                           # a path that can't be printed
     args = [*TINY, "--steps", "100000", "--save-every", "2", "--out", str(out)]
-    process = subprocess.Popen(command(*args), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, TRAIN, *args], stdout=subprocess.PIPE, text=True)
     next(line for line in process.stdout if re.match("step ([5-9]|[1-9][0-9])", line))
     assert "another run" in error_of(capsys, args, 1)
     process.kill()
@@ -1737,6 +1741,8 @@ CLI_ERRORS = [
     ("--resume OUT/nowhere", 1, "no checkpoint at"),
     ("--model moog --resume RUN", 1, "holds a midway model"),
     ("SQUARES --init RUN", 1, "holds a midway model"),
+    ("SQUARES --data scenes", 1, "--data squares"),
+    ("TINY --dim 48 --init RUN", 1, "does not fit"),
     ("--resume RUN --dim 48 --steps 3", 1, "does not fit"),
     ("--resume RUN", 1, "--steps"),
     ("--resume RUN --preset vit_s", 1, "preset tiny"),
@@ -1811,130 +1817,129 @@ def test_recomputing_activations_is_not_the_models_work():
     assert plain == recomputed > 0
 
 
-def test_training_on_videos_and_on_frames(tmp_path):
+@pytest.mark.parametrize("name, workers", [("clip.mp4", "1"), ("frames", "0")])
+def test_training_on_videos_and_on_frames(name, workers, tmp_path):
     encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
-    (tmp_path / "frames").mkdir()
-    for n in range(0, 90, 15):
-        iio.imwrite(tmp_path / "frames" / f"drive_{n:04d}.png", np.full((40, 60, 3), 2 * n, np.uint8))
-    for name, workers in (("clip.mp4", "1"), ("frames", "0")):
-        train.main(TINY + ["--data", str(tmp_path / name), "--workers", workers, "--steps", "2",
-                           "--out", f"{tmp_path}/out-{workers}"])
-        last = log(tmp_path / f"out-{workers}")[-1]
-        assert last["step"] == 2 and "shuffled" in last["held_out"]["2-2cos, mean"]
-        train.main(TINY_MOOG + ["--data", str(tmp_path / name), "--workers", workers, "--steps", "2",
-                                "--stride", "2", "--out", f"{tmp_path}/moog-{workers}"])
-        assert log(tmp_path / f"moog-{workers}")[-1]["held_out"]["PSNR in dB, t >= 1"]["predicted"] > 3
-    data.show(str(tmp_path / "clip.mp4"), str(tmp_path / "look.png"))
+    write_frames(tmp_path / "frames", {f"drive_{n:04d}.png": 2 * n for n in range(0, 90, 15)})
+    flags = ["--data", f"{tmp_path}/{name}", "--workers", workers, "--steps", "2"]
+    train.main([*TINY, *flags, "--out", f"{tmp_path}/midway"])
+    train.main([*TINY_MOOG, *flags, "--stride", "2", "--out", f"{tmp_path}/moog"])
+    last = log(tmp_path / "midway")[-1]
+    assert last["step"] == 2 and "shuffled" in last["held_out"]["2-2cos, mean"]
+    assert log(tmp_path / "moog")[-1]["held_out"]["PSNR in dB, t >= 1"]["predicted"] > 3
+
+
+def test_data_can_be_looked_at_and_timed(tmp_path, capsys):
+    path = str(encode(tmp_path / "a.mp4", CONSTANT[:60], size=(256, 256)))
+    data.show(path, str(tmp_path / "look.png"))
     assert iio.imread(tmp_path / "look.png").shape[0] > 100
+    data.bench(path)
+    assert float(re.search("a.mp4: (.*) CPU-seconds", capsys.readouterr().out)[1]) > 0
 
 
 def test_loader_start_methods_agree(tmp_path):
-    encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
-    batches, loaded = [[0, 1], [2, 3]], []
+    path = encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
+    loaded = []
     for method, workers in ((None, 0), ("fork", 2), ("spawn", 1)):
-        loader = data.make_loader(str(tmp_path / "clip.mp4"), SMALL.inputs, batches, workers=workers)
+        loader = data.make_loader(str(path), SMALL.inputs, [[0, 1], [2, 3]], workers=workers)
         loader.loader.multiprocessing_context = method
         loaded.append(list(loader))
-    for other in loaded[1:]:
-        for a, b in zip(loaded[0], other, strict=True):
-            assert all(torch.equal(a[name], b[name]) for name in a)
+    for batches in zip(*loaded, strict=True):
+        for name, x in batches[0].items():
+            assert all(torch.equal(x, other[name]) for other in batches[1:])
+    with pytest.raises(ValueError, match="--workers 10000"):
+        data.make_loader(str(path), SMALL.inputs, [], workers=10000)
 
 
-def test_images_of_other_kinds_are_read_right(tmp_path):
+@pytest.mark.parametrize("kind", ["grey", "deep", "alpha"])
+def test_images_of_other_kinds_are_read_right(tmp_path, kind):
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
-    iio.imwrite(tmp_path / "grey.png", grey)
-    iio.imwrite(tmp_path / "deep.png", grey.astype(np.uint16) * 256 + 7)
-    iio.imwrite(tmp_path / "alpha.png", np.dstack([grey, grey, grey, np.full_like(grey, 200)]))
-    for name in ("grey.png", "deep.png", "alpha.png"):
-        assert np.array_equal(data.read_image(tmp_path / name), np.dstack([grey, grey, grey])), name
+    colour = np.dstack([grey, grey, grey])
+    written = dict(grey=grey, deep=grey.astype(np.uint16) * 256 + 7,
+                   alpha=np.dstack([colour, np.full_like(grey, 200)]))
+    iio.imwrite(tmp_path / "a.png", written[kind])
+    assert np.array_equal(data.read_image(tmp_path / "a.png"), colour)
 
 
-def test_an_error_with_workers_running_still_ends(tmp_path):
-    script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import data\n"
-              "loader = iter(data.make_loader('scenes', dict(frames=2, size=16), [range(2)] * 9, workers=1,"
-              " scenes=data.SceneOptions(textures=4)))\nnext(loader); raise RuntimeError('a bug')")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug"), done.stderr
+def test_an_error_with_workers_running_still_ends():
+    script = """if True:
+        import data
+        scenes = data.SceneOptions(textures=4)
+        inputs = dict(frames=2, size=16)
+        loader = data.make_loader("scenes", inputs, [range(2)] * 9, workers=1, scenes=scenes)
+        batches = iter(loader)
+        next(batches)
+        raise RuntimeError("a bug")"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60, cwd=HERE)
+    assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug")
 
 
 # ---- metrics and labelled data -------------------------------------------------------------------
 METRICS = np.load(HERE / "reference" / "metrics.npz")
 
 
-def metric_case(*names):
-    return [METRICS["_".join(names) + f"_{x}"] for x in ("pred", "gt")]
-
-
 @pytest.mark.parametrize("case", ["sparse", "large", "boundary", "boundary5pct"])
 def test_flow_metrics_equal_the_reference(case):
-    pred, target = metric_case("flow", case)
-    valid, scores = METRICS[f"flow_{case}_valid"], METRICS[f"flow_{case}_scores"]
-    close([evaluate.end_point_error(pred, target, valid), evaluate.fl_all(pred, target, valid)], scores, 1e-9)
-    close([evaluate.end_point_error(pred, target), evaluate.fl_all(pred, target)], scores, 1e-9)
+    pred, target, valid, scores = (
+        METRICS[f"flow_{case}_{name}"] for name in ("pred", "gt", "valid", "scores"))
+    for mask in ([valid], []):  
+        errors = [metric(pred, target, *mask)
+                  for metric in (evaluate.end_point_error, evaluate.fl_all)]
+        close(errors, scores, 1e-9)
 
 
 @pytest.mark.parametrize("case", ["camvid", "ignore255", "absent_both", "absent_gt_or_pred",
                                   "one_image_all_void", "single_class_perfect"])
 def test_mean_iou_equals_the_reference(case):
-    classes, ignored, *scores = METRICS[f"miou_{case}_scores"].tolist()
-    miou, per_class, right = evaluate.mean_iou(*metric_case("miou", case), int(classes), int(ignored))
+    pred, target, scores, expected = (
+        METRICS[f"miou_{case}_{name}"] for name in ("pred", "gt", "scores", "iou"))
+    classes, ignored, *scores = scores.tolist()
+    miou, per_class, right = evaluate.mean_iou(pred, target, int(classes), int(ignored))
     close([miou, right], scores, 1e-9)
-    expected = torch.as_tensor(METRICS[f"miou_{case}_iou"])
-    assert (per_class.isnan() == expected.isnan()).all()
-    close(per_class.nan_to_num(-1), expected.nan_to_num(-1), 1e-9)
+    assert np.allclose(per_class, expected, rtol=0, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("mode", ["first", "strided"])
 @pytest.mark.parametrize("case", ["2", "3", "5"])
 def test_tracking_metrics_equal_tapvids(case, mode):
-    of = {name: METRICS[f"tapvid_{case}_{name}"] for name in (
-        "query_points", "gt_occluded", "gt_tracks", "pred_occluded", "pred_tracks", mode)}
-    inputs = (of["pred_tracks"], ~of["pred_occluded"], of["gt_tracks"], ~of["gt_occluded"],
-              of["query_points"][..., 0].astype(int), mode)
+    queries, gt_occluded, gt_tracks, pred_occluded, pred_tracks, expected = (
+        METRICS[f"tapvid_{case}_{name}"] for name in (
+            "query_points", "gt_occluded", "gt_tracks", "pred_occluded", "pred_tracks", mode))
+    inputs = (pred_tracks, ~pred_occluded, gt_tracks, ~gt_occluded,
+              queries[..., 0].astype(int), mode)
     scores = evaluate.tracking_metrics(*inputs)
-    ours = {"average_pts_within_thresh": "delta_avg"} | {
-        f"pts_within_{n}": f"delta_{n}" for n in (1, 2, 4, 8, 16)}
-    for name, expected in zip(METRICS["tapvid_names"].tolist(), of[mode], strict=True):
-        close(scores[ours.get(name, name)], expected, 1e-9)
+    for name, value in zip(METRICS["tapvid_names"].tolist(), expected, strict=True):
+        ours = name.replace("average_pts_within_thresh", "delta_avg")
+        close(scores[ours.replace("pts_within", "delta")], value, 1e-9)
     close(evaluate.average_jaccard(*inputs), scores["average_jaccard"], 0)
 
 
 @pytest.mark.parametrize("case", ["radial", "smooth", "rubberwhale"])
 def test_flow_colours_are_middleburys(case):
     close(evaluate.colour_wheel(), METRICS["colour_wheel"], 0)
-    flow, fastest = METRICS[f"colour_{case}_flow"], float(METRICS[f"colour_{case}_fastest"])
+    flow, fastest, expected = (
+        METRICS[f"colour_{case}_{name}"] for name in ("flow", "fastest", "rgb"))
     for turned in (flow, torch.from_numpy(flow).permute(2, 0, 1)):
-        picture = evaluate.flow_to_color(turned, fastest)
+        picture = evaluate.flow_to_color(turned, float(fastest))
         assert picture.dtype == np.uint8
-        close(picture.astype(int), METRICS[f"colour_{case}_rgb"].astype(int), 1)
+        close(picture.astype(int), expected.astype(int), 1)
 
 
 def test_depth_and_box_metrics_by_hand():
-    depth, target = [[1.0, 2.0], [3.0, 9.0]], [[2.0, 2.0], [2.5, 0.0]]          # 0: not measured
+    depth = [[1.0, 2.0], [3.0, 9.0]]
+    target = [[2.0, 2.0], [2.5, 0.0]]                           # 0: not measured
     scores = evaluate.depth_metrics(depth, target)
-    assert evaluate.abs_rel(depth, target) == scores["abs_rel"] == pytest.approx((0.5 + 0 + 0.2) / 3)
-    assert scores["rmse"] == pytest.approx(((1 + 0.25) / 3) ** 0.5)
-    assert scores["delta_1.25"] == pytest.approx(2 / 3)
-    boxes, target = [[0, 0, 2, 4], [0, 0, 1, 1], [5, 5, 5, 5]], [[1, 2, 3, 6], [2, 2, 3, 3], [5, 5, 5, 5]]
+    close([scores[name] for name in ("abs_rel", "rmse", "delta_1.25")],
+          [0.7 / 3, (1.25 / 3) ** 0.5, 2 / 3], 1e-6)
+    assert evaluate.abs_rel(depth, target) == scores["abs_rel"]
+    boxes = [[0, 0, 2, 4], [0, 0, 1, 1], [5, 5, 5, 5]]
+    target = [[1, 2, 3, 6], [2, 2, 3, 3], [5, 5, 5, 5]]
     close(evaluate.box_iou(boxes, target), [2 / 14, 0, 0], 1e-12)
 
 
-def test_flow_files_equal_the_reference(tmp_path):
-    flo, png = tmp_path / "a.flo", tmp_path / "a%02d.png"           # FFmpeg must not take % for a pattern
-    flo.write_bytes(METRICS["flo_bytes"].tobytes())
-    assert np.array_equal(data.read_flo(flo), METRICS["flo_flow"])
-    data.write_flo(tmp_path / "b.flo", METRICS["flo_flow"])
-    assert (tmp_path / "b.flo").read_bytes() == flo.read_bytes()
-    png.write_bytes(METRICS["kitti_bytes"].tobytes())
-    flow, valid = data.read_kitti_flow(png)
-    assert np.array_equal(flow, METRICS["kitti_flow"]) and np.array_equal(valid, METRICS["kitti_valid"])
-    assert flow.dtype == data.read_flo(flo).dtype == np.float32
-    write_kitti_flow(tmp_path / "b.png", flow, valid)
-    again, known = data.read_kitti_flow(tmp_path / "b.png")
-    assert np.array_equal(flow, again) and np.array_equal(valid, known)
-    edges = np.array([[[-512, 2**15 / 64 - 1 / 64], [1 / 64, -1 / 64]]])        # every bit of the two bytes
-    write_kitti_flow(png, edges, [[True, True]])
-    assert np.array_equal(data.read_kitti_flow(png)[0], edges)
+FLO = METRICS["flo_bytes"].tobytes()
+PNG = METRICS["kitti_bytes"].tobytes()
 
 
 def write_kitti_flow(path, flow, valid):
@@ -1942,48 +1947,60 @@ def write_kitti_flow(path, flow, valid):
     valid = np.asarray(valid, bool)[..., None]
     steps = np.rint(np.where(valid, flow, 0) * 64.0 + 2**15)
     pixels = np.concatenate([steps, valid], -1).astype(np.uint16)
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = valid.shape[:2]
-    encoder.pix_fmt, encoder.time_base = "rgb48be", Fraction(1)
     frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le").reformat(format="rgb48be")
-    path.write_bytes(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height = frame.width, frame.height
+    encoder.pix_fmt = "rgb48be"
+    encoder.time_base = Fraction(1)
+    packets = encoder.encode(frame) + encoder.encode(None)
+    path.write_bytes(b"".join(map(bytes, packets)))
 
 
 def write_pfm(path, flow, order="<"):
-    rows = np.concatenate([flow, np.full_like(flow[..., :1], 7)], -1)[::-1].astype(f"{order}f4")
+    rows = np.concatenate([flow, np.full_like(flow[..., :1], 7)], -1)[::-1]
     head = f"PF\n{flow.shape[1]} {flow.shape[0]}\n{'-' * (order == '<')}1.0\n"
-    path.write_bytes(head.encode() + rows.tobytes())
+    path.write_bytes(head.encode() + rows.astype(f"{order}f4").tobytes())
 
 
-FLO, PNG = METRICS["flo_bytes"].tobytes(), METRICS["kitti_bytes"].tobytes()
+def test_flow_files_equal_the_reference(tmp_path):
+    (tmp_path / "a.flo").write_bytes(FLO)
+    flow = data.read_flo(tmp_path / "a.flo")
+    assert np.array_equal(flow, METRICS["flo_flow"]) and flow.dtype == np.float32
+    data.write_flo(tmp_path / "b.flo", METRICS["flo_flow"])
+    assert (tmp_path / "b.flo").read_bytes() == FLO
+    path = tmp_path / "a%02d.png"                               # FFmpeg: no pattern
+    path.write_bytes(PNG)
+    flow, valid = data.read_kitti_flow(path)
+    assert np.array_equal(flow, METRICS["kitti_flow"]) and flow.dtype == np.float32
+    assert np.array_equal(valid, METRICS["kitti_valid"])
+    edges = np.array([[[-512, 2**15 / 64 - 1 / 64], [1 / 64, -1 / 64]]])        # all 16 bits
+    write_kitti_flow(path, edges, [[True, True]])
+    assert np.array_equal(data.read_kitti_flow(path)[0], edges)
 
 
 @pytest.mark.parametrize("name, content, word", [
-    ("short.flo", FLO[:-4], "reshape"), ("sign.flo", FLO[:4] + b"\xff" * 4 + FLO[8:], "reshape"),
-    ("magic.flo", b"X" + FLO[1:], "begin"), ("short.png", PNG[:-40], "whole PNG"),
-    ("eight.png", iio.imwrite("<bytes>", np.zeros((4, 4, 3), np.uint8), extension=".png"), "16 bits"),
-    ("bits.png", PNG[:900] + b"\0\0" + PNG[902:], "damaged"),
-    ("grey.pfm", b"Pf\n1 1\n-1\n1234", "three channels"), ("short.pfm", b"PF\n2 1\n-1\n" + b"1234" * 5, "reshape")])
+    ("short.flo", FLO[:-4], "reshape"), ("magic.flo", b"X" + FLO[1:], "begin"),
+    ("sign.flo", FLO[:4] + b"\xff" * 4 + FLO[8:], "reshape"),
+    ("short.png", PNG[:-40], "whole PNG"), ("bits.png", PNG[:900] + b"\0\0" + PNG[902:], "damaged"),
+    ("eight.png", iio.imwrite("<bytes>", np.zeros((4, 4, 3), np.uint8), extension=".png"),
+     "16 bits"),
+    ("grey.pfm", b"Pf\n1 1\n-1\n1234", "three channels"),
+    ("short.pfm", b"PF\n2 1\n-1\n" + b"1234" * 5, "reshape")])
 def test_broken_flow_files_are_named_in_one_line(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
-    read = {"flo": data.read_flo, "png": data.read_kitti_flow, "pfm": data.read_pfm}[name[-3:]]
+    read = dict(flo=data.read_flo, png=data.read_kitti_flow, pfm=data.read_pfm)[name[-3:]]
     with pytest.raises(ValueError, match=f"{name}: .*{word}"):
         read(tmp_path / name)
 
 
-def put(path, value, size=(4, 6)):
-    """Writes an image of one colour, or an array as it is, with the folders above it."""
+def put(path, value, size=(4, 6), **options):
+    """Writes bytes or an array as they are, or an image of one colour; makes the folders above."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+        return
     image = value if isinstance(value, np.ndarray) else np.full((*size, 3), value, np.uint8)
-    iio.imwrite(path, image, plugin="pillow")
-    return path
-
-
-def sample_flow(value=0):
-    flow = np.arange(48, dtype=np.float32).reshape(4, 6, 2) / 64 + value
-    flow[1, 2, 0] = np.nan
-    flow[3, 0, 1] = 1e10
-    return flow
+    iio.imwrite(path, image, plugin="pillow", **options)
 
 
 # layout: first frame, second, flow of pair k, of scene s in split p
@@ -1992,26 +2009,39 @@ FLOWS = {
     "sintel": ("training/clean/{s}/frame_0009.png", "training/clean/{s}/frame_0010.png",
                "training/flow/{s}/frame_0009.flo"),
     "chairs": ("data/0000{k}_img1.ppm", "data/0000{k}_img2.ppm", "data/0000{k}_flow.flo"),
-    "things": ("frames_finalpass/{p}/A/000{k}/left/0006.png", "frames_finalpass/{p}/A/000{k}/left/0007.png",
+    "things": ("frames_finalpass/{p}/A/000{k}/left/0006.png",
+               "frames_finalpass/{p}/A/000{k}/left/0007.png",
                "optical_flow/{p}/A/000{k}/into_future/left/OpticalFlowIntoFuture_0006_L.pfm"),
     "image_2": ("image_2/00000{k}_10.png", "image_2/00000{k}_11.png", "flow_occ/00000{k}_10.png"),
-    "colored_0": ("colored_0/00000{k}_10.png", "colored_0/00000{k}_11.png", "flow_occ/00000{k}_10.png")}
+    "colored_0": ("colored_0/00000{k}_10.png", "colored_0/00000{k}_11.png",
+                  "flow_occ/00000{k}_10.png")}
+
+
+def sample_flow(k):
+    flow = np.arange(48, dtype=np.float32).reshape(4, 6, 2) / 64 + k
+    flow[1, 2, 0] = np.nan
+    flow[3, 0, 1] = 1e10
+    return flow
 
 
 def write_flow_layout(root, layout):
-    """Three pairs, the frames of pair k of colours 2 k and 2 k + 1, its flow from k on; the first is training's."""
-    for k in (1, 2, 3):
-        scene, part = ("alley_1", "temple_2", "temple_3")[k - 1], ("TRAIN", "TEST", "TEST")[k - 1]
+    """Three pairs, frames of colours 2 k and 2 k + 1, flow from k on; the first is training's."""
+    for k, scene, part in ((1, "alley_1", "TRAIN"), (2, "temple_2", "TEST"),
+                           (3, "temple_3", "TEST")):
         first, second, file = (root / path.format(k=k, s=scene, p=part) for path in FLOWS[layout])
-        put(first, 2 * k), put(second, 2 * k + 1)
+        put(first, 2 * k)
+        put(second, 2 * k + 1)
         file.parent.mkdir(parents=True, exist_ok=True)
         flow = sample_flow(k)
         if file.suffix == ".png":
             write_kitti_flow(file, flow, (abs(flow) < 1e9).all(-1))
+        elif file.suffix == ".flo":
+            data.write_flo(file, flow)
         else:
-            data.write_flo(file, flow) if file.suffix == ".flo" else write_pfm(file, flow, "<>"[k == 2])
+            write_pfm(file, flow, "<>"[k == 2])
         if layout == "sintel":
-            put(root / f"training/invalid/{scene}/frame_0009.png", np.uint8(255 * (np.indices((4, 6)).sum(0) == 8)))
+            last = 255 * (np.indices((4, 6)).sum(0) == 8)
+            put(root / f"training/invalid/{scene}/frame_0009.png", last.astype(np.uint8))
     if layout == "chairs":
         (root / "FlyingChairs_train_val.txt").write_text("1\n2\n2\n")
 
@@ -2020,7 +2050,7 @@ def write_flow_layout(root, layout):
 def test_flow_pairs_of_each_layout(tmp_path, layout):
     write_flow_layout(tmp_path, layout)
     pairs = data.FlowPairs(tmp_path, "all")
-    assert len(pairs) == len(set(pairs.names)) == 3 and not any(name.startswith("/") for name in pairs.names)
+    assert len(pairs) == len(set(pairs.names)) == 3 and not pairs.names[0].startswith("/")
     valid = np.ones((4, 6), bool)
     valid[1, 2] = valid[3, 0] = False
     valid[3, 5] = layout != "sintel"
@@ -2030,138 +2060,139 @@ def test_flow_pairs_of_each_layout(tmp_path, layout):
         assert pair["frames"][:, 1, 2, 0].tolist() == [2 * k, 2 * k + 1]
         assert np.array_equal(pair["valid"], valid)
         assert np.array_equal(pair["flow"], np.where(valid, sample_flow(k).transpose(2, 0, 1), 0))
-    parts = {part: [pair["frames"][0, 0, 0, 0] for pair in data.FlowPairs(tmp_path, part)]
-             for part in ("train", "val")}
     split = layout in ("sintel", "chairs", "things")
-    assert parts == (dict(train=[2], val=[4, 6]) if split else dict(train=[2, 4, 6], val=[2, 4, 6]))
+    for part, expected in (("train", [2] if split else [2, 4, 6]),
+                           ("val", [4, 6] if split else [2, 4, 6])):
+        shown = [pair["frames"][0, 0, 0, 0] for pair in data.FlowPairs(tmp_path, part)]
+        assert shown == expected
 
 
-@pytest.mark.parametrize("name, content, word", [
-    ("yours/a/2/frame2.png", np.zeros((4, 5, 3), np.uint8), "size of"), ("yours/a/2/flow.flo", FLO, "the flow is"),
-    ("yours/a/2/frame1.png", b"no image", "can't be read"), ("none/a.txt", b"", "no flow with its two frames"),
-    ("chairs/FlyingChairs_train_val.txt", b"1\n1\n1\n", "frames of split 'val'")])
-def test_flow_pairs_say_what_is_wrong(tmp_path, name, content, word):
-    layout = name.split("/")[0]
-    (tmp_path / layout).mkdir()
-    if layout != "none":
-        write_flow_layout(tmp_path / layout, layout)
-    put(tmp_path / name, content) if isinstance(content, np.ndarray) else (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize("layout, name, content, word", [
+    ("yours", "a/2/frame2.png", np.zeros((4, 5, 3), np.uint8), "size of"),
+    ("yours", "a/2/flow.flo", FLO, "the flow is"),
+    ("yours", "a/2/frame1.png", b"no image", "can't be read"),
+    (None, "a.txt", b"", "no flow with its two frames"),
+    ("chairs", "FlyingChairs_train_val.txt", b"1\n1\n1\n", "frames of split 'val'")])
+def test_flow_pairs_say_what_is_wrong(tmp_path, layout, name, content, word):
+    if layout:
+        write_flow_layout(tmp_path, layout)
+    put(tmp_path / name, content)
     with pytest.raises(ValueError, match=word):
-        data.FlowPairs(tmp_path / layout)[1]
+        data.FlowPairs(tmp_path)[1]
 
 
-# layout: (image, label) of split and name, values in the labels, the classes they mean, number of classes
+# layout: (image, label) of split and name, values in the labels, the classes they mean, how many
 SEGMENTED = {
     "camvid": ("{s}/{n}.jpg", "{s}annot/{n}.png", [0, 10, 11], [0, 10, 255], 11),
-    "cityscapes": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png", "gtFine/{s}/bonn/{n}_gtFine_labelTrainIds.png",
+    "cityscapes": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png",
+                   "gtFine/{s}/bonn/{n}_gtFine_labelTrainIds.png",
                    [0, 18, 255], [0, 18, 255], 19),
-    "cityscapes ids": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png", "gtFine/{s}/bonn/{n}_gtFine_labelIds.png",
-                       [7, 33, 14], [0, 18, 255], 19),
-    "bdd": ("images/10k/{s}/{n}.jpg", "labels/sem_seg/masks/{s}/{n}.png", [0, 18, 255], [0, 18, 255], 19),
+    "cityscapes ids": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png",
+                       "gtFine/{s}/bonn/{n}_gtFine_labelIds.png", [7, 33, 14], [0, 18, 255], 19),
+    "bdd": ("images/10k/{s}/{n}.jpg", "labels/sem_seg/masks/{s}/{n}.png",
+            [0, 18, 255], [0, 18, 255], 19),
     "ade": ("images/{s}/{n}.jpg", "annotations/{s}/{n}.png", [1, 150, 0], [0, 149, 255], 150),
-    "yours": ("images/{s}/deep/{n}.jpg", "labels/{s}/deep/{n}.png", [0, 4, 255], [0, 4, 255], 5)}
+    "yours": ("images/{s}/deep/{n}.jpg", "labels/{s}/deep/{n}.png",
+              [0, 4, 255], [0, 4, 255], 5)}
 
 
 def label(values):
-    """A label (4, 6) of the first value, but for the second at row 1, column 4 and the third in row 3."""
+    """A label (4, 6) of the first value, but the second at row 1, column 4, the third in row 3."""
     image = np.full((4, 6), values[0], np.uint8)
-    image[1, 4], image[3] = values[1:]
+    image[1, 4] = values[1]
+    image[3] = values[2]
     return image
 
 
 @pytest.mark.parametrize("layout", SEGMENTED)
 def test_segmentation_of_each_layout(tmp_path, layout, capfd):
     image, truth, values, classes, num_classes = SEGMENTED[layout]
-    names = dict(train="training", val="validation") if layout == "ade" else dict(train="train", val="val")
-    for k, (split, folder) in enumerate(names.items()):
-        for n in range(2 + k):
-            put(tmp_path / image.format(s=folder, n=f"x{n}"), 40 * k + 10 * n)
+    splits = ("training", "validation") if layout == "ade" else ("train", "val")
+    few = [values[0], values[0], values[2]]                     # the scan sees both splits
+    for split, used, count, colour in ((splits[0], few, 2, 10), (splits[1], values, 3, 50)):
+        for n in range(count):
+            put(tmp_path / image.format(s=split, n=f"x{n}"), colour * n)
             if n < 2:
-                used = values if split == "val" else [values[0], values[0], values[2]]    # the scan sees both
-                put(tmp_path / truth.format(s=folder, n=f"x{n}"), label(used))
-    train_set, val_set = (data.Segmentation(tmp_path, split) for split in names)
-    assert "left out 1 images without label" in capfd.readouterr().err and len(train_set) == len(val_set) == 2
-    assert train_set.num_classes == num_classes and "x1" in os.path.basename(train_set.files[1][0])
-    assert train_set.names is None if layout in ("ade", "yours") else len(train_set.names) == num_classes
+                put(tmp_path / truth.format(s=split, n=f"x{n}"), label(used))
+    train_set, val_set = (data.Segmentation(tmp_path, split) for split in ("train", "val"))
+    assert "left out 1 images without label" in capfd.readouterr().err
+    assert len(train_set) == len(val_set) == 2 and train_set.num_classes == num_classes
+    assert len(train_set.names or []) == (0 if layout in ("ade", "yours") else num_classes)
     sample = val_set[1]
-    assert sample["image"].shape == (4, 6, 3) and abs(sample["image"].astype(int) - 50).max() <= 2
-    assert sample["classes"].dtype == np.int64 and np.array_equal(sample["classes"], label(classes))
-    with pytest.raises(ValueError, match="split 'test'"):
-        data.Segmentation(tmp_path, "test")
+    assert sample["image"].shape == (4, 6, 3) and sample["classes"].dtype == np.int64
+    assert abs(sample["image"].astype(int) - 50).max() <= 2
+    assert np.array_equal(sample["classes"], label(classes))
 
 
 def test_segmentation_without_splits_validates_on_every_fifth(tmp_path):
     for n in range(11):
         put(tmp_path / f"images/{n // 6}/{n:02d}.png", n)
         put(tmp_path / f"labels/{n // 6}/{n:02d}.png", np.full((4, 6), n, np.uint8))
-    parts = {split: data.Segmentation(tmp_path, split) for split in ("train", "val")}
-    assert [s["image"][0, 0, 0] for s in parts["val"]] == [s["classes"][0, 0] for s in parts["val"]] == [4, 9]
-    assert [s["classes"][0, 0] for s in parts["train"]] == [0, 1, 2, 3, 5, 6, 7, 8, 10]
-    assert parts["train"].num_classes == parts["val"].num_classes == 11
+    for split, expected in (("train", [0, 1, 2, 3, 5, 6, 7, 8, 10]), ("val", [4, 9])):
+        labelled = data.Segmentation(tmp_path, split)
+        assert labelled.num_classes == 11
+        assert [sample["classes"][0, 0] for sample in labelled] == expected
+        assert [sample["image"][0, 0, 0] for sample in labelled] == expected
     ignoring = data.Segmentation(tmp_path, "train", num_classes=12, ignore_index=3)
     assert ignoring.num_classes == 12 and ignoring[3]["classes"][0, 0] == 255
     assert data.Segmentation(tmp_path, "train", ignore_index=10).num_classes == 10
 
 
-def write_png(path, values, bits, kind):
-    """A PNG of a few bits a pixel; kind 0: grey, 3: a palette of colours."""
-    rows = [np.unpackbits(np.uint8(row)[:, None], axis=1)[:, 8 - bits:].ravel() for row in values]
-    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
-    head = len(values[0]).to_bytes(4, "big") + len(values).to_bytes(4, "big") + bytes([bits, kind, 0, 0, 0])
+def few_bits(values, bits, kind):
+    """The bytes of a PNG of a few bits a pixel; kind 0: grey, 3: a palette of colours."""
+    rows = b""
+    for row in values:
+        written = np.unpackbits(np.uint8(row)[:, None], axis=1)[:, 8 - bits:]
+        rows += b"\0" + np.packbits(written).tobytes()
+    head = struct.pack(">IIBBBBB", len(values[0]), len(values), bits, kind, 0, 0, 0)
+    chunks = {b"IHDR": head, b"PLTE": bytes([200, 0, 0, 0, 90, 0, 0, 0, 70]),
+              b"IDAT": zlib.compress(rows), b"IEND": b""}
+    if kind == 0:
+        del chunks[b"PLTE"]
     content = b"\x89PNG\r\n\x1a\n"
-    for name, body in ((b"IHDR", head), (b"PLTE", bytes([200, 0, 0, 0, 90, 0, 0, 0, 70])),
-                       (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        if name != b"PLTE" or kind == 3:
-            content += len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    for name, body in chunks.items():
+        content += struct.pack(">I", len(body)) + name + body
+        content += struct.pack(">I", zlib.crc32(name + body))
+    return content
 
 
 @pytest.mark.parametrize("bits, kind", [(1, 0), (2, 0), (4, 0), (8, 0), (2, 3), (8, 3)])
 def test_labels_are_numbers_neither_colours_nor_shades(tmp_path, bits, kind):
-    values = [[0, 1, 0, 1]] * 3 if bits == 1 else [[0, 1, 2, 1]] * 3
+    values = [[0, 1, 1 if bits == 1 else 2, 1]] * 3
     put(tmp_path / "images/train/a.png", 9, (3, 4))
-    write_png(tmp_path / "labels/train/a.png", values, bits, kind)
+    put(tmp_path / "labels/train/a.png", few_bits(values, bits, kind))
     labelled = data.Segmentation(tmp_path)
-    assert labelled.num_classes == np.max(values) + 1 and labelled[0]["classes"].tolist() == values
+    assert labelled.num_classes == max(values[0]) + 1 and labelled[0]["classes"].tolist() == values
 
 
 GOOD = np.arange(24, dtype=np.uint8).reshape(4, 6) % 2
-TURN = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"           # orientation 6
+TURN = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"   # orientation 6
 
 
-@pytest.mark.parametrize("name, content, options, word", [
-    ("labels/train/a.png", GOOD * 7, dict(num_classes=5), "value 7"),
-    ("labels/train/a.png", GOOD.T, {}, r"is \(6, 4\)"), ("labels/train/a.png", b"no", {}, "damaged"),
-    ("labels/train/a.png", GOOD.astype(np.uint16), {}, "one channel"),
-    ("labels/train/a.png", np.zeros((4, 6, 3), np.uint8), {}, "RGB"),
-    ("labels/train/a.png", GOOD * 255, {}, "two classes"),
-    ("labels/train/a.png", GOOD * 255, dict(num_classes=2), "two classes"),
-    ("images/train/a.jpg", TURN, {}, "EXIF"), ("x", b"", dict(num_classes=300), "--classes"),
-    ("x", b"", dict(split="val"), "split 'val'")])
-def test_wrong_labels_are_named_in_one_line(tmp_path, name, content, options, word):
-    put(tmp_path / "images/train/a.jpg", 9)
-    put(tmp_path / "labels/train/a.png", GOOD)
-    if content is TURN:
-        iio.imwrite(tmp_path / name, np.zeros((4, 6, 3), np.uint8), plugin="pillow", exif=TURN)
-    elif isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
-    else:
-        put(tmp_path / name, content)
+@pytest.mark.parametrize("content, options, word", [
+    (GOOD * 7, dict(num_classes=5), "value 7"), (GOOD.T, {}, r"is \(6, 4\)"),
+    (b"no", {}, "damaged"), (GOOD.astype(np.uint16), {}, "one channel"),
+    (np.zeros((4, 6, 3), np.uint8), {}, "RGB"), (GOOD * 255, {}, "two classes"),
+    (GOOD * 255, dict(num_classes=2), "two classes"), (TURN, {}, "EXIF"),
+    (GOOD, dict(num_classes=300), "--classes"), (GOOD, dict(split="val"), "split 'val'")])
+def test_wrong_labels_are_named_in_one_line(tmp_path, content, options, word):
+    turned = content is TURN
+    put(tmp_path / "images/train/a.jpg", 9, exif=TURN if turned else b"")
+    put(tmp_path / "labels/train/a.png", GOOD if turned else content)
     with pytest.raises(ValueError, match=word) as error:
         data.Segmentation(tmp_path, **options)[0]
     assert "\n" not in str(error.value)
 
 
-def write_rgbd(folder, frames=4):
-    for t in range(frames):
+def write_rgbd(folder):
+    for t in range(4):
         put(folder / f"rgb_{t:02d}.png", 10 * t)
         depth = np.arange(24, dtype=np.uint16).reshape(4, 6) * 300 + t        # needs 16 bits
         put(folder / f"depth_{t:02d}.png", depth)
     tracks = np.random.default_rng(0).uniform(0, 4, (3, 4, 2)).astype(np.float32)
     tracks[1, 2] = np.nan
-    np.savez(folder / "tracks.npz", tracks=tracks, query_frame=np.array([0, 0, 2]),
-             status=np.array([[0, 0, 1, 2], [0, 0, 1, 0], [0, 1, 0, 0]], np.int8))
+    status = np.array([[0, 0, 1, 2], [0, 0, 1, 0], [0, 1, 0, 0]], np.int8)
+    np.savez(folder / "tracks.npz", tracks=tracks, query_frame=[0, 0, 2], status=status)
     return tracks
 
 
@@ -2171,15 +2202,15 @@ def test_rgbd_clips(tmp_path):
     clips = data.PointTracks(tmp_path / "clips")
     assert clips.names == ["a", "b"] and data.PointTracks(tmp_path / "clips/a").names == ["a"]
     clip = clips[0]
-    assert clip["video"].shape == (4, 4, 6, 3) and clip["video"][:, 2, 5, 0].tolist() == [0, 10, 20, 30]
-    assert clip["depth"].dtype == np.float32 and clip["depth"][3, 2, 5] == np.float32(17 * 300 + 3) / 1000
-    visible = [[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]]      # (T, P): before its query nothing is known
-    assert clip["visible"].tolist() == (np.array(visible) > 0).tolist()
-    valid = [[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1]]
-    assert clip["valid"].dtype == bool and clip["valid"].tolist() == (np.array(valid) > 0).tolist()
-    expected = np.where(clip["visible"][..., None], tracks.transpose(1, 0, 2), 0)
-    assert np.array_equal(clip["tracks"], expected) and clip["tracks"].dtype == np.float32
-    assert clip["query_frames"].tolist() == [0, 0, 2] and clip["query_frames"].dtype == np.int64
+    visible = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]], bool)  # (T, P)
+    valid = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1]], bool)    # from its query on
+    shown = np.where(visible[..., None], tracks.transpose(1, 0, 2), 0)
+    for name, expected in (("visible", visible), ("valid", valid), ("tracks", shown),
+                           ("query_frames", np.array([0, 0, 2]))):
+        assert np.array_equal(clip[name], expected) and clip[name].dtype == expected.dtype, name
+    assert clip["video"].shape == (4, 4, 6, 3) and clip["depth"].dtype == np.float32
+    assert clip["video"][:, 2, 5, 0].tolist() == [0, 10, 20, 30]
+    assert clip["depth"][3, 2, 5] == np.float32(17 * 300 + 3) / 1000
     os.remove(tmp_path / "clips/b/depth_03.png")
     with pytest.raises(ValueError, match="wants a depth"):
         clips[1]
@@ -2191,58 +2222,56 @@ def test_rgbd_clips(tmp_path):
         clips[1]
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
-
-
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("kind", ["davis", "stacking", "kinetics", "shards"])
 def test_tapvid_pickles(tmp_path, kind, protocol):
     video = np.zeros((3, 8, 16, 3), np.uint8)
     video[1] = 50
-    points = np.array([[[0.25, 0.5]] * 3, [[0.5, 0.25]] * 3, [[0, 0]] * 3])                     # (P, T, 2)
-    clip = dict(video=video, points=points, occluded=np.array([[1, 0, 1], [1, 1, 1], [0, 0, 0]], bool))
+    occluded = np.array([[1, 0, 1], [1, 1, 1], [0, 0, 0]], bool)            # one is never seen
+    points = np.repeat([[[0.25, 0.5]], [[0.5, 0.25]], [[0, 0]]], 3, 1)      # (P, T, 2)
+    clip = dict(video=video, points=points, occluded=occluded)
     if kind in ("kinetics", "shards"):
         jpegs = [iio.imwrite("<bytes>", image, extension=".jpeg") for image in video]
         clip["video"] = np.array(jpegs) if kind == "shards" else jpegs
     content = pickle.dumps({"dogs": clip} if kind == "davis" else [clip], protocol)
     if protocol == 2:                                           # as numpy 1 writes it
         content = content.replace(b"numpy._core.", b"numpy.core.")
-    (tmp_path / "a.pkl").write_bytes(content)
+    put(tmp_path / "a.pkl", content)
     if kind == "shards":
-        (tmp_path / "b.pkl").write_bytes(content)
-    tapvid = data.PointTracks(tmp_path if kind == "shards" else tmp_path / "a.pkl")
+        put(tmp_path / "b.pkl", content)
+    tapvid = data.PointTracks(tmp_path / ("." if kind == "shards" else "a.pkl"))
     assert tapvid.names == dict(davis=["dogs"], shards=["0", "1"]).get(kind, ["0"])
     sample = tapvid[len(tapvid) - 1]
     assert abs(sample["video"].astype(int) - video).max() <= 1 and sample["valid"].all()
-    assert sample["visible"].T.tolist() == [[False, True, False], [True, True, True]]   # one is never seen
-    assert sample["tracks"][1].tolist() == [[3.5, 3.5], [-0.5, -0.5]] and not sample["tracks"][0, 0].any()
-    assert sample["query_frames"].tolist() == [1, 0] and sample["tracks"].dtype == np.float32
+    assert np.array_equal(sample["visible"], ~occluded[[0, 2]].T)
+    assert sample["tracks"].dtype == np.float32 and not sample["tracks"][0, 0].any()
+    assert sample["tracks"][1].tolist() == [[3.5, 3.5], [-0.5, -0.5]]
+    assert sample["query_frames"].tolist() == [1, 0]
 
 
-CLIP = dict(video=np.zeros((3, 2, 2, 3), np.uint8), points=np.zeros((1, 2, 2)), occluded=np.zeros((1, 2)))
+CLIP = dict(video=np.zeros((3, 2, 2, 3), np.uint8), points=np.zeros((1, 2, 2)),
+            occluded=np.zeros((1, 2)))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
 
 
 @pytest.mark.parametrize("content, word", [
-    ([CLIP | dict(video=np.array([None]))], "not of numbers"), (eval, "eval"), (np.load, "refused"),
-    ([CLIP | dict(points=np.zeros(2, "i4,O"))], "not of numbers"), (bytearray(3), "refused"), ([3], ""),
-    ([], "TAP-Vid"), ([CLIP], "fit 3 frames")])
-def test_pickles_of_anything_else_are_refused(tmp_path, content, word):
+    ([CLIP | dict(video=np.array([None]))], "not of numbers"), (eval, "eval"),
+    (np.load, "refused"), ([CLIP | dict(points=np.zeros(2, "i4,O"))], "not of numbers"),
+    (bytearray(3), "refused"), ([3], ""), ([], "TAP-Vid"), ([CLIP], "fit 3 frames"),
+    (Evil(), "system")])
+def test_pickles_of_anything_else_are_refused_and_can_call_nothing(tmp_path, content, word):
+    Evil.mark = tmp_path / "executed"
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, 2))
     with pytest.raises(ValueError, match=f"a.pkl: .*{word}"):
         data.PointTracks(tmp_path / "a.pkl")[0]
-
-
-def test_pickles_can_call_nothing(tmp_path):
-    evil, path = Evil(), tmp_path / "evil.pkl"
-    evil.mark = tmp_path / "executed"
-    path.write_bytes(pickle.dumps(evil))
-    with pytest.raises(ValueError, match="system"):
-        data.PointTracks(path)
-    assert not evil.mark.exists()
-    pickle.loads(pickle.dumps(evil))
-    assert evil.mark.exists()                                   # it would have been
+    assert not Evil.mark.exists()
+    if word == "system":
+        pickle.loads(pickle.dumps(content))
+        assert Evil.mark.exists()                               # it would have been
 
 
 def test_marked_joints_belong_to_the_frames_of_their_clip(tmp_path):
@@ -2254,42 +2283,40 @@ def test_marked_joints_belong_to_the_frames_of_their_clip(tmp_path):
     np.savez(tmp_path / "joints.npz", tracks=tracks, annotated=annotated)
     points = data.PointTracks(tmp_path / "joints.npz", video=clip)
     sample = points[0]
-    assert points.names == ["joints"] and [number(image) for image in sample["video"]] == list(range(9))
+    assert points.names == ["joints"] and list(map(number, sample["video"])) == list(range(9))
     assert np.array_equal(sample["visible"], annotated[[0, 2]].T)
-    assert np.array_equal(sample["valid"], sample["visible"]) and sample["query_frames"].tolist() == [1, 4]
+    assert np.array_equal(sample["valid"], sample["visible"])
+    assert sample["query_frames"].tolist() == [1, 4]
     assert np.array_equal(sample["tracks"], np.nan_to_num(tracks[[0, 2]]).transpose(1, 0, 2))
-    with pytest.raises(ValueError, match="joints.npz: .*do not fit 8 frames"):
-        data.PointTracks(tmp_path / "joints.npz", encode(tmp_path / "short.mp4", CONSTANT[:8]))[0]
 
 
 @pytest.mark.parametrize("names, kind, word", [
-    (["nowhere"], FileNotFoundError, "nowhere"), (["."], ValueError, "no clip"), (["a.npz"], ValueError, "no clip"),
-    (["a.npz", "no.mp4"], ValueError, "no.mp4: no such"), (["b.npz", "a.mp4"], ValueError, "annotated")])
+    (["nowhere"], FileNotFoundError, "nowhere"), (["."], ValueError, "no clip"),
+    (["a.npz"], ValueError, "no clip"), (["a.npz", "no.mp4"], ValueError, "no.mp4: no such"),
+    (["b.npz", "a.mp4"], ValueError, "annotated"),
+    (["a.npz", "short.mp4"], ValueError, "a.npz: .*do not fit 3 frames")])
 def test_point_tracks_say_what_is_wrong(tmp_path, names, kind, word):
     np.savez(tmp_path / "a.npz", tracks=np.zeros((1, 2, 2)), annotated=np.ones((1, 2), bool))
     np.savez(tmp_path / "b.npz", tracks=np.zeros((1, 2, 2)))
+    encode(tmp_path / "short.mp4", CONSTANT[:3])
     with pytest.raises(kind, match=word):
         data.PointTracks(*(tmp_path / name for name in names))[0]
 
 
 def test_box_tracks(tmp_path):
-    for t in (2, 10, 9):                                        # by number, not by name
-        put(tmp_path / f"a/b/{t}.png", t)
-    put(tmp_path / "a/b/cover.png", 0)
-    (tmp_path / "a/b/boxes_xyxy.txt").write_text("0.5 1 2 3\n1,2,3,4\n2, 3\t4 5\n\n")
+    for name, value in (("2", 2), ("10", 10), ("9", 9), ("cover", 0)):
+        put(tmp_path / f"a/b/{name}.png", value)
+    text = tmp_path / "a/b/boxes_xyxy.txt"
+    text.write_text("0.5 1 2 3\n1,2,3,4\n2, 3\t4 5\n\n")
     boxes = data.BoxTracks(tmp_path)
     assert boxes.names == ["a/b"] and data.BoxTracks(tmp_path / "a/b").names == ["b"]
-    assert boxes[0]["video"][:, 0, 0, 0].tolist() == [2, 9, 10] and boxes[0]["video"].shape == (3, 4, 6, 3)
+    assert boxes[0]["video"].shape == (3, 4, 6, 3)
+    assert boxes[0]["video"][:, 0, 0, 0].tolist() == [2, 9, 10]     # by number, not by name
     assert boxes[0]["boxes"].tolist() == [[0.5, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
-    for text in ("1 2 3 4\n", "1 2 3 4\n5 6 2 2\n1 2 3 4\n", "1 2 3\n" * 3, "1 2 x 4\n" * 3):
-        (tmp_path / "a/b/boxes_xyxy.txt").write_text(text)
+    for wrong in ("1 2 3 4\n", "1 2 3 4\n5 6 2 2\n1 2 3 4\n", "1 2 3\n" * 3, "1 2 x 4\n" * 3):
+        text.write_text(wrong)
         with pytest.raises(ValueError, match="boxes_xyxy.txt: "):
             boxes[0]
-
-
-def test_worker_counts_have_a_bound():
-    with pytest.raises(ValueError, match="--workers 10000"):
-        data.make_loader("scenes", dict(frames=2, size=16), [], workers=10000)
 
 
 # ---- evaluation: every task runs -----------------------------------------------------------------
@@ -2312,14 +2339,15 @@ def small_midway():
 
 @pytest.fixture(scope="module")
 def checkpoints(small_midway, tmp_path_factory):
-    """{name: path} of a Midway, one without dynamics, a MooG, a grid, as train.py saves them."""
+    """{name: path} of a Midway, one without dynamics, two MooGs, a MeloMotion, as if trained."""
     root = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     models = dict(midway=small_midway, dino=Midway(Config(**TINY_MIDWAY, latent_dynamics=False)),
-                  moog=tiny_moog(), grid=tiny_moog(grid=True))
+                  moog=tiny_moog(), grid=tiny_moog(grid=True),
+                  melomotion=MeloMotion(melomotion.Config()))
     for name, model in models.items():
-        config = dict(model="midway" if isinstance(model, Midway) else "moog", preset="tiny",
-                      options={}, config=vars(model.cfg), scenes=SMALL_SCENES, videos={})
+        config = dict(model=type(model).__name__.lower(), preset="tiny", options={},
+                      config=vars(model.cfg), scenes=SMALL_SCENES, videos={})
         state = dict(model=model.state_dict(), optimizer={}, step=1, config=config)
         torch.save(state, root / f"{name}.pt")
     return {name: root / f"{name}.pt" for name in models}
@@ -2393,39 +2421,38 @@ def test_results_of_other_tasks_stay_and_all_leaves_out_what_does_not_fit(
 
 
 # ---- evaluation: Midway --------------------------------------------------------------------------
+@torch.no_grad()
 def test_perturbation_equals_finite_differences(small_midway):
     """The cosines are those of what a small change of one token does to each predicted token."""
-    model, draws = deepcopy(small_midway).double(), 3
+    model = deepcopy(small_midway).double()
     torch.manual_seed(1)
     source, target = torch.rand(2, 2, 3, 16, 16, dtype=torch.float64)
-    with torch.no_grad():
-        level = model.predict(source, target)[1]
-    token, i = torch.tensor([5, 14]), model.predicted[1]
-    heat = evaluate.perturb(model, i, level.m, level.v, token, draws, seed=7)
-    r = torch.randn(draws, 2, 16, generator=torch.Generator().manual_seed(7)).double()
-    expected = torch.zeros(2, 16, dtype=torch.float64)
-    for k in range(draws):
+    level = model.predict(source, target)[1]
+    token = torch.tensor([5, 14])
+    i = model.predicted[1]
+    heat = evaluate.perturb(model, i, level.m, level.v, token, 3, seed=7)
+    noise = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(7)).double()
+    cosines = []
+    for r in noise:
         step = torch.zeros_like(level.v)
-        step[torch.arange(2), 1 + token] = 1e-5 * r[k]
-        with torch.no_grad():
-            ahead, _ = model.predict_forward(i, level.m, level.v + step)
-            behind, _ = model.predict_forward(i, level.m, level.v - step)
+        step[torch.arange(2), 1 + token] = 1e-5 * r
+        ahead, _ = model.predict_forward(i, level.m, level.v + step)
+        behind, _ = model.predict_forward(i, level.m, level.v - step)
         change = (ahead - behind)[:, 1:] / 2e-5
         assert (change.norm(dim=-1) > 1e-6).all()           # every token feels it
-        expected += F.cosine_similarity(change, r[k][:, None], dim=-1) / draws
-    close(heat, expected, 1e-7)
+        cosines.append(F.cosine_similarity(change, r[:, None], dim=-1))
+    close(heat, sum(cosines) / 3, 1e-7)
 
 
 def test_heatmap_of_a_known_shift_peaks_at_the_shifted_token(small_midway, monkeypatch):
-    model, grid = deepcopy(small_midway), 4
-
     def shift(i, m, v):                     # one down, two to the right; CLS stays
-        moved = v[:, 1:].unflatten(1, (grid, grid)).roll((1, 2), (1, 2)).flatten(1, 2)
+        moved = v[:, 1:].unflatten(1, (4, 4)).roll((1, 2), (1, 2)).flatten(1, 2)
         return torch.cat([v[:, :1], moved], 1), []
 
     def same(images, teacher=False):
         return [torch.ones(len(images), 17, 16)] * 3
 
+    model = deepcopy(small_midway)
     monkeypatch.setattr(model, "predict_forward", shift)
     start = torch.tensor([0, 5, 9])
     heat = evaluate.perturb(model, 0, torch.zeros(3, 3, 12), torch.randn(3, 17, 16), start, 4)
@@ -2443,14 +2470,16 @@ def test_moving_tokens_land_where_the_scene_moves_them(checkpoints, small_midway
     batch = run.truth(run.scenes(), range(24))
     generator = torch.Generator().manual_seed(0)
     rows, token, truth = evaluate.moving_tokens(small_midway, batch, generator)
-    assert len(rows) > 4 and batch["video"].shape == (24, 2, 3, 16, 16)
-    for row, k, (down, right) in zip(rows.tolist(), token.tolist(), truth.tolist()):
-        y, x = 4 * (k // 4) + 2, 4 * (k % 4) + 2
-        dx, dy = batch["flow"][row, 0, :, y, x].tolist()
-        assert np.hypot(dx, dy) >= 4 and not batch["occluded"][row, 0, y, x]
-        close([down, right], [(y + dy + 0.5) / 4 - 0.5, (x + dx + 0.5) / 4 - 0.5], 1e-5)
-        there = batch["video"][row, 1, :, round(y + dy), round(x + dx)]
-        assert (there - batch["video"][row, 0, :, y, x]).abs().max() < 0.5  # but for half pixels
+    y = 4 * (token // 4) + 2
+    x = 4 * (token % 4) + 2
+    flow = batch["flow"][rows, 0, :, y, x]
+    there = torch.stack([y, x], 1) + flow.flip(1)
+    assert len(rows) > 4 and (flow.norm(dim=1) >= 4).all()
+    assert not batch["occluded"][rows, 0, y, x].any()
+    close(truth, (there + 0.5) / 4 - 0.5, 1e-5)
+    to_y, to_x = there.round().long().unbind(1)
+    change = batch["video"][rows, 1, :, to_y, to_x] - batch["video"][rows, 0, :, y, x]
+    assert change.abs().max() < 0.5         # the same thing, but for half pixels
 
 
 def test_latents_of_the_same_motion_tell_motion_from_content(small_midway, monkeypatch):
@@ -2471,45 +2500,43 @@ def test_latents_of_the_same_motion_tell_motion_from_content(small_midway, monke
 
 def test_linear_readout_finds_what_is_there_and_nothing_else():
     torch.manual_seed(0)
-    x, y = torch.randn(400, 300), torch.randn(400, 2)
+    x = torch.randn(400, 300)
+    y = torch.randn(400, 2)
     assert evaluate.ridge(x[:, :30], x[:, :2] - x[:, 3:5], 100)[0] > 0.99
     assert evaluate.ridge(x, y, 100)[0] < 0.1       # 300 features fit 300 pairs, not those held out
 
 
 def test_midways_analyses_take_videos(checkpoints, tmp_path):
-    video, midway_file = tmp_path / "clip.mp4", checkpoints["midway"]
-    frames = np.random.default_rng(0).integers(0, 255, (60, 36, 64, 3), dtype=np.uint8)
-    iio.imwrite(video, frames, plugin="pyav", codec="libx264", fps=30)
-    np.savez(tmp_path / "truth.npz", tracks=np.full((2, 60, 2), 20.0),
+    video = encode(tmp_path / "clip.mp4", CONSTANT[:60], (64, 36), paint=texture)
+    truth = tmp_path / "truth.npz"
+    np.savez(truth, tracks=np.full((2, 60, 2), 20.0),
              annotated=np.arange(60) % 7 == np.array([[0], [3]]))
-    for flags in (["--at", 0.9, 0.1], ["--time", 0.5, "--gap", 0.2, 0.3]):
-        evaluated(midway_file, tmp_path, "--task", "heatmap", "--data", video, *FAST, *flags)
+    tables = []
+    for task, *flags in (
+            ["heatmap", "--at", 0.9, 0.1], ["heatmap", "--time", 0.5, "--gap", 0.2, 0.3],
+            ["latents", "--gap", 0.1, 0.2], ["track", "--stride", 2],
+            ["track", "--tracks", truth, "--stride", 7]):
+        flags = ["--task", task, "--data", video, *FAST, *flags]
+        tables.append(evaluated(checkpoints["midway"], tmp_path, *flags))
     assert iio.imread(tmp_path / "heatmap.gif", index=None).shape[0] == 8
-    evaluated(midway_file, tmp_path, "--task", "latents", "--data", video, "--gap", 0.1, 0.2)
-    track = ["--task", "track", "--data", video, *FAST]
-    assert not evaluated(midway_file, tmp_path, *track, "--stride", 2)
-    truth = ["--tracks", tmp_path / "truth.npz", "--stride", 7]
-    [rows] = evaluated(midway_file, tmp_path, *track, *truth).values()
+    assert not tables[3]                            # no truth, no table
+    [rows] = tables[4].values()
     assert rows["stays put"]["patches"] < 0.71      # the second point is in no frame looked at
-    assert evaluate.model_view(frames[0]) == (0, 14, 36, 36)
+    assert evaluate.model_view(np.zeros((36, 64, 3), np.uint8)) == (0, 14, 36, 36)
 
 
 # ---- evaluation: segmentation and flow -----------------------------------------------------------
-def labelled_folder(root, count=10, values=(0, 1, 2)):
+def labelled_folder(root, values=(0, 1, 2)):
     """Images in two halves of plain colours, each a class; a corner that is to be left out."""
-    rng, colours = np.random.default_rng(0), np.array([(220, 40, 40), (40, 200, 60), (50, 60, 220)])
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for n in range(count):
-            a, b = rng.permutation(3)[:2]
-            classes = np.full((32, 48), a, np.uint8)
-            classes[:, 24:] = b
-            image = colours[classes] + rng.integers(-20, 20, (32, 48, 3))
-            classes = np.array(values, np.uint8)[classes]
-            classes[:8, :8] = 255
-            iio.imwrite(root / "images" / split / f"{n}.png", image.clip(0, 255).astype(np.uint8))
-            iio.imwrite(root / "labels" / split / f"{n}.png", classes)
+    rng = np.random.default_rng(0)
+    colours = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 220)])
+    for name in (f"{split}/{n}.png" for split in ("train", "val") for n in range(10)):
+        classes = rng.permutation(3)[:2].repeat(24)[None].repeat(32, 0)
+        image = colours[classes] + rng.integers(-20, 20, (32, 48, 3))
+        labels = np.array(values, np.uint8)[classes]
+        labels[:8, :8] = 255
+        put(root / "images" / name, image.clip(0, 255).astype(np.uint8))
+        put(root / "labels" / name, labels)
     return root
 
 
@@ -2535,35 +2562,37 @@ def test_segmentation_crops_keep_labels_on_their_pixels(checkpoints, tmp_path):
         assert (brightest == sample["classes"])[known].all()
 
 
-@pytest.mark.parametrize("kind", ["Segmentation", "Flow"])
-def test_frozen_models_stay_and_finetuned_ones_are_trained_whole(checkpoints, kind):
-    for finetune in (True, False):
-        run = evaluation(checkpoints["midway"], finetune=finetune, steps=2, batch_size=2, lr=1e-2)
-        before = {name: x.clone() for name, x in run.model.state_dict().items()}
-        model, head = evaluate.train_readout(getattr(evaluate, kind)(run), run.model, "test")
-        state = model.state_dict()
-        changed = {name.split(".")[0] for name, x in before.items() if (x != state[name]).any()}
-        assert not head.training and not model.training
-        assert all((x == before[name]).all() for name, x in run.model.state_dict().items())
-        if not finetune:
-            assert not changed
-        elif kind == "Flow":                # both branches, as in CroCo v2
-            assert {"student", "teacher_embed", "teacher_backward", "forward_blocks"} <= changed
-        else:
-            assert changed == {"student"}
+@pytest.mark.parametrize("task, finetune, trained", [
+    (evaluate.Segmentation, False, set()), (evaluate.Flow, False, set()),
+    (evaluate.Segmentation, True, {"student"}),
+    (evaluate.Flow, True, {"student", "teacher_embed", "teacher_backward", "forward_blocks"})])
+def test_frozen_models_stay_and_finetuned_ones_are_trained_whole(
+        checkpoints, task, finetune, trained):
+    run = evaluation(checkpoints["midway"], finetune=finetune, steps=2, batch_size=2, lr=1e-2)
+    before = deepcopy(run.model.state_dict())
+    model, head = evaluate.train_readout(task(run), run.model, "test")
+    changed = set()
+    for name, x in model.state_dict().items():
+        assert torch.equal(before[name], run.model.state_dict()[name])
+        if not torch.equal(x, before[name]):
+            changed.add(name.split(".")[0])
+    assert not head.training and not model.training
+    # flow trains both branches, as in CroCo v2
+    assert changed >= trained if len(trained) > 1 else changed == trained
 
 
 def test_laplacian_loss_and_tiles_equal_croco():
-    z = np.load(HERE / "reference" / "metrics.npz")
-    pred, conf, gt = (torch.from_numpy(z[f"laplacian_{name}"]).double()
-                      for name in ("pred", "conf_logit", "gt"))
-    for valid, loss in ((torch.from_numpy(z["laplacian_valid"]), "loss"),
-                        (torch.ones(2, 8, 10, dtype=torch.bool), "loss_all_valid")):
-        close(evaluate.laplacian_loss(pred, conf[:, 0], gt, valid), z[f"laplacian_{loss}"], 1e-12)
-    offsets = np.split(z["tiling_offsets"], np.cumsum(z["tiling_count"])[:-1])
-    for length, window, overlap, expected in zip(
-            z["tiling_total"], z["tiling_window"], z["tiling_overlap"], offsets):
-        assert evaluate.tile_offsets(int(length), int(window), float(overlap)) == expected.tolist()
+    pred, conf, gt, valid = (torch.from_numpy(METRICS[f"laplacian_{name}"])
+                             for name in ("pred", "conf_logit", "gt", "valid"))
+    for mask, loss in ((valid, "loss"), (torch.ones_like(valid), "loss_all_valid")):
+        ours = evaluate.laplacian_loss(pred.double(), conf[:, 0].double(), gt.double(), mask)
+        close(ours, METRICS[f"laplacian_{loss}"], 1e-12)
+    total, window, overlap, count, offsets = (
+        METRICS[f"tiling_{name}"] for name in ("total", "window", "overlap", "count", "offsets"))
+    ours = []
+    for case in zip(total.tolist(), window.tolist(), overlap.tolist()):
+        ours.append(evaluate.tile_offsets(*case))
+    assert list(map(len, ours)) == count.tolist() and sum(ours, []) == offsets.tolist()
 
 
 @pytest.mark.parametrize("size", [(23, 40), (10, 40), (16, 16), (8, 9)])
@@ -2572,8 +2601,10 @@ def test_tiles_cover_images_of_any_size(size):
     def predict(tiles):
         flow = 20 * tiles[:, 0, :2] - 10
         confidence = torch.full_like(flow[:, 0], -30.0)         # small d: sure
-        flow[..., -1], confidence[..., -1] = 1000, 30
+        flow[..., -1] = 1000
+        confidence[..., -1] = 30
         return flow, confidence
+
     H, W = size
     y, x = torch.meshgrid(torch.linspace(0.2, 0.8, H), torch.linspace(0.3, 0.7, W), indexing="ij")
     frames = torch.stack([x, y, 1 - x]).expand(2, 3, H, W)
@@ -2585,26 +2616,27 @@ def test_tiles_cover_images_of_any_size(size):
 
 def test_flow_crops_keep_flow_true_to_their_frames(checkpoints):
     """Scaled, flipped and cut: the second crop, seen where the flow points, is the first."""
-    y, x = np.mgrid[:60, :80].astype(np.float32)
-    dx, dy = 5.0, -3.0
-
     def ramp(x, y):
         return np.stack([2.5 * x + 20, 3 * y + 30, x + y + 60], -1).clip(0, 255).astype(np.uint8)
-    pair = dict(frames=np.stack([ramp(x, y), ramp(x - dx, y - dy)]), valid=(x > 40) & (y > 20),
-                flow=np.stack([np.full_like(x, dx), np.full_like(y, dy)]))
+
+    y, x = np.mgrid[:60, :80].astype(np.float32)
+    flow = np.stack([np.full_like(x, 5), np.full_like(y, -3)])
+    pair = dict(frames=np.stack([ramp(x, y), ramp(x - 5, y + 3)]), flow=flow,
+                valid=(x > 40) & (y > 20))
     task = evaluate.Flow(evaluation(checkpoints["midway"]))
     task.run.cfg = replace(task.run.cfg, size=24)
-    crops, flips = evaluate.Crops([pair], task.crop, 0), set()
-    for i in range(24):
-        sample = crops[i]
-        flow = sample["flow"]
-        red, green = sample["image"].float()[:, :2].unbind(1)   # ramps along x, along y
-        per_x = red[:, 4:-4, 4:-4].diff(dim=2).mean().item()
-        per_y = green[:, 4:-4, 4:-4].diff(dim=1).mean().item()
-        flips.add((per_x > 0, per_y > 0))
-        close((red[0] - red[1])[4:-4, 4:-4].mean() / per_x, flow[0].mean(), 0.4)
-        close((green[0] - green[1])[4:-4, 4:-4].mean() / per_y, flow[1].mean(), 0.4)
-        at_x, at_y = (red[0] - 20) / 2.5, (green[0] - 30) / 3   # what the pixel shows
+    crops = evaluate.Crops([pair], task.crop, 0)
+    flips = set()
+    for sample in (crops[i] for i in range(24)):
+        ramps = sample["image"].float()[:, :2]                  # frame, along x and y
+        inner = ramps[..., 4:-4, 4:-4]
+        slope_x = inner[:, 0].diff(dim=-1).mean()
+        slope_y = inner[:, 1].diff(dim=-2).mean()
+        flips.add((slope_x.item() > 0, slope_y.item() > 0))
+        change = (inner[0] - inner[1]).mean((1, 2))
+        close(change / torch.stack([slope_x, slope_y]), sample["flow"].mean((1, 2)), 0.4)
+        at_x = (ramps[0, 0] - 20) / 2.5                         # what the pixel shows
+        at_y = (ramps[0, 1] - 30) / 3
         clear = ((at_x - 40.5).abs() > 3) & ((at_y - 20.5).abs() > 3)
         assert (sample["valid"] == (at_x > 40) & (at_y > 20))[clear].all()
     assert len(flips) > 1
@@ -2622,10 +2654,10 @@ def test_dpt_learns_flow_that_its_maps_tell():
     head = evaluate.DPT((24, 24, 24, 24), 24)
     flow = F.interpolate(3 * torch.randn(8, 2, 4, 4), (16, 16), mode="bilinear")
     maps = [F.interpolate(flow, (4, 4)).repeat(1, 12, 1, 1)] * 4
+    valid = torch.ones(8, 16, 16, dtype=torch.bool)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     for _ in range(120):
         out = head(maps, (16, 16))
-        valid = torch.ones(8, 16, 16, dtype=torch.bool)
         evaluate.laplacian_loss(out[:, :2], out[:, 2], flow, valid).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -2634,18 +2666,22 @@ def test_dpt_learns_flow_that_its_maps_tell():
         assert head(maps, (n, n)).shape == (8, 3, n, n)
 
 
+@torch.no_grad()
 def test_flow_reads_the_four_inputs(checkpoints):
-    run = evaluation(checkpoints["midway"])
-    model, frames, seen = run.model, torch.rand(2, 2, 3, 16, 16), []
-    hook = model.motion_blocks["1"].register_forward_hook(lambda m, i, out: seen.append(out))
-    with torch.no_grad():
-        levels, z = model.predict(*frames.unbind(1)), model.features(frames[:, 0])[-1]
-        hook.remove()
-        maps = evaluate.Flow(run).features(model, dict(image=frames))
-    inputs = (z[:, 1:], seen[0][:, 3 + 17 + 1:], levels[1].pred[:, 1:], levels[0].pred[:, 1:])
-    for a, b in zip(maps, inputs):
+    task = evaluate.Flow(evaluation(checkpoints["midway"]))
+    model = task.run.model
+    frames = torch.rand(2, 2, 3, 16, 16)
+    seen = []
+    last = model.motion_blocks["1"][-1]                         # of the highest midway path
+    hook = last.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    lowest, highest = model.predict(*frames.unbind(1))
+    hook.remove()
+    z = model.features(frames[:, 0])[-1]
+    tokens = last(seen[0])                                      # latents, source, target
+    inputs = (z[:, 1:], tokens[:, 3 + 17 + 1:], highest.pred[:, 1:], lowest.pred[:, 1:])
+    for a, b in zip(task.features(model, dict(image=frames)), inputs, strict=True):
         close(a.flatten(2).mT, b, 0)
-    alone = evaluate.Flow(run).models()["encoder only"]
+    alone = task.models()["encoder only"]
     for teacher in (False, True):
         same = [net.features(frames[:, 0], teacher)[-1] for net in (alone, model)]
         close(*same, 0)
@@ -2653,26 +2689,22 @@ def test_flow_reads_the_four_inputs(checkpoints):
 
 
 def test_flow_learns_from_a_training_split_and_leaves_out_what_it_tests(checkpoints, tmp_path):
-    rng, root = np.random.default_rng(0), tmp_path / "training"
-    for scene in ("alley_1", "temple_2", "temple_3"):           # laid out as Sintel
-        (root / "clean" / scene).mkdir(parents=True)
-        (root / "flow" / scene).mkdir(parents=True)
-        for n in (1, 2):
-            frame = rng.integers(0, 255, (22, 34, 3), dtype=np.uint8)
-            iio.imwrite(root / f"clean/{scene}/frame_000{n}.png", frame)
-        truth = np.zeros((22, 34, 2), np.float32) + (6, 8)
-        truth[:, 17:] = 1e10                                    # unknown
-        data.write_flo(root / f"flow/{scene}/frame_0001.flo", truth)
-    task = evaluate.Flow(evaluation(checkpoints["midway"], data=str(root)))
+    write_flow_layout(tmp_path, "sintel")
+    files = sorted((tmp_path / "training/flow").rglob("*.flo"))
+    truth = np.zeros((4, 6, 2), np.float32) + (6, 8)
+    truth[:, 3:] = 1e10                                         # unknown
+    for file in files:
+        data.write_flo(file, truth)
+    task = evaluate.Flow(evaluation(checkpoints["midway"], data=str(tmp_path)))
     assert len(task.training) == 1 and task.tests == 2
-    flags = ["--task", "flow", "--data", root, *FAST]
-    [(title, rows)] = evaluated(checkpoints["midway"], tmp_path, *flags).items()
+    flags = ["--task", "flow", "--data", tmp_path, *FAST]
+    [(title, rows)] = evaluated(checkpoints["midway"], tmp_path / "out", *flags).items()
     assert "the training split" in title
     assert rows["mean over pairs"]["zero"] == 10
     assert rows["mean over pixels"]["best constant"] < 1e-6
     assert rows["per cent of outliers (Fl-all)"]["zero"] == 100
-    (root / "flow/alley_1/frame_0001.flo").unlink()
-    assert evaluate.Flow(evaluation(checkpoints["midway"], data=str(root))).training is None
+    files[0].unlink()
+    assert evaluate.Flow(evaluation(checkpoints["midway"], data=str(tmp_path))).training is None
 
 
 # ---- evaluation: MooG ----------------------------------------------------------------------------
@@ -2681,9 +2713,9 @@ def test_flow_learns_from_a_training_split_and_leaves_out_what_it_tests(checkpoi
 def test_follow_tells_tokens_of_things_from_tokens_of_places(checkpoints, monkeypatch, follows):
     run = evaluation(checkpoints["moog"])
     ids = run.truth(run.scenes("eval", 8), range(1000, 1032))["ids"].flatten(2)
-    tops = iter(ids.split(4))
-    monkeypatch.setattr(evaluate, "top_tokens", lambda model, states: (
-        next(tops) if follows else torch.arange(256).expand(4, 8, -1)))
+    places = torch.arange(256).expand_as(ids)
+    tops = iter((ids if follows else places).split(4))
+    monkeypatch.setattr(evaluate, "top_tokens", lambda model, states: next(tops))
     went, was, other = evaluate.follow_tracks(run).values()
     if follows:                             # one token a sprite; rounding misses some at the rim
         assert went > 0.75 and was < 0.2 and 0.1 < other < 0.95
@@ -2704,7 +2736,8 @@ def test_attention_in_chunks_is_the_whole(checkpoints):
 @pytest.mark.parametrize("released", [False, True])
 def test_open_loop_leaves_the_corrector_out(released):
     torch.manual_seed(0)
-    model, video = tiny_moog(released=released).eval(), torch.rand(1, 3, 3, 16, 16)
+    model = tiny_moog(released=released).eval()
+    video = torch.rand(1, 3, 3, 16, 16)
     torch.manual_seed(1)
     states = evaluate.predict_open_loop(model, video, 3)
     torch.manual_seed(1)
@@ -2712,7 +2745,7 @@ def test_open_loop_leaves_the_corrector_out(released):
     model.corrector = None
     state = states[:, 0]
     for k in (1, 2):
-        state = model.predict(state) if released else model.predict(model.state_norm(state))
+        state = model.predict(state if released else model.state_norm(state))
         close(states[:, k], state, 1e-6)
 
 
@@ -2723,14 +2756,13 @@ def test_baselines_of_points_boxes_and_depth_by_hand(checkpoints, tmp_path, few)
         rows[task] = next(iter(table.values()))
     away, overlap, off, on_sprites = [], [], [], []
     for test in evaluate.Points(evaluation(checkpoints["moog"])).testing:
-        for b in range(len(test["video"])):
-            tracks, visible, boxes, inside, depth = (
-                test[name][b] for name in ("tracks", "visible", "boxes", "inside", "depth"))
-            gone = 256 * (tracks[1:] - tracks[:1]).norm(dim=-1)[visible[1:]]
-            away += [gone.mean()] * bool(len(gone))
-            iou = evaluate.box_iou(boxes[:1].expand_as(boxes), boxes)
-            overlap.append(iou[1:][(inside & inside[:1])[1:]])
-            off.append(((1 - depth) / depth).mean())                    # most is background: at 1
+        seen = (test["inside"] & test["inside"][:, :1])[:, 1:]
+        boxes = test["boxes"]
+        overlap.append(evaluate.box_iou(boxes[:, :1].expand_as(boxes), boxes)[:, 1:][seen])
+        off += (1 / test["depth"] - 1).flatten(1).mean(1)               # most is background: at 1
+        for tracks, visible, depth in zip(test["tracks"], test["visible"], test["depth"]):
+            gone = 256 * (tracks[1:] - tracks[:1]).norm(dim=-1)
+            away += [gone[visible[1:]].mean()] * bool(visible[1:].any())
             x, y = (16 * tracks[0] - 0.5).round().long().unbind(-1)
             if (depth[0] < 1).float().mean() > 0.1:
                 on_sprites.append((depth[0][y, x] < 1).float().mean())
@@ -2740,48 +2772,52 @@ def test_baselines_of_points_boxes_and_depth_by_hand(checkpoints, tmp_path, few)
     assert np.mean(on_sprites) > 0.99                                   # if there are any
 
 
+class PlacesOfSprites(evaluate.Points):
+    """Oracle features: each sprite's name and place."""
+
+    def features(self, model, batch):
+        y1, x1, y2, x2 = batch["boxes"].unbind(-1)                      # (B, T, K)
+        place = moog.fourier(torch.stack([x1 + x2, y1 + y2], -1) - 1, 8)
+        name = torch.eye(place.shape[2]).expand(*place.shape[:3], -1)
+        features = torch.cat([place, name], -1)
+        return F.pad(features, (0, 64 - features.shape[-1]))
+
+
 def test_points_learn_from_features_that_tell_places(checkpoints, monkeypatch):
-    """Oracle features, each sprite's name and place: a plateau would show here."""
-    for name, value in dict(POOL=256, TESTS=64).items():
-        monkeypatch.setattr(evaluate, name, value)
+    """A plateau of the training would show here."""
+    monkeypatch.setattr(evaluate, "POOL", 256)
+    monkeypatch.setattr(evaluate, "TESTS", 64)
     run = evaluation(checkpoints["moog"], steps=200, batch_size=16)
     run.cfg = run.model.cfg = replace(run.cfg, dim=64)
     run.config["scenes"] = SMALL_SCENES | dict(speed=4.0, pan=0.0)
-
-    class Oracle(evaluate.Points):
-        def features(self, model, batch):
-            y1, x1, y2, x2 = batch["boxes"].unbind(-1)                  # (B, T, K)
-            place = moog.fourier(torch.stack([x1 + x2, y1 + y2], -1) - 1, 8)
-            name = torch.eye(place.shape[2]).expand(*place.shape[:3], -1)
-            return F.pad(torch.cat([place, name], -1), (0, 64 - place.shape[-1] - place.shape[2]))
-    task = Oracle(run)
+    task = PlacesOfSprites(run)
     model, head = evaluate.train_readout(task, run.model, "oracle")
-    off = {"learnt": [], "still": []}
+    learnt, still = [], []
     for batch in task.testing:
         with torch.no_grad():
-            still = task.baselines(batch)["stays put"]
-            answers = dict(learnt=task.test(model, head, batch), still=still)
-        for name, answer in answers.items():
-            off[name].append(task.measure(answer, batch)["mean distance, pixels of 256"])
-    assert torch.cat(off["learnt"]).nanmean() < 40 < torch.cat(off["still"]).nanmean()
+            answer = task.test(model, head, batch)
+        learnt.append(task.measure(answer, batch)["mean distance, pixels of 256"])
+        answer = task.baselines(batch)["stays put"]
+        still.append(task.measure(answer, batch)["mean distance, pixels of 256"])
+    assert torch.cat(learnt).nanmean() < 40 < torch.cat(still).nanmean()
+
+
+PLACES = np.array([[4, 5], [20, 12], [9, 18]], np.float32)              # of the points below
 
 
 def make_rgbd(root):
     """Three RGB-D clips of ten frames, red says x, green y, with points that stand still; a box."""
     y, x = np.mgrid[:24, :32]
     picture = np.stack([8 * x, 8 * y, 0 * x], -1).astype(np.uint8)
-    for name in ("a", "b", "c", "boxes"):
-        (root / name).mkdir(parents=True)
+    for name in ("a/rgb", "b/rgb", "c/rgb", "boxes/rgb"):
         for t in range(10):
-            iio.imwrite(root / name / f"rgb_{t:02}.png", picture)
-            if name != "boxes":
-                iio.imwrite(root / name / f"depth_{t:02}.png", (1000 + 100 * x).astype(np.uint16))
-        if name == "boxes":
-            (root / name / "boxes_xyxy.txt").write_text("3 4 12 14\n" * 10)
-            continue
-        tracks = np.tile(np.array([[4, 5], [20, 12], [9, 18]], np.float32)[:, None], (1, 10, 1))
-        np.savez(root / name / "tracks.npz", tracks=tracks, status=np.zeros((3, 10), np.int8),
-                 query_frame=np.array([0, 0, 5]))
+            put(root / f"{name}_{t:02}.png", picture)
+    for name in "abc":
+        for t in range(10):
+            put(root / name / f"depth_{t:02}.png", (1000 + 100 * x).astype(np.uint16))
+        np.savez(root / name / "tracks.npz", tracks=PLACES[:, None].repeat(10, 1),
+                 status=np.zeros((3, 10), np.int8), query_frame=[0, 0, 5])
+    (root / "boxes/boxes_xyxy.txt").write_text("3 4 12 14\n" * 10)
     return root
 
 
@@ -2803,20 +2839,20 @@ def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path
     monkeypatch.setattr(evaluate, "POOL", 40)
     pool = evaluate.Points(evaluation(checkpoints["moog"], data=str(make_rgbd(tmp_path)))).pool
     assert pool["video"].shape == (10, 8, 3, 16, 16)
-    places = torch.tensor([[4.0, 5], [20, 12], [9, 18]]) * 8
-    for b in range(10):
-        grid = (2 * pool["tracks"][b] - 1)[:, None]                     # (T, 1, P, 2)
-        shown = F.grid_sample(pool["video"][b].float(), grid, align_corners=False)[:, :2, 0]
-        for p in range(6):
-            t = pool["query_frames"][b, p]
-            assert pool["visible"][b, t, p] and pool["valid"][b, t, p]
-            assert (shown[t, :, p] - places).norm(dim=1).min() < 6
+    for b, p in np.ndindex(10, 6):
+        t = pool["query_frames"][b, p]
+        assert pool["visible"][b, t, p] and pool["valid"][b, t, p]
+        place = (2 * pool["tracks"][b, t, p] - 1).view(1, 1, 1, 2)
+        shown = F.grid_sample(pool["video"][b, t][None].float(), place, align_corners=False)
+        off = shown[0, :2, 0, 0] - 8 * torch.from_numpy(PLACES)
+        assert off.norm(dim=1).min() < 6
 
 
 # ---- evaluation: what is wrong is told in one line -----------------------------------------------
 @pytest.mark.parametrize("name, flags, word", [
     ("nowhere", "", "nowhere"), ("nowhere.npz", "", "nowhere"), ("text.npz", "", "text.npz"),
     ("evil", "", "os"), ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
+    ("melomotion", "--task flow", "choose from tables, figures"),
     ("midway", "--task identity-bias --data empty", "scenes"),
     ("midway", "--task track --tracks points.npz", "--data"),
     ("midway", "--task segmentation --data empty", "empty"),
@@ -2855,10 +2891,8 @@ def squares(count=4, **options):
 
 
 def test_every_row_of_table_1():
-    sizes = {}
     parts = dict(MeloMotion(melomotion.Config()).named_children(), baseline=FlowBaseline())
-    for name, part in parts.items():
-        sizes[name] = sum(p.numel() for p in part.parameters())
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     assert sizes == dict(predictors=3 * 2_146, rgb_proj=256, camera=742, encoder=1_088,     # 43,111
                          decoder=34_587, baseline=34_587 + 322_862)
 
@@ -2878,22 +2912,25 @@ def test_gradient_of_frame_15_over_that_of_frame_1(normalize, ratio):
     close(15 * grad[0, 0, 14], ratio * grad[0, 0, 0], 1e-5)     # on v: t times as much
 
 
-def test_place_equals_slicing_and_clips_at_the_border():
+@pytest.mark.parametrize("h, w", [(16, 16), (8, 12)])
+def test_place_equals_slicing_and_clips_at_the_border(h, w):
     torch.manual_seed(0)
-    for h, w in ((16, 16), (8, 12)):
-        layers = torch.randn(2, 3, 4, h, w)
-        d = 2.4 * torch.rand(2, 3, 9, 2) - 1.2
-        d[:, :, 0] = torch.tensor([0.5, 2.5]) / w                       # halves: to the even cell
-        want = torch.zeros(2, 3, 9, 4, h, w)
-        for b, n, t in np.ndindex(2, 3, 9):
-            dx, dy = (round(x) for x in (d[b, n, t] * w).tolist())
-            top, bottom = np.clip([dy, h + dy], 0, h)
-            left, right = np.clip([dx, w + dx], 0, w)
-            block = layers[b, n, :, top - dy:bottom - dy, left - dx:right - dx]
-            want[b, n, t, :, top:bottom, left:right] = block
-        close(place(layers, d), want, 0)
+    layers = torch.randn(2, 3, 4, h, w)
+    d = 2.4 * torch.rand(2, 3, 9, 2) - 1.2
+    d[:, :, 0] = torch.tensor([0.5, 2.5]) / w                           # halves: to the even cell
+    want = torch.zeros(2, 3, 9, 4, h, w)
+    for b, n, t in np.ndindex(2, 3, 9):
+        dx, dy = (d[b, n, t] * w).round().int().tolist()
+        top, bottom = np.clip([dy, h + dy], 0, h)
+        left, right = np.clip([dx, w + dx], 0, w)
+        block = layers[b, n, :, top - dy:bottom - dy, left - dx:right - dx]
+        want[b, n, t, :, top:bottom, left:right] = block
+    close(place(layers, d), want, 0)
+
+
+def test_warp_by_whole_cells_is_place():
     x = torch.rand(3, 2, 16, 16)
-    d = torch.tensor([[1, 0], [-3, 5], [0, 20]]) / 16                   # whole cells: like warp()
+    d = torch.tensor([[1, 0], [-3, 5], [0, 20]]) / 16
     placed = place(x[:, None], d[:, None, None])[:, 0, 0]
     close(melomotion.warp(x, d[..., None, None]), placed, 1e-5)
 
@@ -2905,6 +2942,12 @@ class CellColours(torch.nn.Module):
         return latents[:, :, 1:4].repeat_interleave(8, 3).repeat_interleave(8, 4)
 
 
+def cell_painter(**options):
+    model = MeloMotion(melomotion.Config(size=64, **options))
+    model.decoder = CellColours()
+    return model
+
+
 @pytest.mark.parametrize("phase", [0, 1, 2])
 def test_true_velocities_draw_the_true_frames(phase):
     masks = torch.zeros(1, 2, 64, 64)                                   # two tiles
@@ -2914,8 +2957,7 @@ def test_true_velocities_draw_the_true_frames(phase):
     v = torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]]) / 8                  # a cell a frame
     frames = [a.roll(8 * t, 2) + b.roll((-8 * t, -8 * t), (1, 2)) for t in range(5)]
     video = torch.stack(frames)[None]
-    model = MeloMotion(melomotion.Config(size=64, frames=5, objects=2, phase=phase))
-    model.decoder = CellColours()
+    model = cell_painter(frames=5, objects=2, phase=phase)
     draw = model.warped if phase == 0 else model.draw
     close(draw(video[:, 0], masks, v, torch.tensor([[3, 1]])), video[:, [3, 1]], 1e-5)
     batch = dict(first_frame=video[:, 0], masks=masks, video=video)
@@ -2924,18 +2966,18 @@ def test_true_velocities_draw_the_true_frames(phase):
 
 
 def test_what_an_object_leaves_behind_looks_like_the_rest():
-    model = MeloMotion(melomotion.Config(size=64, objects=1))
-    model.decoder = CellColours()
     image = torch.full((1, 3, 64, 64), 0.5)
     masks = torch.zeros(1, 1, 64, 64)
     masks[..., 8:16, 8:16] = 1
-    frame = model.draw(image, masks, torch.tensor([[[0.25, 0.0]]]), torch.tensor([[1]]))
+    v = torch.tensor([[[0.25, 0.0]]])
+    frame = cell_painter(objects=1).draw(image, masks, v, torch.tensor([[1]]))
     frame[..., 8:16, 24:32] -= 0.5                                      # where it has gone, on top
     close(frame[0, 0], image[0], 1e-6)
 
 
 def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
-    image, occupancy = torch.rand(2, 3, 16, 24), torch.rand(2, 1, 16, 24)
+    image = torch.rand(2, 3, 16, 24)
+    occupancy = torch.rand(2, 1, 16, 24)
     latent = encode_latent(image, occupancy)
     close(latent[:, :4], F.avg_pool2d(torch.cat([occupancy, image], 1), 8), 1e-6)
     # linear, with 16 independent outputs for the 16 means of a cell
@@ -2957,11 +2999,12 @@ def test_colours_are_read_off_exactly_wherever_the_object_lies():
 def test_every_variant_trains_what_it_should(change):
     torch.manual_seed(0)
     cfg = melomotion.Config(**change, pos_weight=0.0 if "phase" in change else 10.0)
-    model, batch = MeloMotion(cfg), squares(2, frames=cfg.frames, **cfg.inputs["squares"])
+    model = MeloMotion(cfg)
+    batch = squares(2, frames=cfg.frames, **cfg.inputs["squares"])
     loss, logs = model(batch)
     loss.backward()
     features = "rgb_proj" if cfg.pooling == "rgb" else "encoder"
-    trained = {0: {"decoder"}, 1: {"predictors", features}, 2: {"predictors", features, "decoder"}}
+    trained = ({"decoder"}, {"predictors", features}, {"predictors", features, "decoder"})
     for name, p in model.named_parameters():            # or else DDP would wait for ever
         assert (p.grad is not None) == (name.split(".")[0] in trained[cfg.phase]), name
     assert (logs.get("spread") == 0) == (cfg.pooling == "full")         # one feature for all
@@ -2988,22 +3031,28 @@ def test_what_does_not_fit_melomotion_is_refused(change, objects, height, except
         model.render(torch.rand(1, 3, height, 128), torch.ones(1, objects, height, 128))
 
 
-def test_flow_baseline_starts_still_and_its_windows_are_closed():
-    batch, model, once = squares(1), FlowBaseline(), FlowBaseline(one_shot=True)
+def test_flow_baseline_starts_still_and_can_be_warped_at_once():
+    batch = squares(1)
+    model = FlowBaseline()
+    once = FlowBaseline(one_shot=True)
     once.load_state_dict(model.state_dict())
     loss, _ = model(batch)
     loss.backward()
     assert model.head[-1].weight.grad.abs().max() > 0                   # through the decoder
-    for model_ in (model, once):
-        model_.head[-1].bias.data = torch.tensor([0.0625, 0])           # a cell a frame
+    for flow in (model, once):
+        flow.head[-1].bias.data = torch.tensor([0.0625, 0])             # a cell a frame
     close(once(batch)[0].detach(), model(batch)[0].detach(), 1e-4)
     assert (model(batch)[0] - loss).abs() > 1e-5
-    for shift, near, far in ((0, 7 * 17, 8 * 17), (4, 3 * 17, 15 * 17)):    # on the diagonal
-        block, x = melomotion.SwinBlock(shift), torch.randn(1, 256, 64)
-        changed = x.clone()
-        changed[0, 0] += 1.0
-        moved = (block(changed) - block(x)).abs().amax(-1)[0]
-        assert moved[near] > 0 and moved[far] == 0, shift
+
+
+@pytest.mark.parametrize("shift, near, far", [(0, 7, 8), (4, 3, 15)])   # on the diagonal
+def test_swin_windows_are_closed(shift, near, far):
+    block = melomotion.SwinBlock(shift)
+    x = torch.randn(1, 256, 64)
+    changed = x.clone()
+    changed[0, 0] += 1.0
+    moved = (block(changed) - block(x)).abs().amax(-1)[0]
+    assert moved[near * 17] > 0 and moved[far * 17] == 0
 
 
 # ---- MeloMotion: data ----------------------------------------------------------------------------
@@ -3021,16 +3070,18 @@ def colours_of(batch):
     return (batch["first_frame"][:, None] * batch["masks"][:, :, None]).flatten(3).amax(3)
 
 
-@pytest.mark.parametrize("mode", data.MODES)
-def test_red_is_speed_to_the_right_and_green_down(mode):
+@pytest.mark.parametrize("mode, share", [
+    ("differentiated", [1, 0, 0]), ("all-move", [1, 1, 1]),
+    ("random-mover", [1 / 3, 1 / 3, 1 / 3]), ("colour-mover", [1, 0, 0])])
+def test_red_is_speed_to_the_right_and_green_down(mode, share):
     batch = squares(100, mode=mode, frames=5)
-    v = 0.1 * (colours_of(batch)[..., :2].double() - 128) / 255
+    colours = colours_of(batch)
+    v = 0.1 * (colours[..., :2].double() - 128) / 255
     moves = batch["displacements"].flatten(2).any(-1)                                   # (B, N)
     path = v[:, :, None] * torch.arange(1, 5)[:, None] * moves[..., None, None]
     close(batch["displacements"], path, 1e-7)
-    assert colours_of(batch)[..., 2].min() >= 128
+    assert colours[..., 2].min() >= 128
     assert 0.045 < v.max() <= 0.05 and -0.0503 < v.min() < -0.045
-    share = dict(zip(data.MODES, ([1, 0, 0], [1, 1, 1], [1 / 3, 1 / 3, 1 / 3], [1, 0, 0])))[mode]
     close(moves.float().mean(0), share, 0.15)
     assert mode == "all-move" or (moves.sum(1) == 1).all()
     assert (mode == "colour-mover") == (not v[:, 1:].any())             # known by their colours
@@ -3039,19 +3090,19 @@ def test_red_is_speed_to_the_right_and_green_down(mode):
 @pytest.mark.parametrize("mode", ["differentiated", "all-move"])
 def test_squares_are_painted_where_the_labels_say(mode):
     batch = squares(6, mode=mode, shape="any", frames=24)
-    for masks, video, moved in zip(batch["masks"], batch["video"], batch["displacements"]):
-        for t in (0, 1, 7, 15, 23):
-            canvas = torch.zeros(3, 128, 128, dtype=torch.uint8)
-            for n, mask in enumerate(masks):                            # painter's order
-                y, x = mask.nonzero().T
-                colour = video[0][:, y[:1], x[:1]]
-                if t:
-                    dx, dy = (moved[n, t - 1].double() * 128).round().long()
-                    x, y = x + dx, y + dy
-                inside = (y >= 0) & (y < 128) & (x >= 0) & (x < 128)
-                assert inside.all() or t > 15                           # nobody leaves in 16 frames
-                canvas[:, y[inside], x[inside]] = colour
-            assert torch.equal(canvas, video[t])
+    steps = (128 * batch["displacements"].double()).round().long()      # (B, N, T - 1, 2)
+    colours = colours_of(batch)
+    for b, t in np.ndindex(6, 24):
+        canvas = torch.zeros(3, 128, 128, dtype=torch.uint8)
+        for n, mask in enumerate(batch["masks"][b]):                    # painter's order
+            y, x = mask.nonzero().T
+            if t:
+                x = x + steps[b, n, t - 1, 0]
+                y = y + steps[b, n, t - 1, 1]
+            inside = (y >= 0) & (y < 128) & (x >= 0) & (x < 128)
+            assert inside.all() or t > 15                               # nobody leaves in 16 frames
+            canvas[:, y[inside], x[inside]] = colours[b, n, :, None]
+        assert torch.equal(canvas, batch["video"][b, t])
     assert torch.equal(batch["first_frame"], batch["video"][:, 0])
 
 
@@ -3067,7 +3118,7 @@ def learnt(mode, lr=1e-2, **change):
     torch.manual_seed(0)
     models = [MeloMotion(melomotion.Config(**change))]
     evaluate.train_together(models, mode, **evaluate.ADAMW | dict(epochs=1, lr=lr))
-    return {name: numbers[0] for name, numbers in evaluate.measure(models, mode).items()}
+    return {name: values[0] for name, values in evaluate.measure(models, mode).items()}
 
 
 def test_decoupled_predictors_tell_objects_apart_and_a_shared_one_does_not():
@@ -3093,10 +3144,11 @@ def test_a_mover_that_nothing_tells_is_found_by_nobody(shared):
 def test_many_trainings_at_once_equal_one_by_one(how, monkeypatch):
     monkeypatch.setattr(evaluate, "EPOCH", 20)
     evaluate.pooled_clips.cache_clear()
-    cfg = melomotion.Config(pooling="avg")
-    models, alone = [MeloMotion(cfg), MeloMotion(cfg)], []
-    for seed, start in enumerate(models):
-        model = deepcopy(start)
+    models = [MeloMotion(melomotion.Config(pooling="avg")) for _ in range(2)]
+    alone = deepcopy(models)
+    evaluate.train_together(models, "all-move", **getattr(evaluate, how))
+    evaluate.pooled_clips.cache_clear()
+    for seed, model in enumerate(alone):
         options = dict(getattr(evaluate, how))
         optimizer = options.pop("optimizer")(model.parameters(), **options)
         clips = data.MovingSquares(mode="all-move", seed=seed, video=False)
@@ -3104,11 +3156,7 @@ def test_many_trainings_at_once_equal_one_by_one(how, monkeypatch):
             model(clips.batch([step]))[0].backward()
             optimizer.step()
             optimizer.zero_grad()
-        alone.append(model)
-    evaluate.train_together(models, "all-move", **getattr(evaluate, how))
-    evaluate.pooled_clips.cache_clear()
-    for together, model in zip(models, alone):
-        for a, b in zip(together.parameters(), model.parameters()):
+        for a, b in zip(models[seed].parameters(), model.parameters()):
             close(a.detach(), b.detach(), 1e-5)
 
 
@@ -3121,33 +3169,22 @@ def fast_run(tmp_path_factory):
 
 def test_fast_preset_learns_the_law(fast_run):
     lines = log(fast_run)
-    assert lines[-1]["held_out"]["POS: squared error of v"]["model"] < 5e-6
-    assert lines[-1]["held_out"]["POS: squared error of v"]["zero"] > 4e-4
+    error = lines[-1]["held_out"]["POS: squared error of v"]
+    assert error["model"] < 5e-6 and error["zero"] > 4e-4
     assert all({"step", "loss", "lr", "pos", "spread"} <= line.keys() for line in lines)
 
 
-def test_melomotion_resumes_starts_from_weights_and_takes_squares_only(fast_run, tmp_path, capsys):
-    small = ["--model", "melomotion", "--preset", "phase2", "--device", "cpu", "--batch-size", "2"]
-    for name, steps in (("whole", 3), ("parts", 2)):
-        train.main([*small, "--steps", str(steps), "--init", str(fast_run), "--min-lr", "2e-3",
-                    "--out", f"{tmp_path}/{name}"])
-    train.main(["--resume", f"{tmp_path}/parts", "--steps", "3"])
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+PHASE_2 = "--model melomotion --preset phase2 --device cpu --batch-size 2".split()
+
+
+def test_decoder_learns_from_the_weights_of_phase_1(fast_run, tmp_path):
+    train.main([*"--model melomotion --preset phase2 --device cpu --batch-size 2 --steps 3".split(),
+                "--init", str(fast_run), "--min-lr", "2e-3", "--out", str(tmp_path)])
     first = weights(fast_run)
-    assert torch.equal(whole["camera.0.weight"], first["camera.0.weight"])
-    assert not torch.equal(whole["decoder.8.weight"], first["decoder.8.weight"])
-    close(whole["predictors.w2"], first["predictors.w2"], 0.01)
-    for args, word in (
-            ([*small, "--data", "scenes"], "--data squares"),
-            ([*small, "--objects", "4", "--init", str(fast_run)], "does not fit"),
-            (["--model", "midway", "--init", str(fast_run)], "holds a melomotion model")):
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            train.cli([*args, "--out", f"{tmp_path}/never"])
-        assert word in capsys.readouterr().err
-    train.main([*small, "--bench", "--out", f"{tmp_path}/never"])
-    assert not (tmp_path / "never").exists()
+    second = weights(tmp_path)
+    assert torch.equal(second["camera.0.weight"], first["camera.0.weight"])
+    assert not torch.equal(second["decoder.8.weight"], first["decoder.8.weight"])
+    close(second["predictors.w2"], first["predictors.w2"], 0.01)
 
 
 def test_eval_writes_every_table_and_picture(fast_run, tmp_path, monkeypatch):
@@ -3167,19 +3204,6 @@ def test_eval_writes_every_table_and_picture(fast_run, tmp_path, monkeypatch):
     assert rows["pixels off at t = 63"]["model"] < rows["pixels off at t = 63"]["nothing moves"] / 4
     assert iio.imread(tmp_path / "motion.gif").shape[0] == 32
     assert iio.imread(tmp_path / "figure1.png").shape[1] > 800
-
-
-def test_eval_tells_what_is_wrong_in_one_line(fast_run, tmp_path):
-    def message(*args):
-        with pytest.raises(SystemExit) as leaving:
-            evaluate.cli([str(a) for a in args])
-        assert "\n" not in leaving.value.code
-        return leaving.value.code
-
-    assert "no checkpoint at" in message(tmp_path / "nowhere")
-    assert "no task 'flow': choose from tables, figures" in message(fast_run, "--task", "flow")
-    (tmp_path / "ckpt.pt").write_bytes(b"damaged")
-    assert "damaged" in message(tmp_path)
 
 
 # ---- the repository ------------------------------------------------------------------------------
