@@ -3128,7 +3128,7 @@ def test_decoupled_predictors_tell_objects_apart_and_a_shared_one_does_not():
     assert decoupled["object 0, slope of v on truth"] > 0.8
     assert decoupled["POS, objects permuted"] > decoupled["POS, nothing moves"]
     shared = learnt("differentiated", shared_predictor=True)
-    assert shared["outputs differ"] == 0 and shared["dead units"] == 1  # one constant
+    assert shared["POS"] > 3e-4 and shared["dead units"] > 0.8      # most seeds lose all
     # at a gentler rate it gives a third of each colour's velocity: right on average, and useless
     gentle = learnt("differentiated", 3e-3, shared_predictor=True)
     assert gentle["POS"] > 3e-4 and gentle["outputs differ"] == 1 and gentle["dead units"] < 1
