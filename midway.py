@@ -150,7 +150,7 @@ def fp32(x):
 
 
 def sincos_positions(grid, dim):
-    """(1, 1 + grid*grid, dim): 0 for CLS, then sines and cosines of row and column; dim % 4 == 0."""
+    """(1, 1 + grid*grid, dim): 0 for CLS, then sines and cosines of row and column."""
     octaves = 2 ** torch.linspace(0, 2, dim // 4)
     angle = torch.outer(torch.arange(grid), octaves * math.pi / grid)
     line = torch.cat([angle.sin(), angle.cos()], 1)             # (grid, dim/2)
@@ -613,7 +613,8 @@ class Midway(nn.Module):
     def shift_terms(self, levels, shift):
         """
         Known shifts (B, 2), as shares of the crop -> how far the first two numbers of m are from
-        them, in patches squared, and the variance of its other numbers, where content would come in.
+        them, in patches squared, and the variance of the others, where content would come in: over
+        the micro-batch, so that unlike all other losses it depends on its size a little.
         """
         shift = self.student.grid * torch.cat([shift, -shift])  # (2B, 2) in patches, both ways
         m = torch.stack([fp32(level.m).mean(1) for level in levels])    # (levels, 2B, d)

@@ -1660,7 +1660,10 @@ def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capfd, monkeypa
 @pytest.mark.parametrize("name", ("midway", "moog"))
 def test_two_processes_equal_one(name, tmp_path):
     common = [*FAMILIES[name][0], "--steps", "3", "--clip", "0.1"]
-    common += ["--drop-path", "0"] if name == "midway" else ["--micro-batch", "1"]
+    if name == "midway":        # the warm-up's variance is of a micro-batch
+        common += ["--drop-path", "0", "--shift-warmup", "0"]
+    else:
+        common += ["--micro-batch", "1"]
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
     both = [TRAIN, *common, "--out", f"{tmp_path}/two", "--micro-batch", "1"]
     subprocess.run(launch + both, check=True, capture_output=True)      # 2 x 2 accumulated
@@ -2787,7 +2790,7 @@ def test_points_learn_from_features_that_tell_places(checkpoints, monkeypatch):
     """A plateau of the training would show here."""
     monkeypatch.setattr(evaluate, "POOL", 256)
     monkeypatch.setattr(evaluate, "TESTS", 64)
-    run = evaluation(checkpoints["moog"], steps=200, batch_size=16)
+    run = evaluation(checkpoints["moog"], steps=250, batch_size=16)
     run.cfg = run.model.cfg = replace(run.cfg, dim=64)
     run.config["scenes"] = SMALL_SCENES | dict(speed=4.0, pan=0.0)
     task = PlacesOfSprites(run)
