@@ -1607,7 +1607,8 @@ def show(source, path, videos=None):
     plt.switch_backend("agg")
     rows = []                               # of {title: image}
     for b in range(2 if source == "scenes" else 0):
-        clip = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3))[b]
+        scenes = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3))
+        clip = {name: x[0] for name, x in scenes.batch([b], truth=True).items()}
         first, second = clip["video"].permute(0, 2, 3, 1)
         u, v = clip["flow"][0]
         hue = torch.atan2(v, u) / (2 * math.pi) % 1
@@ -1623,7 +1624,7 @@ def show(source, path, videos=None):
         for f in range(2):
             for name, image in zip(("motion", "global 1", "global 2", "local"),
                                    (motion[f], *boxes[f], small[f, 0])):
-                row[f"{name}, frame {f + 1}"] = image.permute(1, 2, 0)
+                row[f"{name}, frame {f + 1}"] = image.permute(1, 2, 0).clamp(0, 1)
         rows.append(row)
     size = 12.4, 1.75 * len(rows)
     figure, axes = plt.subplots(len(rows), 8, figsize=size, layout="constrained")

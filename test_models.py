@@ -1834,7 +1834,8 @@ def test_training_on_videos_and_on_frames(name, workers, tmp_path):
 
 def test_data_can_be_looked_at_and_timed(tmp_path, capsys):
     path = str(encode(tmp_path / "a.mp4", CONSTANT[:60], size=(256, 256)))
-    data.show(path, str(tmp_path / "look.png"))
+    for source in (path, "scenes"):
+        data.show(source, str(tmp_path / "look.png"))
     assert iio.imread(tmp_path / "look.png").shape[0] > 100
     data.bench(path)
     assert float(re.search("a.mp4: (.*) CPU-seconds", capsys.readouterr().out)[1]) > 0
