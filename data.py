@@ -414,7 +414,7 @@ def walk(root):
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder")
+        raise FileNotFoundError(f"{root}: no such file or folder")
     found, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
