@@ -36,19 +36,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-
 # ---- synthetic scenes ----------------------------------------------------------------------------
 EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
 SHAPES = ("disc", "square", "triangle", "flower", "cross", "ring", "moon", "bar")   # classes 1..8
 CELLS = 128                             # a silhouette is a table of CELLS x CELLS yes/no cells
-
 
 def split_seed(seed, split):
     """The seed of a split: no clip is in both."""
     if not 0 <= seed < EVAL:
         raise ValueError(f"{seed=} must lie in 0 .. 10**9 - 1 (split='eval' uses those above)")
     return seed + {"train": 0, "eval": EVAL}[split]
-
 
 @functools.cache
 def silhouettes():
@@ -75,7 +72,6 @@ def silhouettes():
     corners = corners * tables.any(2)                           # rows without cells: the middle
     corners = torch.from_numpy(corners).mT.reshape(-1, len(SHAPES))         # (2*2*128, 8)
     return torch.from_numpy(tables).float(), corners
-
 
 def make_textures(rng, n, size, grain):
     """
@@ -104,7 +100,6 @@ def make_textures(rng, n, size, grain):
     textures = np.pad(textures, ((0, 0), (0, 0), (0, 1), (0, 1)), mode="wrap")
     return torch.from_numpy(textures).float()
 
-
 @dataclass
 class SceneOptions:
     size: int = 64              # pixels: frames are size x size
@@ -118,18 +113,15 @@ class SceneOptions:
     textures: int = 128         # how many there are, per split
     flat: float = 0.0           # 0: textured, 1: sprites and background in one plain colour each
 
-
 def similarity(scale, shift, points):
     """scale p + shift in complex numbers. Added in place: in torch that is several times faster."""
     return (scale * points).add_(shift)
-
 
 def of_owner(scale, shift, owner, points):
     """Points (B*n, P), mapped by the similarities (B, n, L) of their layers owner (B*n, P)."""
     scale = scale.to(torch.complex64).flatten(0, 1)
     shift = shift.to(torch.complex64).flatten(0, 1)
     return similarity(scale.gather(1, owner), shift.gather(1, owner), points)
-
 
 class Scenes:
     """
@@ -284,13 +276,11 @@ class Scenes:
             visible=visible.view(B, T, points),
         )
 
-
 # ---- moving squares ------------------------------------------------------------------------------
 STAMPS = ("square", "disc", "triangle", "cross")
 MODES = ("differentiated", "all-move", "random-mover", "colour-mover")
 SPEED = 0.1         # frame widths per frame: twice the largest velocity along an axis
 GAP = 8             # least pixels between two objects in frame 0: no latent cell holds two
-
 
 class MovingSquares:
     """
@@ -389,23 +379,19 @@ class MovingSquares:
         """The clips of these numbers: the dictionary in the class docstring."""
         return torch.utils.data.default_collate([self[i] for i in indices])
 
-
 # ---- your own videos -----------------------------------------------------------------------------
 VIDEO_TYPES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 TINY = Fraction(1, 10**12)              # s: what is later than a frame by this is the next frame
 TRIES = 10                              # moments drawn in a file, and files drawn in a row
 
-
 def expand(path):
     return os.path.expanduser(os.fspath(path))
-
 
 def warn(text):
     """One line on stderr, whatever the names of files in it."""
     line = text.replace("\n", " ").encode("utf-8", "backslashreplace").decode()
     print(line, file=sys.stderr, flush=True)
-
 
 def walk(root):
     """Sorted paths of the regular files in a folder, at any depth; links yes, hidden no. Of a file
@@ -426,7 +412,6 @@ def walk(root):
         paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if os.path.isfile(path)]
     return sorted(found)
-
 
 class Reader:
     """A video and its decoder. Times are Fractions of a second after the first frame.
@@ -547,7 +532,6 @@ class Reader:
             image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
         return np.ascontiguousarray(image)
 
-
 def read_video(path):
     """All frames of a video file, uint8 (T, H, W, 3)."""
     reader = Reader(path)
@@ -557,7 +541,6 @@ def read_video(path):
         images.append(reader.image(found[0]))
         found = reader.at(found[1] + TINY)
     return np.stack(images)
-
 
 def read_frames(path, times):
     """The first frames at or after `times`, in seconds after the first frame; cheap if they ascend.
@@ -571,7 +554,6 @@ def read_frames(path, times):
         raise ValueError(f"{path}: ends at {float(reader.end):.2f} s, before the wanted times")
     return [reader.image(frame) for frame, _ in found], [float(time) for _, time in found]
 
-
 def read_image(path):
     """An image file -> uint8 (H, W, 3), upright by its Exif tag; 16-bit grey by its high byte."""
     with iio.imopen(path, "r", plugin="pillow") as file:
@@ -579,7 +561,6 @@ def read_image(path):
             return file.read(index=0, rotate=True, mode="RGB")
         grey = file.read(index=0, rotate=True)
     return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2)
-
 
 class FrameFolder:
     """Image files {number: path} with Reader's interface: number n stands n / fps seconds after the
@@ -606,14 +587,12 @@ class FrameFolder:
         self.path = path
         return read_image(path)
 
-
 @dataclass
 class VideoOptions:
     gap: tuple = (0.5, 1.0)     # seconds between the frames of a pair, from and to
     repeat: int = 5             # samples from each opening of a video
     fps: float = 30.0     # for folders of frames: what the numbers in their names count, per second
     stride: int = 1             # clips: every stride-th frame of the source
-
 
 class Videos(torch.utils.data.Dataset):
     """Frame pairs (frames=2), `gap` seconds apart, or clips of every `stride`-th frame.
@@ -788,7 +767,6 @@ class Videos(torch.utils.data.Dataset):
             clip.append(found)
         return found and [frame for frame, _ in clip[::self.stride]]
 
-
 # ---- crops and photometric augmentation ----------------------------------------------------------
 def random_box(rng, height, width, scale):
     """
@@ -806,7 +784,6 @@ def random_box(rng, height, width, scale):
     h = min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
-
 def move_box(rng, box, height, width, most=1 / 3):
     """
     A box moved by up to `most` of its sides in any direction, as far as the frame goes; and how far
@@ -819,7 +796,6 @@ def move_box(rng, box, height, width, most=1 / 3):
     shift = (corner - moved) / sides
     return np.concatenate([moved, sides]), torch.tensor(shift[::-1].copy(), dtype=torch.float32)
 
-
 def crop_uint8(frame, box, size, flip=False):
     """Frame (H, W, 3) -> its box (3, size, size), both uint8. Antialiased bicubic, as PIL's."""
     top, left, h, w = box
@@ -828,11 +804,9 @@ def crop_uint8(frame, box, size, flip=False):
     crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
     return crop.flip(-1) if flip else crop
 
-
 def luma(x):
     r, g, b = x.split(1, dim=1)
     return 0.2989 * r + 0.587 * g + 0.114 * b
-
 
 def rotate_hue(x, turn):
     """Moves the hue of (N, 3, H, W) in [0, 1] by (N, 1, 1, 1) turns; keeps saturation and value."""
@@ -846,7 +820,6 @@ def rotate_hue(x, turn):
     k = k - 6 * (k / 6).floor()                                         # (N, 3, H, W) in [0, 6)
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
-
 def blur(x, sigma):
     """Gaussian blur of square crops (N, 3, S, S), sigma (N, 1, 1, 1) pixels: two products with a
     band matrix, whose rows are normalised: borders are not darkened."""
@@ -854,7 +827,6 @@ def blur(x, sigma):
     weights = torch.exp(-((line[:, None] - line) / sigma) ** 2 / 2)     # (N, 1, S, S)
     weights = weights / weights.sum(-1, keepdim=True)
     return weights @ x @ weights.mT
-
 
 OPERATIONS = {                          # of crops (N, 3, S, S), with amounts (N, 1, 1, 1)
     "brightness": lambda x, factor: (factor * x).clamp(0, 1),
@@ -867,7 +839,6 @@ OPERATIONS = {                          # of crops (N, 3, S, S), with amounts (N
 }
 JITTER = ("brightness", "contrast", "saturation", "hue")
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)          # factors that change nothing
-
 
 def photometric(x, params):
     """
@@ -897,7 +868,6 @@ def photometric(x, params):
     for name in ("gray", "blur", "solarize"):
         apply(name, params[name] > 0, params[name])
     return x
-
 
 class MultiCrop:
     """
@@ -1000,7 +970,6 @@ class MultiCrop:
             batch[name] = crops
         return batch
 
-
 # ---- labelled data for evaluation ----------------------------------------------------------------
 @contextlib.contextmanager
 def error_prefix(path):
@@ -1014,11 +983,9 @@ def error_prefix(path):
         why = why if type(error) is ValueError else f"can't be read, is it damaged? ({why})"
         raise ValueError(f"{path}: {why}") from None
 
-
 def read_bytes(path):
     with error_prefix(expand(path)), open(expand(path), "rb") as file:
         return file.read()
-
 
 def read_one_channel(path, modes=("L", "P", "1")):
     """The numbers in an image file (H, W), of 8 bits unless Pillow's modes say so; of a palette the
@@ -1033,7 +1000,6 @@ def read_one_channel(path, modes=("L", "P", "1")):
         numbers = numbers // (255 // (2 ** head[24] - 1))
     return numbers.astype(np.uint16 if "I" in mode else np.uint8)
 
-
 def read_clip(paths):
     """Image files -> uint8 (T, H, W, 3)."""
     images = []
@@ -1047,13 +1013,11 @@ def read_clip(paths):
                 raise ValueError("is not of the size of the first image")
     return np.stack(images)
 
-
 def numbered(folder, pattern):
     """{number: path} of the files in a folder whose names fit a pattern with a group of digits."""
     matches = [re.fullmatch(pattern, name) for name in os.listdir(folder)]
     found = {int(match[1]): os.path.join(folder, match[0]) for match in matches if match}
     return dict(sorted(found.items()))
-
 
 def clip_folders(root, file):
     """{name of a folder: path of the file} of the folders at any depth with a file of this name."""
@@ -1065,7 +1029,6 @@ def clip_folders(root, file):
             found[os.path.basename(root) if name == "." else name] = path
     return found
 
-
 def read_flo(path):
     """Middlebury's .flo -> flow (H, W, 2) float32, (x, y) in pixels, above 1e9 where unknown."""
     raw = read_bytes(path)
@@ -1075,14 +1038,12 @@ def read_flo(path):
         width, height = np.frombuffer(raw, "<u4", 2, 4).tolist()
         return np.frombuffer(raw, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
 
-
 def write_flo(path, flow):
     """Flow (H, W, 2) in pixels -> Middlebury's .flo."""
     height, width, _ = np.shape(flow)
     head = b"PIEH" + np.array([width, height], "<i4").tobytes()
     with open(expand(path), "wb") as file:
         file.write(head + np.asarray(flow, "<f4").tobytes())
-
 
 def read_kitti_flow(path):
     """KITTI's PNG -> flow (H, W, 2) float32 in pixels, 0 where unknown, and valid (H, W) bool."""
@@ -1097,7 +1058,6 @@ def read_kitti_flow(path):
     flow = (pixels[..., :2].astype(np.float32) - 2**15) / 64
     return np.where(valid[..., None], flow, 0), valid
 
-
 def read_pfm(path):
     """FlyingThings3D's .pfm of three channels -> flow (H, W, 2) float32, (x, y) in pixels."""
     raw = read_bytes(path)
@@ -1108,7 +1068,6 @@ def read_pfm(path):
         numbers = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end())
         rows = numbers.reshape(int(header[2]), int(header[1]), 3)
     return rows[::-1, :, :2].astype(np.float32)             # stored from the bottom up
-
 
 FLOW_LAYOUTS = (    # path of a flow; kinds of images; frames n and n + 1 (n: of the flow's path, or
     # 1), without suffix; how scenes of the val split begin
@@ -1121,7 +1080,6 @@ FLOW_LAYOUTS = (    # path of a flow; kinds of images; frames n and n + 1 (n: of
     (r"(?P<top>.*/)flow_occ/(?P<scene>\d+)_(?P<n>10)\.png", ("image_2", "colored_0"),
      "{top}{kind}/{scene}_{n}", None),                                                      # KITTI
     (r"(?P<top>.*/)flow\.(flo|png)", ("",), "{top}frame{n}", None))                         # yours
-
 
 class FlowPairs(torch.utils.data.Dataset):
     """Pairs of frames with the true flow between them. `root` holds, at any depth, Sintel,
@@ -1191,7 +1149,6 @@ class FlowPairs(torch.utils.data.Dataset):
         flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
         return dict(frames=frames, flow=np.ascontiguousarray(flow), valid=valid)
 
-
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
           "pedestrian", "bicyclist")
 CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
@@ -1207,7 +1164,6 @@ SEGMENTATION_LAYOUTS = (    # folders of images, labels; classes, first value, v
     ("images/10k/{}/", "labels/sem_seg/masks/{}/", 19, 0, 255, CITYSCAPES),             # BDD100K
     ("images/{}/", "annotations/{}/", 150, 1, 0, None),                                 # ADE20K
     ("images/{}/", "labels/{}/", None, 0, 255, None))                                   # yours
-
 
 class Segmentation(torch.utils.data.Dataset):
     """Images with a class for each pixel. `root` is the folder of CamVid (SegNet's), Cityscapes,
@@ -1302,7 +1258,6 @@ class Segmentation(torch.utils.data.Dataset):
                 f"classes nor {self.ignore_index}, to be ignored: set --classes / --ignore-index")
         return dict(image=picture, classes=classes)
 
-
 class Pickled:
     """What a pickle makes an array or a dtype of: (bytes, dtype, shape, order), in new pickles at
     once, else in a state that comes later. np.asarray() makes it one, if it is of numbers."""
@@ -1325,7 +1280,6 @@ class Pickled:
         numbers = np.frombuffer(raw, dtype.state[1].strip("|=") + code)
         return numbers.reshape(shape, order=order)
 
-
 class NumpyOnly(pickle.Unpickler):
     """Reads plain containers and arrays of numbers or bytes. A pickle may name any function to be
     called: here it gets stand-ins for those that rebuild arrays, and else an error."""
@@ -1337,7 +1291,6 @@ class NumpyOnly(pickle.Unpickler):
         if module.split(".")[0] == "numpy" and name in arrays:
             return Pickled
         raise ValueError(f"wants {module}.{name} to be called: refused, arrays have no need of it")
-
 
 class PointTracks(torch.utils.data.Dataset):
     """Videos with the paths of points. `path` is
@@ -1432,7 +1385,6 @@ class PointTracks(torch.utils.data.Dataset):
         annotated = arrays["annotated"]
         return self.sample(read_video(self.video), arrays["tracks"], annotated, annotated)
 
-
 class BoxTracks(torch.utils.data.Dataset):
     """Clips with the box of one thing: a folder of numbered images (0001.jpg, ...) and
     boxes_xyxy.txt, whose lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each
@@ -1460,7 +1412,6 @@ class BoxTracks(torch.utils.data.Dataset):
                 raise ValueError(f"want x1 y1 x2 y2, rising, for each of {len(images)} images")
         return dict(video=read_clip(images.values()), boxes=boxes)
 
-
 # ---- loader --------------------------------------------------------------------------------------
 class SquareClip:
     """Frames (H, W, 3) -> `video` (T, 3, size, size) uint8: a random square of the short side."""
@@ -1474,7 +1425,6 @@ class SquareClip:
         top, left = (rng.uniform(size=2) * (height - side + 1, width - side + 1)).astype(int)
         box = top, left, side, side
         return {"video": torch.stack([crop_uint8(frame, box, self.size) for frame in frames])}
-
 
 class Batches(torch.utils.data.Dataset):
     """A list of sample numbers in, their collated batch out: what DataLoader's workers run."""
@@ -1497,7 +1447,6 @@ class Batches(torch.utils.data.Dataset):
             frames = list(clip.permute(0, 2, 3, 1).numpy())                     # of (H, W, 3)
             samples.append(self.crops(frames, np.random.default_rng((self.seed, i, 1))))
         return torch.utils.data.default_collate(samples)
-
 
 def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train",
                 scenes=None, videos=None, colours=True, motion_colours="independent",
@@ -1539,12 +1488,10 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     return DeviceLoader(data_loader(dataset, workers, device, batch_size=None, sampler=batches),
                         crops, device)
 
-
 def sample_loader(dataset, batches, device="cpu"):
     """A dataset's samples in batches of numbers, in order."""
     workers = min(8, max(1, cores() - 1))
     return data_loader(dataset, workers, torch.device(device), batch_sampler=batches)
-
 
 def data_loader(dataset, workers, device, **options):
     """DataLoader with processes that end with this one."""
@@ -1553,11 +1500,9 @@ def data_loader(dataset, workers, device, **options):
         dataset, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=start_worker,
         **options)
 
-
 def cores():
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 
 def count_workers(workers, source, device):
     """-1: as many as there are cores for each process; squares are drawn sooner than they are sent,
@@ -1570,12 +1515,10 @@ def count_workers(workers, source, device):
     cheap = {"squares": 0, "scenes": 1 if device.type == "cpu" else share}
     return cheap.get(source, share)
 
-
 def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
     for number in (signal.SIGINT, signal.SIGTERM):      # they go to the whole group: the main
         signal.signal(number, signal.SIG_IGN)           # process still wants its batch
-
 
 def end_workers():
     """At exit, after an error: workers that ignore SIGTERM would be waited for without end."""
@@ -1583,7 +1526,6 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # DataLoader's would call it a failure
     for process in multiprocessing.active_children():
         process.kill()
-
 
 class DeviceLoader:
     """Iterates over a loader's batches on the device, colours applied there."""
@@ -1596,7 +1538,6 @@ class DeviceLoader:
             for name in batch.keys() - {"params"}:      # of crops: finish() reads them on the CPU
                 batch[name] = batch[name].to(self.device, non_blocking=True)
             yield self.crops.finish(batch) if self.crops else batch
-
 
 # ---- look at your data ---------------------------------------------------------------------------
 def show(source, path, videos=None):
@@ -1638,7 +1579,6 @@ def show(source, path, videos=None):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=90)
 
-
 def bench(source):
     """Prints what clips of scenes, or pairs of frames from videos, cost in CPU time."""
     torch.set_num_threads(1)
@@ -1649,7 +1589,6 @@ def bench(source):
         read(range(i, i + 8))
     each = (time.process_time() - start) / 80
     print(f"{source}: {each:.4f} CPU-seconds a clip or pair, {1 / each:.0f} per CPU-second")
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Writes out/data.png: scenes, truth and crops.")

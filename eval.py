@@ -65,7 +65,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 BAR = dict(leave=False, disable=not sys.stderr.isatty())        # of tqdm
 
-
 # ---- tools ---------------------------------------------------------------------------------------
 def load(path):
     """A checkpoint of train.py, or the authors' (.pth, .npz) -> model, its name, config, path."""
@@ -83,7 +82,6 @@ def load(path):
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"{path} does not fit {name}.py: {one_line(error)[:200]}") from None
     return model.eval(), name, ckpt["config"], path
-
 
 class Run:
     """A model, the configuration of its training, the arguments of this evaluation, its results."""
@@ -176,7 +174,6 @@ class Run:
             plt.close(figure)
         iio.imwrite(self.out / name, np.stack(frames), duration=duration, loop=0)
 
-
 def show(cell):
     """A table's cell as text; of a list mean ± standard deviation."""
     if isinstance(cell, list):
@@ -189,11 +186,9 @@ def show(cell):
         return f"{cell:.1e}" if 0 < abs(cell) < 1e-3 else f"{cell:.3g}"
     return f"{cell:,}" if isinstance(cell, int) else cell
 
-
 def as_images(video):
     """(..., 3, H, W), uint8 or float -> (..., H, W, 3) for matplotlib, from any device."""
     return moog.as_float(video).movedim(-3, -1).clamp(0, 1).cpu().numpy()
-
 
 def image_grid(rows, columns=(), width=1.4, note=""):
     """A figure of images (H, W, 3) in rows (label, images), a note below; and its axes."""
@@ -214,11 +209,9 @@ def image_grid(rows, columns=(), width=1.4, note=""):
     figure.supxlabel(note, fontsize=9)
     return figure, axes
 
-
 # ---- metrics -------------------------------------------------------------------------------------
 def as_double(*arrays):
     return [torch.as_tensor(x).cpu().double() for x in arrays]          # MPS has no float64
-
 
 def flow_errors(flow, target, valid=None):
     """Lengths of errors and of true vectors, at all valid pixels of flows (B, 2, H, W)."""
@@ -229,24 +222,20 @@ def flow_errors(flow, target, valid=None):
     error = (flow - target).norm(dim=1)
     return error[valid], target.norm(dim=1)[valid]
 
-
 def end_point_error(flow, target, valid=None):
     """Mean length of the error in pixels: flows (B, 2, H, W), valid (B, H, W), by default where
     |target| < 1e9. nan if no pixel is valid."""
     error, _ = flow_errors(flow, target, valid)
     return error.mean().item()
 
-
 def outliers(error, length):
     """KITTI's: off by more than 3 pixels and by more than 5 %."""
     return (error > 3) & (error > 0.05 * length)
-
 
 def fl_all(flow, target, valid=None):
     """Per cent of valid pixels that are KITTI's outliers; arguments as in end_point_error."""
     error, length = flow_errors(flow, target, valid)
     return 100 * outliers(error, length).double().mean().item()
-
 
 def confusion(pred, target, num_classes, ignore_index=255):
     """(true class, predicted class) -> pixels, of maps of any shape: (K, K)."""
@@ -264,7 +253,6 @@ def confusion(pred, target, num_classes, ignore_index=255):
     pairs = target * num_classes + pred
     return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
-
 def iou_scores(counts):
     """mean_iou's three numbers from a confusion matrix."""
     counts = counts.cpu().double()
@@ -272,12 +260,10 @@ def iou_scores(counts):
     per_class = hit / (counts.sum(0) + counts.sum(1) - hit)     # 0 / 0 = nan: in neither, left out
     return per_class.nanmean().item(), per_class, (hit.sum() / counts.sum()).item()
 
-
 def mean_iou(pred, target, num_classes, ignore_index=255):
     """Over all maps (N, H, W) together, as in mmsegmentation: mean intersection over union of the
     classes that are there or predicted, IoU of each (K,), nan if nowhere, share of pixels right."""
     return iou_scores(confusion(pred, target, num_classes, ignore_index))
-
 
 def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first",
                      valid=None):
@@ -310,12 +296,10 @@ def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frame
         out[name] = torch.stack([out[f"{part}_{n}"] for n in (1, 2, 4, 8, 16)]).mean(0)
     return out
 
-
 def average_jaccard(tracks, visible, target_tracks, target_visible, query_frames, mode="first"):
     """TAP-Vid's average Jaccard of each video, (B,): see tracking_metrics."""
     metrics = tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode)
     return metrics["average_jaccard"]
-
 
 def depth_metrics(depth, target, valid=None):
     """abs_rel, rmse (the target's unit) and delta_1.25, the share within a factor of 1.25."""
@@ -328,15 +312,12 @@ def depth_metrics(depth, target, valid=None):
             "rmse": (depth - target).square().mean().sqrt().item(),
             "delta_1.25": ((ratio < 1.25) & (depth > 0)).double().mean().item()}
 
-
 def abs_rel(depth, target, valid=None):
     """Mean |depth - target| / target where valid (by default where target > 0)."""
     return depth_metrics(depth, target, valid)["abs_rel"]
 
-
 def box_area(box):
     return (box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1)
-
 
 def box_iou(boxes, target):
     """Intersection over union of boxes (..., 4) with (..., 4), x1 y1 x2 y2: (...), one by one."""
@@ -345,7 +326,6 @@ def box_iou(boxes, target):
     high = torch.minimum(boxes, target)[..., 2:]
     both = box_area(torch.cat([low, high], -1))
     return both / (box_area(boxes) + box_area(target) - both).clamp(min=1e-12)
-
 
 @cache
 def colour_wheel():
@@ -356,7 +336,6 @@ def colour_wheel():
     for a, b, n in zip(corners, corners[1:], (15, 6, 4, 11, 13, 6)):
         parts.append(a + np.sign(b - a) * np.floor(255 * np.arange(n) / n)[:, None])
     return np.concatenate(parts)
-
 
 def flow_to_color(flow, fastest=None):
     """Flow (2, H, W) or (H, W, 2) in Middlebury's colours, uint8 (H, W, 3): hue is direction, white
@@ -373,7 +352,6 @@ def flow_to_color(flow, fastest=None):
     speed = speed[..., None]
     colour = np.where(speed <= 1, 1 - speed * (1 - colour), 0.75 * colour)
     return np.uint8(np.floor(255 * colour))
-
 
 # ---- probe: one driver for every trained readout -------------------------------------------------
 class Task:
@@ -424,7 +402,6 @@ class Task:
                 self.mark(axis, prediction, batch)
         return figure
 
-
 def train_readout(task, model, name):
     """AdamW on the readout, and with --finetune on a copy of the model at a tenth of its learning
     rate; warm-up over a twentieth of the steps, then a cosine to 0. our choice: one recipe for all
@@ -457,7 +434,6 @@ def train_readout(task, model, name):
         schedule.step()
     return model.eval(), head.eval()
 
-
 def probe(run, task):
     """Trains the task's readout on each of its models: one table of scores, one picture."""
     trained = {name: train_readout(task, model, name) for name, model in task.models().items()}
@@ -482,16 +458,13 @@ def probe(run, task):
     run.table(f"{task.title}; {how}, {run.args.steps or task.steps} steps", list(scores), rows)
     run.picture(task.draw(shown), f"{task.name}.png")
 
-
 # ---- heads of the readouts -----------------------------------------------------------------------
 def conv_bn(ins, outs, size=3):
     conv = nn.Conv2d(ins, outs, size, padding=size // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outs), nn.ReLU())
 
-
 def resized(x, size):
     return F.interpolate(x, size, mode="bilinear")
-
 
 class UperNet(nn.Module):
     """UperNet on four maps of a ViT (B, D, h, w), lowest first: made a pyramid, pyramid pooling on
@@ -530,7 +503,6 @@ class UperNet(nn.Module):
         whole = torch.cat([resized(x, finest) for x in fused], 1)
         return [self.head(whole), self.auxiliary(maps[-1])]
 
-
 class ConvUnit(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -539,7 +511,6 @@ class ConvUnit(nn.Module):
 
     def forward(self, x):
         return x + self.body(x)
-
 
 class DPT(nn.Module):
     """Dense prediction transformer head, as CroCo v2 has it: four token maps on one grid, taken to
@@ -576,19 +547,16 @@ class DPT(nn.Module):
         # twice as large for patches of 16, as CroCo's; for others what gives the image's size
         return self.leave(F.interpolate(self.enter(x), size, mode="bilinear", align_corners=True))
 
-
 def laplacian_loss(flow, confidence, target, valid):
     """CroCo v2's: mean of |error|_1 / d + log d, d = 0.25 + 3.75 sigmoid(confidence)."""
     d = 0.25 + 3.75 * torch.sigmoid(confidence)                         # (B, H, W)
     error = (flow - torch.where(valid[:, None], target, 0)).abs().sum(1)
     return ((error / d + d.log()) * valid).sum() / valid.sum().clamp(min=1)
 
-
 def tile_offsets(length, window, overlap):
     """Where tiles of `window` pixels begin to cover `length` and overlap by that share or more."""
     count = 1 + math.ceil((length - window) / ((1 - overlap) * window))
     return np.round(np.linspace(0, length - window, count)).astype(int).tolist()
-
 
 def tiled_flow(predict, frames, window, overlap):
     """Flow (2, H, W) of frames (2, 3, H, W) in [0, 1]: means of overlapping tiles, weighted by
@@ -609,7 +577,6 @@ def tiled_flow(predict, frames, window, overlap):
     scale = torch.tensor([W / w, H / h], device=frames.device).view(2, 1, 1)
     return resized((total[:2] / total[2])[None], (H, W))[0] * scale
 
-
 # ---- Midway: segmentation and flow ---------------------------------------------------------------
 class Crops(torch.utils.data.Dataset):
     """Sample i of a training: crop(a random sample of the data set, a generator of its own)."""
@@ -620,7 +587,6 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
         return self.crop(self.labelled[int(rng.integers(len(self.labelled)))], rng)
-
 
 def random_crop(frames, labels, size, zoom, flip, rng):
     """A random rectangle of frames (T, H, W, 3) and of label maps {name: (..., H, W)}, enlarged by
@@ -640,7 +606,6 @@ def random_crop(frames, labels, size, zoom, flip, rng):
     out["image"] = torch.stack([data.crop_uint8(x, (top, left, h, w), size) for x in frames])
     return {name: x.flip(axes) for name, x in out.items()}
 
-
 def jitter(images, generator, chance, strength):
     """Brightness, contrast, saturation (factors) and hue (turns) of images (B, T, 3, H, W) in [0,
     1] changed by up to their strength, each with that chance; alike in the T frames of a sample."""
@@ -653,7 +618,6 @@ def jitter(images, generator, chance, strength):
                   solarize=never)
     tall = images.transpose(1, 2).flatten(2, 3)                             # (B, 3, T*H, W)
     return data.photometric(tall, params).unflatten(2, (images.shape[1], -1)).transpose(1, 2)
-
 
 class ImageTask(Task):
     """Dense readouts of images (B, T, 3, H, W) in [0, 1], which learn from scenes or from crops of
@@ -694,7 +658,6 @@ class ImageTask(Task):
         """Tokens (B, L, C) of images (B, ..., H, W) -> map (B, C, h, w). CLS is dropped."""
         grid = [n // self.run.cfg.patch for n in images.shape[-2:]]
         return tokens[:, 1:].mT.unflatten(-1, grid)
-
 
 class Segmentation(ImageTask):
     """our choice: jitter of a strength below mmsegmentation's."""
@@ -815,7 +778,6 @@ class Segmentation(ImageTask):
         hue = classes / max(len(self.labels) - 1, 1)
         return np.where(classes[..., None] == 255, 0, plt.get_cmap("turbo")(hue)[..., :3])
 
-
 class Flow(ImageTask):
     """paper: B.4. A DPT readout of the encoder's last level, the target's tokens after the highest
     midway path, and the predictions of the highest and of the lowest level. Beside it the same with
@@ -933,7 +895,6 @@ class Flow(ImageTask):
         flow = target if prediction is None else prediction[0]
         return flow_to_color(flow, target.norm(dim=0).max().item())
 
-
 # ---- Midway: what the dynamics know --------------------------------------------------------------
 @torch.no_grad()
 def perturb(model, i, m, v, token, draws=32, seed=0):
@@ -960,13 +921,11 @@ def perturb(model, i, m, v, token, draws=32, seed=0):
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(heat, chunk_size=chunk)(r).mean(0)
 
-
 def level_names(model):
     """Names of the predicted levels, lowest first, as in model.predict's list."""
     if not model.cfg.latent_dynamics:
         raise UserError("this model has no latent dynamics: only --task segmentation and flow fit")
     return [f"level {model.levels[i]}" for i in model.predicted]
-
 
 def predict_pairs(model, pairs):
     """model.predict() of many pairs (n, 2, 3, S, S): m, v, target of each level."""
@@ -977,7 +936,6 @@ def predict_pairs(model, pairs):
         levels.append([torch.cat(column) for column in columns])
     return levels
 
-
 def heatmaps(model, pairs, token, args):
     """Heatmaps (n, h*w) of a token (n,) of each pair's source, for each level, lowest first."""
     heats = []
@@ -985,11 +943,9 @@ def heatmaps(model, pairs, token, args):
         heats.append(perturb(model, i, m, v, token, args.draws, args.seed))
     return heats
 
-
 def yx(token, grid):
     """Number of a token -> its row and column (..., 2), as floats."""
     return torch.stack([token.div(grid, rounding_mode="floor"), token % grid], -1).float()
-
 
 def moving_tokens(model, batch, generator):
     """Of each pair of scenes a random token that moves by a patch or more and stays in sight: rows
@@ -1006,7 +962,6 @@ def moving_tokens(model, batch, generator):
     # p // 2 is half a pixel after the centre of an even patch, the centre of an odd one
     off = (p // 2 + 0.5) / p - 0.5
     return rows, token, yx(token, model.cfg.size // p) + off + shift[rows, token]
-
 
 def ridge(x, y, tests):
     """Ridge regression of y (n, k) on x (n, d): R^2 on the last `tests`, and what it says there."""
@@ -1026,7 +981,6 @@ def ridge(x, y, tests):
     scores = {s: score(slice(part), slice(part, n), s)[0] for s in (1e-2, 1e-1, 1, 10, 100)}
     return score(slice(n), slice(n, None), max(scores, key=scores.get))
 
-
 def latent_errors(model, i, m, v, target, motion=None):
     """2 - 2 cos of level i's predictions with other latents of that level alone."""
     others = {"right": m, "shuffled": m.roll(1, 0), "none": torch.zeros_like(m)}
@@ -1038,7 +992,6 @@ def latent_errors(model, i, m, v, target, motion=None):
         pred, _ = model.predict_forward(i, latents, v)
         errors[name] = midway.prediction_loss(pred, target).item()
     return errors
-
 
 @torch.no_grad()
 def latents(run, tests=256, fits=1024):
@@ -1078,7 +1031,6 @@ def latents(run, tests=256, fits=1024):
                   ["camera's motion", "mean colours of the target"], found)
         motion_gif(run, video[-tests:], motion, read[names[0]])
 
-
 def motion_gif(run, pairs, motion, read, count=12):
     """latents.gif: pairs that move by a tenth of the frame or more, with the camera's motion in the
     first frame: true and as read off the latents."""
@@ -1095,7 +1047,6 @@ def motion_gif(run, pairs, motion, read, count=12):
     if figures:
         run.gif(figures, "latents.gif", 900)
 
-
 def models_to_compare(run):
     """{name: model}: this one, the one to hold it against, one that has learnt nothing."""
     nets = {"this model": run.model}
@@ -1106,7 +1057,6 @@ def models_to_compare(run):
             raise UserError(f"--against {path}: no Midway with dynamics, of this size and patch")
         nets[path.parent.name] = other.to(run.args.device)
     return nets | {"random init": run.untrained}
-
 
 @torch.no_grad()
 def identity_bias(run):
@@ -1135,20 +1085,17 @@ def identity_bias(run):
     run.table(f"identity bias: where the heatmaps of {len(token)} moving tokens peak, scenes",
               ["nearer to the source", "within 1 patch of truth", "patches from truth"], rows)
 
-
 def changed_tokens(model, pairs, count):
     """our choice of what to look at in videos: the tokens (n, count) of sources that differ most
     from those at their place in the target."""
     z, zt = (model.features(pairs[:, t])[-1][:, 1:] for t in (0, 1))
     return F.cosine_similarity(z, zt, dim=-1).topk(count, largest=False).indices
 
-
 def model_view(frame):
     """The central square of a frame (H, W, 3), which the model sees: a box for crop_uint8."""
     H, W = frame.shape[:2]
     side = min(H, W)
     return (H - side) // 2, (W - side) // 2, side, side
-
 
 def look(run, frames, token=None, truth=None):
     """Fig. 6 for pairs of frames [(source, target)], (H, W, 3) uint8: a figure with a row for each,
@@ -1182,7 +1129,6 @@ def look(run, frames, token=None, truth=None):
                 down, right = (truth[b].tolist())
                 axis.plot(left + (right + 0.5) * patch, top + (down + 0.5) * patch, "xc", mew=2)
     return figure, token, heats
-
 
 @torch.no_grad()
 def heatmap(run):
@@ -1221,7 +1167,6 @@ def heatmap(run):
         figures.append(figure)
     run.gif(figures, "heatmap.gif")
 
-
 @torch.no_grad()
 def follow_tokens(model, clip, start, query, draws=32, seed=0):
     """Fig. 7: tokens `start` (P,) of frames `query` (P,) of a clip (T, 3, S, S), followed in two
@@ -1242,7 +1187,6 @@ def follow_tokens(model, clip, start, query, draws=32, seed=0):
         moved = torch.stack([best, alike[1].argmax(1)])
         tokens[:, t + 1] = torch.where(t < query, start, moved)
     return tokens
-
 
 def track_clips(run):
     """Videos (T, 3, S, S) to track in, with tracks (T, P, 2) in pixels and visible (T, P) of up to
@@ -1266,7 +1210,6 @@ def track_clips(run):
         args.stride = args.stride or 6                      # of 30 frames per second: 0.2 s
         for video in run.clips(8, 3):
             yield video, None, None
-
 
 @torch.no_grad()
 def track(run):
@@ -1311,7 +1254,6 @@ def track(run):
         run.table(f"tracks: mean distance from the truth, patches of {p} pixels, {grid} x {grid}",
                   ["patches", "within 1 patch"], table)
 
-
 def draw_tracks(axis, xy, on, seen):
     """The ways of up to 5 points (T, P, 2) in pixels, where they are on (T, P); the end is hollow
     if the point is said to be hidden, not seen (T, P)."""
@@ -1322,10 +1264,8 @@ def draw_tracks(axis, xy, on, seen):
         axis.plot(x[:, k], y[:, k], color=color)
         axis.plot(x[-1, k], y[-1, k], **end)
 
-
 # ---- MooG: points, boxes, depth ------------------------------------------------------------------
 POOL, TESTS, POINTS, FRAMES = 1024, 64, 16, 8  # our choice: clips, held-out ones, points, frames
-
 
 def square_clip(item, size, device):
     """A sample of data.PointTracks or BoxTracks as the readouts take it: frames squashed to size x
@@ -1349,7 +1289,6 @@ def square_clip(item, size, device):
         clip["depth"] = F.interpolate(depth, (size, size), mode="nearest-exact")[:, 0]
     return {name: x.to(device) for name, x in clip.items()}
 
-
 def random_window(clip, frames, generator):
     """A random window of a clip, with POINTS points drawn from those that are seen in it, each
     given where it is seen first; none counts if none is seen."""
@@ -1366,10 +1305,8 @@ def random_window(clip, frames, generator):
         out["query_frames"] = seen.int().argmax(0)
     return out
 
-
 def stacked(clips):
     return {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
-
 
 def scene_clips(run, split, count):
     """Scenes as windows of clips. Points are on sprites, if any: plain ground can't be followed."""
@@ -1389,7 +1326,6 @@ def scene_clips(run, split, count):
         clip = square_clip(clip, run.cfg.size, "cpu")
         clips.append(random_window(clip, scenes.frames, generator))
     return {name: x.to(run.args.device) for name, x in stacked(clips).items()}
-
 
 class ClipTask(Task):
     """Readouts of MooG learn from a pool of clips, whose frozen features are kept."""
@@ -1467,12 +1403,10 @@ class ClipTask(Task):
     def image(self, batch):
         return as_images(batch["video"][0, -1])
 
-
 def at_query_frames(x, frames):
     """x (B, T, K, ...) at each query's own frame (B, K) -> (B, K, ...)."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, frames, torch.arange(x.shape[2], device=x.device)]
-
 
 class Points(ClipTask):
     """A query in one frame, followed through the others. Places are predicted, as in the paper."""
@@ -1512,7 +1446,6 @@ class Points(ClipTask):
         size = batch["video"].shape[-1]
         draw_tracks(axis, size * xy[0] - 0.5, self.since(batch)[0] >= 0, seen[0])
 
-
 class Boxes(ClipTask):
     """A box in the first frame, followed through the others."""
     name, wanted, readout = "boxes", "boxes", moog.BoxReadout
@@ -1540,7 +1473,6 @@ class Boxes(ClipTask):
             y1, x1, y2, x2 = (batch["video"].shape[-1] * boxes[0, -1, k] - 0.5).tolist()
             color = f"C{k % 10}"
             axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, lw=2))
-
 
 class Depth(ClipTask):
     """Depth of every pixel, from its frame's features. our choice: the readout begins as the
@@ -1601,15 +1533,12 @@ class Depth(ClipTask):
         depth = depth.masked_fill(depth <= 0, math.nan)
         axis.imshow(depth, "cividis_r", vmin=true[true > 0].min(), vmax=true.max())
 
-
 # ---- MooG: tokens, long clips --------------------------------------------------------------------
 PCA_CLIPS = 24                          # of 12 frames, as published
-
 
 def attention(model, states, size, index):
     """Of pixels to tokens, mean over the heads of the last layer: (B, T, P, N)."""
     return model.decode(states, size, index, return_attention=True)[1].mean(2)
-
 
 def map_attention(model, states, use):
     """use(attention (B, T, P, N)), which gives (B, T, P, ...), joined for all pixels of states (B,
@@ -1621,11 +1550,9 @@ def map_attention(model, states, use):
     parts = [use(attention(model, states, (S, S), some)) for some in pixels.split(together)]
     return torch.cat(parts, 2)
 
-
 def top_tokens(model, states):
     """Number of the token that each pixel looks at most: (B, T, H*W)."""
     return map_attention(model, states, lambda seen: seen.argmax(-1))
-
 
 def components(states):
     """The three leading principal components of tokens (..., D): (..., 3)."""
@@ -1633,7 +1560,6 @@ def components(states):
     flat = centred.flatten(0, -2).cpu().double()
     axes = torch.linalg.eigh(flat.mT @ flat).eigenvectors[:, -3:]
     return centred @ axes.flip(-1).to(centred)
-
 
 @torch.no_grad()
 def tokens(run):
@@ -1686,7 +1612,6 @@ def tokens(run):
         rows |= follow_tracks(run)
     run.table("tokens", ["this model"], list(rows.items()))
 
-
 def follow_tracks(run):
     """How often the token that a sprite's point looks at most stays the same from a frame to the
     next: at the place to which the point has moved, by the scenes' true tracks, and at the place
@@ -1712,12 +1637,10 @@ def follow_tracks(run):
     return {f"a sprite's point keeps its token, {name}": (x == before)[counts].float().mean().item()
             for name, x in now.items()}
 
-
 def frame_psnr(guess, target):
     """PSNR in dB of frames (B, T, P, 3), each by itself: (T,), means over the clips."""
     error = (guess - target).square().mean((2, 3)).clamp(min=1e-10)
     return (-10 * error.log10()).mean(0).cpu()
-
 
 def predict_open_loop(model, video, ahead):
     """The states of `ahead` frames after a video (B, T, 3, H, W), by the predictor alone."""
@@ -1728,7 +1651,6 @@ def predict_open_loop(model, video, ahead):
         states.append(state if model.cfg.released else predicted)
         state = predicted if model.cfg.released else model.state_norm(predicted)
     return torch.stack(states, 1)                                           # (B, ahead, N, D)
-
 
 @torch.no_grad()
 def unroll(run, T=36):
@@ -1774,12 +1696,10 @@ def unroll(run, T=36):
     axis.legend(fontsize=9)
     run.picture(figure, "unroll.png")
 
-
 # ---- MeloMotion: many trainings at once ----------------------------------------------------------
 EPOCH = 2000                            # clips, one a step. report: Sec. 4.1
 ROUNDS = 7                              # of the stopwatch
 DIFF, ALL, RANDOM, _ = data.MODES       # who moves: the first object, all, a random one
-
 
 @cache
 def pooled_clips(mode, seed, epoch, split="train"):
@@ -1793,7 +1713,6 @@ def pooled_clips(mode, seed, epoch, split="train"):
         part = {name: model.pool(layers) for name, model in models.items()}
         parts.append(part | dict(d=batch["displacements"]))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
 
 def train_together(models, mode, optimizer, epochs=2, **options):
     """
@@ -1823,7 +1742,6 @@ def train_together(models, mode, optimizer, epochs=2, **options):
         model.load_state_dict({name: p[i] for name, p in params.items()}, strict=False)
     return history
 
-
 @torch.no_grad()
 def measure(models, mode):
     """What TABLES show, on clips never seen in training: {heading: [a number for each model]}."""
@@ -1847,7 +1765,6 @@ def measure(models, mode):
             "object 0, slope of v on truth": (v[:, :1] * true).sum() / true.square().sum(),
             "others, mean |v|": v[:, 1:].abs().mean()})
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
-
 
 # ---- MeloMotion: tables --------------------------------------------------------------------------
 ADAMW = dict(optimizer=torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95), weight_decay=1e-5)
@@ -1891,7 +1808,6 @@ TABLES = {                              # title: headings, {training: what the r
          "mean RGB, SGD, all move": "", "not divided, SGD, all move": "unstable"}),
 }
 
-
 def melomotion_tables(run):
     """
     Every table of the report beside ours, and controls. Left out: our L1 in Table 2, flat as no
@@ -1919,7 +1835,6 @@ def melomotion_tables(run):
     edges(run)
     speed(run)
 
-
 def table1(run):
     says = dict(predictors=6438, rgb_proj=256, camera=742, encoder=1088, decoder=34587)
     ours = {}
@@ -1934,12 +1849,10 @@ def table1(run):
         ["baseline with all but predictors", "441K", baseline + ours["encoder"] + ours["camera"]]]
     run.table("Table 1: parameters", ["report", "ours"], rows)
 
-
 def own_squares(model, frames, numbers):
     """Held-out clips of the kind that a model was trained on, of any length."""
     options = model.cfg.inputs["squares"] | dict(video=True)
     return data.MovingSquares(model.cfg.size, frames, split="eval", **options).batch(numbers)
-
 
 @torch.no_grad()
 def this_checkpoint(run):
@@ -1954,7 +1867,6 @@ def this_checkpoint(run):
         rows.append([f"pixels off at t = {t}", *pixels])
     run.table(f"This checkpoint, held out, {model.cfg.mode}", ["model", "nothing moves"], rows)
 
-
 def table2(run, results):
     video = data.MovingSquares(split="eval").batch(range(16))["video"]
     black = (video[:, 1:] / 255).mean().item()
@@ -1965,7 +1877,6 @@ def table2(run, results):
         ["POS", *results["decoupled, six epochs"]["history"]],
         ["POS, all move", *results["decoupled, all move"]["history"], "", "", "", ""]]
     run.table("Table 2: means of steps", [f"epoch {i + 1}" for i in range(6)], rows)
-
 
 @torch.no_grad()
 def edges(run):
@@ -1982,7 +1893,6 @@ def edges(run):
             "placed": place(layers, batch["displacements"][:, :, -1:]).flatten(0, 2)}
     rows = [[name, x.amax((1, 2, 3)).mean().item()] for name, x in ways.items()]
     run.table("Sharp edges (Sec. 1): occupancy of 300 objects, 15 frames on", ["peak"], rows)
-
 
 def speed(run):
     """Sec. 4.8: forward, backward, AdamW; each way in turn, medians of the rounds."""
@@ -2010,7 +1920,6 @@ def speed(run):
     title = "Section 4.8: steps of one clip, one thread (report: 100 against 12 a second, MPS)"
     run.table(title, ["clips per CPU-second", "times the baseline"], rows)
 
-
 def with_paths(videos, paths, times, width):
     """Frames `times` of {name: video}; on each, the true and the predicted paths so far."""
     rows = [(name, video[times]) for name, video in videos.items()]
@@ -2022,7 +1931,6 @@ def with_paths(videos, paths, times, width):
                 x, y = path[:t + 1].unbind(-1)                          # (t+1, N), a line each
                 axis.plot(x, y, "o-", markevery=[t], color=colour, lw=thick, ms=2 * thick)
     return figure
-
 
 @torch.no_grad()
 def figures(run):
@@ -2042,7 +1950,6 @@ def figures(run):
     run.picture(with_paths(videos, paths, [0, 3, 6, 9, 12, 15], 1.5), "figure1.png")
     run.gif([with_paths(videos, paths, [t], 2.6) for t in range(32)], "motion.gif", 120)
 
-
 # ---- command line --------------------------------------------------------------------------------
 # model: {task: function of a Run, or the Task of a readout}
 TASKS = {
@@ -2050,7 +1957,6 @@ TASKS = {
                "track": track, "segmentation": Segmentation, "flow": Flow},
     "moog": {"tokens": tokens, "points": Points, "boxes": Boxes, "depth": Depth, "unroll": unroll},
     "melomotion": {"tables": melomotion_tables, "figures": figures}}
-
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
@@ -2090,7 +1996,6 @@ def parse(argv):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
 
-
 def main(argv):
     args = parse(argv)
     model, name, config, path = load(args.checkpoint)
@@ -2122,14 +2027,12 @@ def main(argv):
             device=str(args.device), seconds=round(time.perf_counter() - start), tables=run.tables))
     print(f"\nresults.json and pictures are in {out}")
 
-
 def one_line(error):
     """What an error says; of one from a data process, whose message is a traceback, the end."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = re.sub(r"^[A-Za-z]+Error: ", "", text.splitlines()[-1])
     return " ".join(text.split()) or type(error).__name__
-
 
 def save_results(path, task, entry):
     """results.json is {task: entry}; entries of other tasks stay."""
@@ -2142,7 +2045,6 @@ def save_results(path, task, entry):
     temporary.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(temporary, path)
 
-
 def cli(argv):
     """main(), but what the user can mend is told in one line on stderr, with exit status 1."""
     try:
@@ -2153,7 +2055,6 @@ def cli(argv):
         sys.exit("eval.py: error: out of memory: lower --batch-size or --draws, or --device cpu")
     except (UserError, ValueError, OSError) as error:
         sys.exit(f"eval.py: error: {one_line(error)}")
-
 
 if __name__ == "__main__":
     cli(sys.argv[1:])

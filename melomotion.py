@@ -40,7 +40,6 @@ FEATURES = 64                       # width of f_i
 HIDDEN = 32                         # width of a predictor's hidden layer
 POOLINGS = ("rgb", "avg", "max", "full")
 
-
 @dataclass
 class Config:
     size: int = 128                 # pixels: frames are size x size
@@ -64,7 +63,6 @@ class Config:
             size=self.size,
             held_out=4 if video else 32,    # clips
             squares=dict(objects=self.objects, mode=self.mode, shape=self.shape, video=video))
-
 
 PRESETS = {
     "report": dict(),               # phase 1 as published, half a minute on a CPU
@@ -91,12 +89,10 @@ RECIPES = {
     "phase2": DECODER | dict(lr=2e-3),
 }
 
-
 # ---- latents and layers --------------------------------------------------------------------------
 def unit(image):
     """uint8 or float in [0, 1] -> float in [0, 1]."""
     return image / 255 if image.dtype == torch.uint8 else image
-
 
 def encode_latent(image, occupancy):
     """
@@ -114,7 +110,6 @@ def encode_latent(image, occupancy):
     bottom_edge = c - d
     haar = [top + bottom, top_edge + bottom_edge, top - bottom, top_edge - bottom_edge]
     return torch.cat(haar, 1) / 4                                       # (B, 16, h, w)
-
 
 def place(layers, displacements):
     """
@@ -136,14 +131,12 @@ def place(layers, displacements):
     placed = padded[b, n, rows[..., None], cols[..., None, :]]          # (B, N, T, h, w, C)
     return placed.movedim(-1, 3)
 
-
 def inpaint(x, hole):
     """x (B, C, h, w), its hole (B, 1, h, w) filled. our choice: with the mean of the rest."""
     rest = 1 - hole
     area = rest.sum((2, 3), keepdim=True).clamp(min=1)                  # (B, 1, 1, 1)
     mean = (x * rest).sum((2, 3), keepdim=True) / area                  # (B, C, 1, 1)
     return x * rest + mean * hole
-
 
 def warp(x, flow):
     """Bilinear, square grids: x (B, C, h, w) at p - flow; flow (B, 2, h or 1, w or 1) in widths."""
@@ -154,7 +147,6 @@ def warp(x, flow):
     grid = grid - 2 * flow.permute(0, 2, 3, 1)              # (B, h, w, 2)
     return F.grid_sample(x, grid, align_corners=False)
 
-
 def position_loss(v, displacements, normalize=True):
     """
     v (B, N, 2) and displacements (B, N, T-1, 2) in frames 1 .. T-1, in frame widths -> mean over
@@ -164,7 +156,6 @@ def position_loss(v, displacements, normalize=True):
     error = t * v[:, :, None] - displacements                           # (B, N, T-1, 2)
     error = error / t if normalize else error
     return error.square().sum(-1).mean()
-
 
 # ---- learnt parts --------------------------------------------------------------------------------
 class Predictors(nn.Module):
@@ -192,12 +183,10 @@ class Predictors(nn.Module):
         v = torch.baddbmm(self.b2, self.hidden(f), self.w2)             # (N, B, 2) or (1, N*B, 2)
         return v.view(f.shape[1], -1, 2).transpose(0, 1)                # (B, N, 2)
 
-
 def block(width, out):
     conv = nn.Conv2d(width, out, 3, padding=1)
     norm = nn.GroupNorm(1, out)             # finer groups lose how bright a colour is
     return nn.Sequential(conv, norm, nn.SiLU())
-
 
 class Decoder(nn.Sequential):
     """
@@ -216,7 +205,6 @@ class Decoder(nn.Sequential):
         x = latents.flatten(0, 1)                                       # (B*T, 16, h, w)
         x = x.contiguous(memory_format=torch.channels_last)             # twice as fast on a CPU
         return super().forward(x).unflatten(0, latents.shape[:2])
-
 
 # ---- the model -----------------------------------------------------------------------------------
 class MeloMotion(nn.Module):
@@ -365,12 +353,10 @@ class MeloMotion(nn.Module):
                 black=unit(batch["video"][:, 1:]).mean())
         return rows
 
-
 # ---- the baseline --------------------------------------------------------------------------------
 GRID = 16                           # cells: height and width of the latents that it takes
 WINDOW = 8                          # cells: height and width of an attention window
 HEADS = 2
-
 
 class SwinBlock(nn.Module):
     """Cells (B, 256, 64) attend in windows, moved by `shift`, with relative position bias."""
@@ -408,7 +394,6 @@ class SwinBlock(nn.Module):
         y = self.proj(y.transpose(2, 3).flatten(3))                     # (B, 4, 64, D)
         x = x + y.flatten(1, 2)[:, self.home]
         return x + self.mlp(self.norm2(x))
-
 
 class FlowBaseline(nn.Module):
     """
@@ -450,7 +435,6 @@ class FlowBaseline(nn.Module):
         frames = self.decoder(torch.stack(latents, 1))                  # (B, T-1, 3, H, W)
         loss = (frames - video[:, 1:]).abs().mean()
         return loss, dict(l1=loss.detach())
-
 
 if __name__ == "__main__":
     torch.manual_seed(0)

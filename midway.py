@@ -59,7 +59,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-
 @dataclass
 class Config:
     size: int = 224                         # pixels: motion crops and global crops are size x size
@@ -95,7 +94,6 @@ class Config:
         crops = dict(local_size=self.local_size, blur=2 * self.size / 224)
         crops["local_crops"] = self.local_crops if self.dino_weight else 0
         return dict(frames=2, size=self.size, crops=crops)
-
 
 PRESETS = {
     # a laptop CPU: minutes; README has the numbers
@@ -134,7 +132,6 @@ RECIPES = {
 MEAN = (0.485, 0.456, 0.406)                # of ImageNet
 STD = (0.229, 0.224, 0.225)
 
-
 def normalize(images):
     """Images (..., 3, H, W), uint8 or float in [0, 1], to mean 0 and variance 1 per channel."""
     if images.dtype == torch.uint8:
@@ -143,11 +140,9 @@ def normalize(images):
     channels = [(images.select(-3, c) - MEAN[c]) / STD[c] for c in range(3)]
     return torch.stack(channels, -3)
 
-
 def fp32(x):
     """At least float32, whatever autocast made of it: for losses, gates and meters."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def sincos_positions(grid, dim):
     """(1, 1 + grid*grid, dim): 0 for CLS, then sines and cosines of row and column."""
@@ -158,11 +153,9 @@ def sincos_positions(grid, dim):
     pos = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)
     return torch.cat([torch.zeros(1, dim), pos])[None]
 
-
 def no_autocast(x):
     """Context without autocast on the device of x (on the meta device there is none)."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
-
 
 def interpolate_positions(pos, grid, size):
     """Position embeddings (1, grid*grid, D) for another grid, size = (h, w): (1, h*w, D)."""
@@ -174,7 +167,6 @@ def interpolate_positions(pos, grid, size):
     pos = F.interpolate(pos, scale_factor=scale, mode="bicubic")
     return pos.flatten(2).mT                                    # (1, h*w, D)
 
-
 # ---- blocks --------------------------------------------------------------------------------------
 class MLP(nn.Module):
     def __init__(self, dim, hidden):
@@ -184,7 +176,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
-
 
 class Attention(nn.Module):
     """Tokens x (B, L, D), or the `first` of them, look at y (B, M, D), or at x: (B, L, D)."""
@@ -206,7 +197,6 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)           # (B, nh, L, hd)
         return self.proj(out.transpose(1, 2).flatten(2))        # (B, L, D)
-
 
 class Block(nn.Module):
     """Pre-norm transformer block; the encoder's have eps 1e-6, biases and drop path, others not."""
@@ -231,7 +221,6 @@ class Block(nn.Module):
         x = x[:, :first] + self.drop(self.attn(self.norm1(x), first=first))
         return x + self.drop(self.mlp(self.norm2(x)))
 
-
 class CrossBlock(Block):
     """Backward layer: tokens x look at each other and at the level above, y."""
 
@@ -246,7 +235,6 @@ class CrossBlock(Block):
         x = x + self.cross_attn(self.norm2(x), self.norm_y(y))
         return x + self.mlp(self.norm3(x))
 
-
 class Gate(nn.Module):
     """g of Eq. 2: in (0, 1) per token and channel, near 1 at the start (paper: B.1, + 4)."""
 
@@ -257,7 +245,6 @@ class Gate(nn.Module):
 
     def forward(self, x):
         return torch.sigmoid(fp32(self.mlp(self.norm(x))) + 4)  # near 1 bf16 has few values
-
 
 class GatedBlock(Block):
     """
@@ -277,7 +264,6 @@ class GatedBlock(Block):
         residual = h if gate is None else torch.cat([h[:, :K], h[:, K:] * gate], 1)
         h = residual + self.attn(self.norm1(h))                 # paper: Eq. 2
         return h + self.mlp(self.norm2(h)), next_gate
-
 
 # ---- encoder and DINO ----------------------------------------------------------------------------
 class ViT(nn.Module):
@@ -314,7 +300,6 @@ class ViT(nn.Module):
                 taps.append(self.norm(x))       # our choice: at every level, as released
         return taps
 
-
 class DINOHead(nn.Module):
     """CLS features (B, D) -> logits (B, P): 3 layers, then cosines with prototypes x weight_g."""
 
@@ -333,7 +318,6 @@ class DINOHead(nn.Module):
             x = F.normalize(fp32(x), dim=-1)
             weight = self.weight_g * F.normalize(self.weight_v, dim=-1)     # (P, bottleneck)
             return F.linear(x, weight)                          # (B, P)
-
 
 class DINOLoss(nn.Module):
     """
@@ -389,7 +373,6 @@ class DINOLoss(nn.Module):
         self.seen.zero_()
         self.count.zero_()
 
-
 # ---- the model -----------------------------------------------------------------------------------
 def check(cfg):
     """Says what to change if a Config can't be built."""
@@ -404,7 +387,6 @@ def check(cfg):
     assert cfg.latent_dynamics or cfg.dino_weight, (
         "nothing to train: latent_dynamics is off and dino_weight is 0")
 
-
 class Level(NamedTuple):
     m: torch.Tensor                     # (B, K, d)  motion latents that the forward model got
     v: torch.Tensor                     # (B, L, D)  backward features of the source
@@ -413,13 +395,11 @@ class Level(NamedTuple):
     target: torch.Tensor                # (B, L, D)  the teacher's features of the target
     loss: torch.Tensor                  # ()         mean of 2 - 2 cos(pred, target)
 
-
 def prediction_loss(pred, target):
     """Mean over batch and tokens of 2 - 2 cos, both (B, L, D). paper: Eq. 1"""
     pred = F.normalize(fp32(pred), dim=-1)
     target = F.normalize(fp32(target), dim=-1)
     return (pred - target).square().sum(-1).mean()
-
 
 class Midway(nn.Module):
     target_grad = False     # finetuning of readouts sets it: gradients through the target's branch
@@ -704,7 +684,6 @@ class Midway(nn.Module):
         mean = {name: sum(r[name] for r in rows.values()) / len(rows) for name in row}
         return rows | {"2-2cos, mean": mean}
 
-
 # ---- the authors' checkpoints --------------------------------------------------------------------
 NAMES = (   # (the authors', ours), regular expressions, applied in this order
     (r"^module\.", ""),
@@ -719,7 +698,6 @@ NAMES = (   # (the authors', ours), regular expressions, applied in this order
     (r"\.norm_layer\.", ".norm."),
 )
 
-
 def convert(ckpt):
     """State dict of Midway from the three sections of a checkpoint of the authors."""
     state = {}
@@ -733,7 +711,6 @@ def convert(ckpt):
             parts = [state.pop(key.replace("projq", name)) for name in ("projq", "projk", "projv")]
             state[key.replace("projq", "qkv")] = torch.cat(parts)
     return {key: value for key, value in state.items() if not key.startswith("teacher_backward.0.")}
-
 
 def official_config(state):
     """Config from the shapes of a converted state dict."""
@@ -755,7 +732,6 @@ def official_config(state):
         heads=max(dim // 64, 3),    # no tensor tells: DINO's are 64 wide; the dynamics have 3 and 6
         motion_tokens=motion_tokens, motion_dim=motion_dim,
         motion_depth=count("motion_blocks.0."), forward_depth=count("forward_blocks.0."), **head)
-
 
 def load_official(path):
     """
@@ -782,7 +758,6 @@ def load_official(path):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path}: not a whole checkpoint of Midway's authors ({reason})") from None
     return model.eval()
-
 
 if __name__ == "__main__":
     model = Midway(Config(**PRESETS["tiny"]))

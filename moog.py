@@ -49,7 +49,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass
 class Config:
     size: int = 128                         # pixels: training clips are size x size
@@ -75,7 +74,6 @@ class Config:
     @property
     def inputs(self):
         return dict(frames=self.frames, size=self.size)
-
 
 PRESETS = {
     # a laptop CPU: minutes; README has the numbers. our choice of everything
@@ -109,23 +107,19 @@ RECIPES = {
     "released": PAPER | dict(scenes=SCENES),    # our choice: theirs is not published
 }
 
-
 def as_float(video, dtype=torch.float32):
     """uint8, or float in [0, 1], to float in [0, 1]."""
     return video.to(dtype) / 255 if video.dtype == torch.uint8 else video.to(dtype)
 
-
 def fp32(x):
     """At least float32, whatever autocast made of it: for losses and meters."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def chunked(function, x, size, dim=0):
     """function(x), without gradients in chunks of x along dim, to save memory."""
     if torch.is_grad_enabled():             # the graph keeps all activations anyway
         return function(x)
     return torch.cat([function(part) for part in x.split(size, dim)], dim)
-
 
 # ---- positions -----------------------------------------------------------------------------------
 def axis_positions(n, device=None):
@@ -137,7 +131,6 @@ def axis_positions(n, device=None):
         g[-1] = 1.0
     return g
 
-
 @torch.compiler.disable     # a fused multiply-add would change the last bit, see axis_positions
 def grid_positions(height, width, device=None):
     """(y, x) of each place of a grid, row by row, in [-1, 1]: (height * width, 2)."""
@@ -145,19 +138,16 @@ def grid_positions(height, width, device=None):
     x = axis_positions(width, device)
     return torch.cartesian_prod(y, x)
 
-
 def fourier(x, bases):
     """Coordinates (..., n) -> sin and cos of pi * 2^i * x for i < bases: (..., 2 * bases * n)."""
     x = x.float() * math.pi                                 # always in float32, see axis_positions
     x = torch.cat([x * 2 ** i for i in range(bases)], -1)   # y, x, 2y, 2x, 4y, 4x, ...
     return torch.sin(torch.cat([x, x + math.pi / 2], -1))
 
-
 # ---- transformer ---------------------------------------------------------------------------------
 def mlp(inputs, hidden, outputs):
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
-
 
 class Attention(nn.Module):
     """Multi-head, queries and keys RMS-normalised: x (B, L, D) looks at y (B, M, Dkv)."""
@@ -183,7 +173,6 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.out(out.transpose(1, 2).flatten(2))
 
-
 class Block(nn.Module):
     """Pre-norm; self- and cross-attention side by side, from the same normed x; y is not normed."""
 
@@ -202,7 +191,6 @@ class Block(nn.Module):
         if self.cross_attention is not None:
             x = x + self.cross_attention(normed, y)
         return x + self.mlp(self.norm_mlp(x))
-
 
 class Transformer(nn.Module):
     """x (B, L, D), y (B, M, Dkv) -> (B, L, D). spec: layers, heads, width of q, k, v."""
@@ -226,7 +214,6 @@ class Transformer(nn.Module):
             x = layer(x, y)
         return last.cross_attention(last.norm_attention(x), y, weights=True)
 
-
 def init_weights(module):
     """As the authors: kernels truncated normal of variance 1 / fan-in, biases zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -234,7 +221,6 @@ def init_weights(module):
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
 
 # ---- encoder and decoder -------------------------------------------------------------------------
 def pad_same(x, stride):
@@ -244,7 +230,6 @@ def pad_same(x, stride):
         total = max((math.ceil(n / stride) - 1) * stride + 3 - n, 0)
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads)
-
 
 class Encoder(nn.Module):
     """Convolutions, plus Fourier positions: frames (B, 3, H, W) -> grid tokens (B, h*w, De)."""
@@ -282,7 +267,6 @@ class Encoder(nn.Module):
             x = x + self.positions(positions)
         return self.proj_out(self.norm(self.proj_in(x)))
 
-
 class Decoder(nn.Module):
     """
     A pixel's coordinates look at the tokens and come back as its colour (SRT). States (B, N, D);
@@ -307,7 +291,6 @@ class Decoder(nn.Module):
             return self.transformer.attention(queries, states).transpose(1, 2)
         return self.recon(self.transformer(queries, states))
 
-
 def subsample(size, factor, offsets=None):
     """
     Numbers y * W + x of one pixel in each factor x factor, (..., H/factor * W/factor): the middle
@@ -324,29 +307,24 @@ def subsample(size, factor, offsets=None):
     x = (columns - offsets[..., 1:]) % W                    # (..., W/factor)
     return (y[..., :, None] * W + x[..., None, :]).flatten(-2)
 
-
 def gather_pixels(video, index):
     """Pixels of a video (B, T, C, H, W) at index (B, T, P) -> (B, T, P, C)."""
     index = index[:, :, None].expand(-1, -1, video.shape[2], -1)        # (B, T, C, P)
     return video.flatten(3).gather(3, index).mT
-
 
 def psnr(prediction, target):
     """Peak signal-to-noise ratio in dB of frames (B, T, P, C) in [0, 1], averaged; at most 100."""
     error = (fp32(prediction) - target).square().mean((-2, -1)).clamp(min=1e-10)
     return (-10 * error.log10()).mean()
 
-
 # ---- the model -----------------------------------------------------------------------------------
 DECODE_CHUNK = 2 ** 16      # pixels decoded at once where nothing is to be differentiated
-
 
 class States(NamedTuple):
     predicted: torch.Tensor     # (B, T, N, D) before frame t is seen
     corrected: torch.Tensor     # (B, T, N, D) after; un-normalised in the released variant
     features: torch.Tensor      # (B, T, M, D) for readouts: both, M = 2N; released: corrected
     last: torch.Tensor          # (B, N, D) give it back to unroll() to go on
-
 
 def check(cfg):
     """Says what to change if a Config can't be built."""
@@ -357,7 +335,6 @@ def check(cfg):
         f"size={cfg.size} must be a multiple of subsample={cfg.subsample}")
     assert not (cfg.grid and cfg.released), "grid=True is of the paper's model, not released"
     assert cfg.grid or cfg.recurrent, "recurrent=False needs grid=True: its state is all a MooG has"
-
 
 class MooG(nn.Module):
     def __init__(self, cfg):
@@ -519,7 +496,6 @@ class MooG(nn.Module):
                 copy=psnr(pixels[:, t - 1:-1], pixels[:, t:]))
         return table
 
-
 # ---- readouts ------------------------------------------------------------------------------------
 class Readout(NamedTuple):
     values: torch.Tensor                    # (B, T, K, C) points x y, boxes y1 x1 y2 x2, in [0, 1]
@@ -530,7 +506,6 @@ class Readout(NamedTuple):
     def visible(self):
         """Visible and certain: (B, T, K) bool."""
         return torch.sigmoid(fp32(self.logits)).prod(-1) > 0.5
-
 
 class PointReadout(nn.Module):
     """Recurrent: a query becomes a state and looks at each frame's features. paper: Sec. 3.2"""
@@ -593,7 +568,6 @@ class PointReadout(nn.Module):
         each = valid * bce[..., 0] + seen * (error + bce[..., 1])
         return each.sum() / valid.sum().clamp(min=1)
 
-
 class BoxReadout(PointReadout):
     """
     The same for boxes y1 x1 y2 x2. our choice of head and loss, as none is published: the mean
@@ -609,7 +583,6 @@ class BoxReadout(PointReadout):
         both, a, b = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)    # areas
         return 0.05 * error, both > (a + b - both) / 2
 
-
 class DepthReadout(Decoder):
     """Features (B * T, M, D) of frames -> depth (B * T, P, 1), decoded as colours are."""
 
@@ -623,7 +596,6 @@ class DepthReadout(Decoder):
         values = fp32(values)
         target = torch.where(valid.bool(), target, values.detach())     # invalid ones may be inf
         return (values - target).square().sum() / valid.bool().sum().clamp(min=1)
-
 
 class AttentionReadout(nn.Module):
     """
@@ -670,7 +642,6 @@ class AttentionReadout(nn.Module):
             return Readout(o)
         return Readout(torch.sigmoid(o[..., :2]), o[..., 2:])
 
-
 # ---- the authors' checkpoints --------------------------------------------------------------------
 NAMES = (       # (pattern of theirs, ours), applied in this order
     (r"^(pretrained_model/|backbone/|attention_readout/|output_)", ""), ("/", "."),
@@ -696,7 +667,6 @@ NAMES = (       # (pattern of theirs, ours), applied in this order
     (r"^Dense_0", "query"), (r"^(key|value)_embedding", r"\1"), (r"^Dense_1", "out"),
     (r"^Dense_2", "values"))
 
-
 def convert(arrays):
     """{name: tensor} of the authors -> our state dict: other names, kernels transposed."""
     state = {}
@@ -715,7 +685,6 @@ def convert(arrays):
         state[key] = x
     return state
 
-
 def load(path, what, build):
     """build(state dict) -> module with the weights of the file, in eval mode."""
     import numpy as np
@@ -730,16 +699,13 @@ def load(path, what, build):
             raise ValueError(f"{path}: not a {what} of MooG's authors ({reason})") from None
     return module.eval()
 
-
 def load_official(path):
     """MooG from a backbone checkpoint (.npz) of the authors; OSError or ValueError say why not."""
     return load(path, "backbone", build_model)
 
-
 def load_official_head(path):
     """AttentionReadout from the authors' point or box head (.npz); errors likewise."""
     return load(path, "point or box head", build_head)
-
 
 def transformer_spec(state, part, attention):
     """Layers, heads, width of q, k, v of a transformer, from the shapes in a state dict."""
@@ -747,7 +713,6 @@ def transformer_spec(state, part, attention):
     width = len(state[f"{part}.layers.0.{attention}.query.weight"])
     head = len(state[f"{part}.layers.0.{attention}.norm_query.weight"])
     return len(layers), width // head, width
-
 
 def build_model(state):
     """A MooG of the sizes in a state dict."""
@@ -769,7 +734,6 @@ def build_model(state):
         mlp=len(state["predictor.layers.0.mlp.0.weight"]),
         decoder_self_attention="decoder.transformer.layers.0.self_attention.query.weight" in state))
 
-
 def build_head(state):
     """An AttentionReadout of the sizes in a state dict; heads as released: no shape tells."""
     coordinates = 2 if "copies" in state else 4
@@ -779,7 +743,6 @@ def build_head(state):
         coordinates, dim, width, heads=8 if coordinates == 2 else 4, frames=frames,
         copies=4 * frames // outputs, hidden=len(state["mlp.0.weight"]),
         bases=state["initializer.0.weight"].shape[1] // (2 * coordinates))
-
 
 if __name__ == "__main__":
     model = MooG(Config(**PRESETS["tiny"]))

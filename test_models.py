@@ -47,18 +47,15 @@ from midway import Config, DINOLoss, GatedBlock, Midway, load_official
 HERE = Path(__file__).parent
 REFERENCE = np.load(HERE / "reference" / "midway.npz")
 
-
 def close(a, b, tolerance):
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     assert a.shape == b.shape
     assert (a - b).abs().max() <= tolerance, f"off by {(a - b).abs().max():.2g}"
 
-
 # ---- Midway: parity with the authors' model ------------------------------------------------------
 def formula_input(name, *shape):
     random = np.random.RandomState(zlib.crc32(f"input/{name}".encode()))
     return torch.from_numpy(random.standard_normal(shape)).float()
-
 
 def formula_weight(section, key, shape):
     """The weights of the fixtures are a pure function of their names: made here, not stored."""
@@ -75,18 +72,15 @@ def formula_weight(section, key, shape):
         z = z / np.sqrt(np.prod(shape[1:])) * (3 if "gating_mlps" in key and "fc2" in key else 1)
     return torch.from_numpy(z).float()
 
-
 def as_image(x):
     """Undo Midway's normalisation: the fixtures' inputs are what the authors' networks see."""
     mean = torch.tensor(midway.MEAN, dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor(midway.STD, dtype=torch.float64).view(3, 1, 1)
     return x.double() * std + mean
 
-
 @pytest.fixture(scope="module")
 def official_names():
     return json.loads(REFERENCE["names"].tobytes())         # section -> {key: shape}
-
 
 @pytest.fixture
 def official_ckpt(official_names):
@@ -94,23 +88,19 @@ def official_ckpt(official_names):
             for section, keys in official_names.items()}
     return ckpt | dict(optimizer=dict(state={}), args=argparse.Namespace(arch="vit_small"))
 
-
 @pytest.fixture
 def official(official_ckpt, tmp_path):
     torch.save(official_ckpt, tmp_path / "tiny.pth")
     return load_official(tmp_path / "tiny.pth").double()
 
-
 @pytest.fixture(scope="module")
 def frames():
     return [as_image(formula_input(name, 2, 3, 32, 32)) for name in ("tiny_x", "tiny_y")]
-
 
 @torch.no_grad()
 def level_losses(model, frames):
     levels = model.both_directions(torch.stack(frames, 1))[0]
     return torch.stack([level.loss for level in levels])
-
 
 @torch.no_grad()
 def test_features_and_dynamics_equal_the_authors(official, frames):
@@ -130,7 +120,6 @@ def test_features_and_dynamics_equal_the_authors(official, frames):
         close(torch.stack(level.gates)[:, :, [0, 5, 11]], REFERENCE[f"gates_{i}"], 1e-9)
     close(level_losses(official, frames), REFERENCE["losses"], 1e-9)
 
-
 def test_dino_loss_gradient_and_center_equal_the_authors():
     loss = DINOLoss(64).double()
     assert loss.mask.nonzero().tolist() == sorted(REFERENCE["dino_pairs"].tolist())
@@ -142,7 +131,6 @@ def test_dino_loss_gradient_and_center_equal_the_authors():
     assert abs(value.item() - REFERENCE["dino_loss"]) < 2e-6
     close(student.grad, REFERENCE["dino_grad"], 1e-6)
     close(loss.center, REFERENCE["dino_center"], 1e-6)
-
 
 def test_a_training_step_and_its_gradients_equal_the_authors(official, official_names):
     model = official.train()
@@ -181,7 +169,6 @@ def test_a_training_step_and_its_gradients_equal_the_authors(official, official_
     error = np.abs(squares.sqrt().numpy() - expected) / np.maximum(expected, 1e-4)
     assert n == 542 and error.max() < 5e-6
 
-
 def gate_from_own_input(self, h, gate, K):          # what Eq. 2 says; `gate` carries its network
     residual = h
     if gate is not None:
@@ -189,14 +176,11 @@ def gate_from_own_input(self, h, gate, K):          # what Eq. 2 says; `gate` ca
     h = residual + self.attn(self.norm1(h))
     return h + self.mlp(self.norm2(h)), self.next_gate
 
-
 def residual_at_the_top(self, i, m, source, target, infer=Midway.infer):
     return infer(self, i, m, source, target) + (self.motion_tokens if m is None else 0)
 
-
 def without_cls(pred, target, loss=midway.prediction_loss):
     return loss(pred[:, 1:], target[:, 1:])
-
 
 @pytest.mark.parametrize("place, name, wrong", [
     (GatedBlock, "forward", gate_from_own_input),
@@ -210,7 +194,6 @@ def test_parity_would_catch(place, name, wrong, official, frames, monkeypatch):
     with pytest.raises(AssertionError, match="off by"):
         close(level_losses(official, frames), REFERENCE["losses"], 1e-4)
 
-
 def test_official_file_may_lack_head_and_center(official_ckpt, tmp_path, capsys):
     ckpt = {section: {key: x for key, x in official_ckpt[section].items() if "dino_head" not in key}
             for section in ("student", "teacher", "motion_loss")}
@@ -219,12 +202,10 @@ def test_official_file_may_lack_head_and_center(official_ckpt, tmp_path, capsys)
     assert "no DINO head or center" in capsys.readouterr().out
     close(model.student.cls_token, ckpt["student"]["module.backbone.cls_token"], 0)
 
-
 class Foreign:
     """An object that leaves a trace if whoever reads the file executes what it names."""
     def __reduce__(self):
         return open, ("executed", "w")
-
 
 def old_archive(form):
     """What torch once wrote: a TorchScript archive (zip) or a tar, each with a crafted pickle."""
@@ -240,7 +221,6 @@ def old_archive(form):
                 member.size = len(code)
                 archive.addfile(member, io.BytesIO(code))
     return file.getvalue()
-
 
 @pytest.mark.parametrize("content, exception, word", [
     (pickle.dumps(Foreign()), ValueError, "Unpickling"),
@@ -270,7 +250,6 @@ def test_official_loader_refuses(content, exception, word, official_ckpt, tmp_pa
     assert "bad.pth" in str(error.value) and "\n" not in str(error.value)
     assert not Path("executed").exists()
 
-
 # ---- Midway: sizes, ablations, invariants --------------------------------------------------------
 def random_batch(cfg, B, device="cpu"):
     return dict(
@@ -278,16 +257,13 @@ def random_batch(cfg, B, device="cpu"):
         globals=torch.rand(B, 2, 2, 3, cfg.size, cfg.size, device=device),
         locals=torch.rand(B, 2, cfg.local_crops, 3, cfg.local_size, cfg.local_size, device=device))
 
-
 SMALL = Config(
     size=16, patch=8, dim=24, depth=4, heads=2, levels=(1, 2, 3, 4), motion_dim=12, motion_depth=1,
     motion_heads=2, forward_depth=2, forward_heads=2, head_hidden=16, head_bottleneck=8,
     prototypes=32, local_size=8, local_crops=2, drop_path=0.0)
 
-
 def trained(module):
     return [p for p in module.parameters() if p.requires_grad]
-
 
 def test_sizes_and_cost_are_the_papers(monkeypatch):
     with torch.device("meta"):
@@ -308,7 +284,6 @@ def test_sizes_and_cost_are_the_papers(monkeypatch):
     monkeypatch.setattr(midway.Block, "forward", lambda self, x, n=None: whole(self, x)[:, :n])
     assert 90.3e9 < multiply_adds() < 91.0e9                    # paper: 90.8 G
 
-
 ROWS = [dict(latent_dynamics=False),                               # Table 3, rows 1 to 9
         dict(backward=False, multi_level=False, refinement=False, gating=False),
         dict(multi_level=False, refinement=False, gating=False),
@@ -316,7 +291,6 @@ ROWS = [dict(latent_dynamics=False),                               # Table 3, ro
         dict(multi_level=False), dict(refinement=False),
         dict(motion_dim=6), dict(motion_depth=2), dict(forward_depth=1),        # Table 5
         dict(dino_weight=0.0), dict(local_crops=0)]
-
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_ablation_trains_all_its_parameters(row):
@@ -333,14 +307,12 @@ def test_every_ablation_trains_all_its_parameters(row):
     else:
         assert logs["cls_std"] > 0
 
-
 def small_levels(**change):
     """Model in float64 with a change of SMALL, levels of sources and targets, the dynamics."""
     torch.manual_seed(0)
     model = Midway(replace(SMALL, **change)).double().eval()
     x, y = torch.rand(2, 2, 3, 16, 16, dtype=torch.float64)
     return model, model.features(x), model.features(y, teacher=True), model.predict(x, y)
-
 
 @torch.no_grad()
 def test_ablations_do_what_they_name():
@@ -357,14 +329,12 @@ def test_ablations_do_what_they_name():
     close(level.target, zt[2], 0)                                       # the highest but one stays
     assert all(level.gates == [] for level in small_levels(gating=False)[-1])
 
-
 def test_gradients_through_the_target_are_for_finetuning():
     model, z, zt, _ = small_levels()
     for model.target_grad in (False, True):
         target = [level.detach().requires_grad_() for level in zt]
         model.dynamics([level.detach() for level in z], target)[0].m.sum().backward()
         assert [level.grad is not None for level in target[1:]] == 3 * [model.target_grad]
-
 
 @pytest.mark.parametrize("progress, part", [(0.0, 1.0), (1 / 3, 0.75), (0.5, 0.5), (1.0, 0.0)])
 def test_steps_move_teacher_and_center_and_spare_the_last_layer_at_first(progress, part):
@@ -386,7 +356,6 @@ def test_steps_move_teacher_and_center_and_spare_the_last_layer_at_first(progres
     assert model.dino_loss.center.abs().max() > 0
     assert model.dino_loss.seen.abs().max() == 0
 
-
 @torch.no_grad()
 def test_report_exchanges_latents_within_a_direction():
     torch.manual_seed(0)
@@ -400,7 +369,6 @@ def test_report_exchanges_latents_within_a_direction():
     xt, yt = (model.features(motion[:, f], teacher=True)[0] for f in range(2))
     close(row["copy"], midway.prediction_loss(xt, yt), 1e-6)
     assert "shuffled" not in model.report(dict(motion=motion[:1]))["2-2cos, mean"]
-
 
 @pytest.mark.parametrize("change, size, exception, word", [
     (dict(size=20), 16, AssertionError, "size=20"),
@@ -417,14 +385,12 @@ def test_wrong_configs_and_shapes_say_what_to_change(change, size, exception, wo
         model.predict(*torch.rand(2, 1, 3, size, size))
         model(random_batch(SMALL, 3))
 
-
 def test_features_take_other_sizes_and_uint8():
     model = Midway(SMALL)
     levels = model.features(torch.rand(2, 3, 24, 40))
     assert [tuple(z.shape) for z in levels] == 4 * [(2, 1 + 3 * 5, 24)]
     image = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
     close(model.features(image)[-1].detach(), model.features(image / 255)[-1].detach(), 1e-6)
-
 
 def test_shifts_of_one_frame_put_motion_into_the_latents():
     """300 steps of the tiny preset's start, without DINO. In the paper's init R^2 stays 0 here."""
@@ -452,7 +418,6 @@ def test_shifts_of_one_frame_put_motion_into_the_latents():
     error = (m[:, :2] - shift).square().sum()
     assert 1 - error / (shift - shift.mean(0)).square().sum() > 0.25
 
-
 def test_pairs_of_one_frame_know_their_shift():
     """A ramp tells where each crop lies: the second, moved by its shift, is the first."""
     y, x = np.mgrid[:64, :64] * 3
@@ -467,17 +432,14 @@ def test_pairs_of_one_frame_know_their_shift():
         close((first - second) / (16 * slope), sample["shift"], 0.03)
         assert sample["shift"].norm() <= 0.5 and (sample["globals"][1] == 0).all()
 
-
 # ---- MooG: parity with the authors' model --------------------------------------------------------
 MOOG = np.load(HERE / "reference" / "moog.npz")
 MOOG_SHAPES = json.loads(MOOG["shapes"].tobytes())
 MOOG_SEEDS = dict(
     released=1234, movi=777, point_head=61, box_head=62, point_readout=55, depth_readout=56)
 
-
 def moog_ref(kind, name):
     return torch.from_numpy(np.atleast_1d(MOOG[f"{kind}/{name}"]))
-
 
 def moog_arrays(kind):
     """The fixtures' weights, by the formula that they were made with, under the authors' names."""
@@ -491,10 +453,8 @@ def moog_arrays(kind):
         arrays[name] = kinds.get(name.split("/")[-1], kernel).astype(np.float32)
     return arrays
 
-
 def moog_weights(kind):
     return moog.convert({name: torch.from_numpy(x) for name, x in moog_arrays(kind).items()})
-
 
 @pytest.fixture(scope="module")
 def moog_files(tmp_path_factory):
@@ -508,7 +468,6 @@ def moog_files(tmp_path_factory):
     cross = {name: x for name, x in arrays.items() if not re.search("decoder/.*self_att", name)}
     np.savez(folder / "cross.npz", **cross)
     return folder
-
 
 @torch.no_grad()
 def released_outputs(path):
@@ -524,14 +483,12 @@ def released_outputs(path):
         decoder_input_states=before, recon=frames.movedim(-3, -1),
         dec_cross_attn_last=attention[:, 3:])
 
-
 def test_moog_released_equals_the_authors(moog_files):
     for name, output in released_outputs(moog_files / "released.npz").items():
         close(output, moog_ref("released", name), 2e-5)
     out = released_outputs(moog_files / "cross.npz")
     for name in ("recon", "dec_cross_attn_last"):
         close(out[name], moog_ref("released", f"{name}_xonly"), 2e-5)
-
 
 @torch.no_grad()
 def test_moog_of_the_paper_equals_the_authors(moog_files):
@@ -555,7 +512,6 @@ def test_moog_of_the_paper_equals_the_authors(moog_files):
         colours = moog_ref("movi", f"train{factor}_video_predicted").flatten(2, 3)
         close(model.decode(predicted, (16, 16), index), colours, 2e-5)
 
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_moog_loss_and_gradients_equal_the_authors(moog_files, monkeypatch, recompute):
     model = moog.load_official(moog_files / "movi.npz").train()
@@ -578,7 +534,6 @@ def test_moog_loss_and_gradients_equal_the_authors(moog_files, monkeypatch, reco
         some = np.linspace(0, size - 1, 8).astype(int)
         close(np.resize(theirs[some], 8), MOOG["movi/grad_some"][i], 1e-4 * norm)
 
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["point_head", "box_head"])
 def test_moog_heads_equal_the_authors(moog_files, kind):
@@ -589,7 +544,6 @@ def test_moog_heads_equal_the_authors(moog_files, kind):
         close(out.logits[..., :1], moog_ref(kind, "logits_visible"), 2e-5)
         close(out.logits[..., 1:], moog_ref(kind, "logits_certainty"), 2e-5)
         assert (out.visible == moog_ref(kind, "visible")[..., 0]).all()
-
 
 @torch.no_grad()
 def test_moog_readouts_equal_the_authors():
@@ -613,18 +567,14 @@ def test_moog_readouts_equal_the_authors():
         theirs = moog_ref("depth_readout", name)
         close(depth(features, (16, 16), index).view_as(theirs), theirs, 2e-5)
 
-
 def normed_keys(self, x, y=None, forward=moog.Block.forward):
     return forward(self, x, y if y is None else F.layer_norm(y, y.shape[-1:]))
-
 
 def padded_on_the_other_side(x, pad, old=F.pad):
     return old(x, [pad[i ^ 1] for i in range(len(pad))])
 
-
 def after_seeing(self, video, state):
     return self.recurrence(torch.cat([video, video[:, :1]], 1), state)[0]
-
 
 @pytest.mark.parametrize("place, name, wrong", [
     (moog.F, "gelu", lambda x, approximate, gelu=F.gelu: gelu(x)),
@@ -639,7 +589,6 @@ def test_moog_parity_would_catch(place, name, wrong, moog_files, monkeypatch):
         for name, output in released_outputs(moog_files / "released.npz").items():
             close(output, moog_ref("released", name), 1e-4)
 
-
 # ---- MooG: sizes, recurrence, training -----------------------------------------------------------
 def tiny_moog(**options):
     torch.manual_seed(0)
@@ -648,9 +597,7 @@ def tiny_moog(**options):
         encoder_bases=4, decoder_bases=4, predictor=(1, 2, 8), corrector=(1, 2, 16),
         decoder=(2, 2, 8), mlp=24, subsample=4) | options))
 
-
 MOOG_VARIANTS = [dict(), dict(released=True), dict(grid=True), dict(grid=True, recurrent=False)]
-
 
 def test_moog_sizes_are_the_papers():
     paper = moog.Config(**moog.PRESETS["paper"])
@@ -666,7 +613,6 @@ def test_moog_sizes_are_the_papers():
             moog.PointReadout(): 11_324_804, moog.DepthReadout(): 10_434_817}
     for module, size in sizes.items():
         assert sum(p.numel() for p in module.parameters()) == size
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", MOOG_VARIANTS)
@@ -695,7 +641,6 @@ def test_moog_recurrence_is_the_formula(options):
     known = [start[:, None], c] if model.cfg.released else [p, (s + model.predictor(s))[:, None]]
     close(model.predict_ahead(video, start), torch.cat(known, 1), 2e-6)
 
-
 @pytest.mark.parametrize("options", MOOG_VARIANTS)
 def test_moog_loss_is_of_each_frame_at_the_pixels_drawn(options, monkeypatch):
     model = tiny_moog(**options, subsample=8)
@@ -721,17 +666,14 @@ def test_moog_loss_is_of_each_frame_at_the_pixels_drawn(options, monkeypatch):
         close(logs[name], -10 * errors.mean((2, 3)).log10().mean(), 1e-4)
     assert not any(value.requires_grad for value in logs.values())
 
-
 def test_moog_random_pixels_cover_the_frame_evenly():
     torch.manual_seed(0)
     index = moog.subsample((8, 12), 4, torch.randint(4, (4000, 2)))
     counts = torch.bincount(index.flatten(), minlength=96)
     assert index.shape == (4000, 6) and (counts / 250 - 1).abs().max() < 0.25
 
-
 def joined(first, rest, name):
     return torch.cat([getattr(first, name), getattr(rest, name)], 1)
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("released, size, places", [(False, (16, 16), 16), (True, (9, 7), 6)])
@@ -748,7 +690,6 @@ def test_moog_chunks_are_one_long_unroll(released, size, places):
     assert model.encoder(video[:, 0]).shape[1] == places        # sides / 4, rounded up
     assert model.decode(whole.predicted, size).shape == video.shape
     assert model.unroll(video, tokens=5).predicted.shape == (2, 7, 5, 16)
-
 
 @torch.no_grad()
 def test_moog_decodes_each_pixel_by_itself(monkeypatch):
@@ -772,12 +713,10 @@ def test_moog_decodes_each_pixel_by_itself(monkeypatch):
     close(together.decode(states, (16, 16)), alike, 0)
     assert max(sizes[:-1]) == 10 and sizes[-1] == 256
 
-
 def test_moog_tokens_that_are_alike_count_as_one():
     same = torch.ones(1, 3, 6, 16)
     index = moog.subsample((16, 16), 4).expand(1, 3, -1)
     assert tiny_moog().tokens_used(same, (16, 16), index) == 1 / 6      # alike: always the first
-
 
 def test_moog_starts_as_it_says():
     model = tiny_moog(dim=64, state_scale=0.5, released=True)
@@ -794,7 +733,6 @@ def test_moog_starts_as_it_says():
     [group] = model.param_groups(1e-4)                                      # all decay
     assert len(group["params"]) == len([*model.parameters()])
     assert group["weight_decay"] == 1e-4
-
 
 @torch.no_grad()
 def test_moog_report_is_of_frames_not_yet_seen():
@@ -814,7 +752,6 @@ def test_moog_report_is_of_frames_not_yet_seen():
         close(table[row]["predicted"], level(frames[:, t:], seen), 1e-4)
         close(table[row]["copy"], level(video[:, t - 1:-1], seen), 1e-4)
 
-
 @torch.no_grad()
 def test_moog_takes_bytes_and_any_precision():
     video = torch.randint(256, (1, 3, 3, 16, 16), dtype=torch.uint8)
@@ -826,7 +763,6 @@ def test_moog_takes_bytes_and_any_precision():
     assert double.dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         close(model.float().unroll(video, state).last, double, 0.2)
-
 
 @torch.no_grad()
 def test_moog_readouts_go_on():
@@ -840,7 +776,6 @@ def test_moog_readouts_go_on():
     for name in ("values", "logits"):
         close(joined(first, rest, name), getattr(whole, name), 1e-6)
 
-
 def test_moog_readouts_train_the_model_end_to_end():
     model = tiny_moog()
     features = model.unroll(torch.rand(2, 3, 3, 16, 16)).features
@@ -853,7 +788,6 @@ def test_moog_readouts_train_the_model_end_to_end():
     depth(features.flatten(0, 1), (16, 16)).sum().backward()
     assert (features.grad != 0).any(-1).all()
     assert all(p.grad.any() for part in (model.encoder, model.predictor) for p in part.parameters())
-
 
 def test_moog_point_loss_on_hand_made_cases():
     points = moog.PointReadout(8, 8, (1, 1, 8), 8)
@@ -871,7 +805,6 @@ def test_moog_point_loss_on_hand_made_cases():
     close(loss(8, visible=~yes, target=middle * float("nan")), 20, 1e-4)    # visibility alone
     close(loss(8, valid=~yes), 0, 0)
 
-
 def test_moog_box_and_depth_errors_on_hand_made_cases():
     boxes = moog.BoxReadout(8, 8, (1, 1, 8), 8)
     box = torch.tensor([[[[0.0, 0.0, 0.5, 0.5]]]])
@@ -883,7 +816,6 @@ def test_moog_box_and_depth_errors_on_hand_made_cases():
     values = torch.tensor([1.0, 5.0])
     target = torch.tensor([3.0, float("inf")])
     close(depth.loss(values, target, target.isfinite()), 4, 1e-6)
-
 
 def test_moog_is_compiled_by_the_step():
     torch._dynamo.reset()
@@ -899,7 +831,6 @@ def test_moog_is_compiled_by_the_step():
     assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8     # not one a frame
     assert not any("_orig_mod" in key for key in model.state_dict())
 
-
 @pytest.mark.parametrize("call, error, word", [
     (partial(tiny_moog, strides=(2,)), AssertionError, "strides"),
     (partial(tiny_moog, decoder=(1, 3, 8)), AssertionError, "multiple"),
@@ -911,14 +842,12 @@ def test_moog_refuses_wrong_sizes(call, error, word):
     with pytest.raises(error, match=word):
         call()
 
-
 BAD_MOOG_FILES = dict(
     text=b"hello",
     pickle=pickle.dumps(Foreign()),
     objects=dict(x=np.array([Foreign()], dtype=object)),
     lacks={"decoder/recon/kernel": None},
     shape={"corrector/layer_0/MLP_in/bias": np.zeros(3, np.float32)})
-
 
 @pytest.mark.parametrize("load, name, error, word", [
     (moog.load_official, "none", FileNotFoundError, "none"),
@@ -945,7 +874,6 @@ def test_moog_loaders_refuse(load, name, error, word, moog_files, tmp_path, monk
         load(path)
     assert not Path("executed").exists()
 
-
 # ---- crops and colours ---------------------------------------------------------------------------
 def blurred(x, sigma):
     """One crop (1, 3, S, S) by a plain convolution; what lies outside has no weight."""
@@ -956,14 +884,12 @@ def blurred(x, sigma):
     inside = F.conv2d(torch.ones_like(x), kernel, padding=S - 1, groups=3)
     return F.conv2d(x, kernel, padding=S - 1, groups=3) / inside
 
-
 def hue_turned(x, turn):
     pixels = []
     for pixel in x[0].flatten(1).T.tolist():
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
         pixels.append(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
     return torch.tensor(pixels).T.reshape(x.shape)
-
 
 def coloured(x, order, factors, gray, blur, solarize):
     """photometric of one crop (1, 3, S, S), operation by operation."""
@@ -983,7 +909,6 @@ def coloured(x, order, factors, gray, blur, solarize):
         x = blurred(x, blur)
     return torch.minimum(x, 1 - x) if solarize else x
 
-
 def test_crops_get_each_their_own_colours():
     params = MultiCrop(8, 8, 30).draw(np.random.default_rng(0), 90, 120)[2]
     params["solarize"] = torch.arange(66) % 3 == 0      # else of one crop in 66 only
@@ -995,7 +920,6 @@ def test_crops_get_each_their_own_colours():
         close(together[i:i + 1], coloured(x[i:i + 1], **own), 3e-6)
     assert params["gray"].any() and (params["blur"] > 0).any()
 
-
 def test_a_crop_is_its_box_resized_and_flipped():
     frame = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     expected = torch.from_numpy(frame[5:25, 12:32]).permute(2, 0, 1)
@@ -1006,7 +930,6 @@ def test_a_crop_is_its_box_resized_and_flipped():
     stripes[:, ::2] = 254
     small = data.crop_uint8(stripes, (0, 0, 64, 64), 15).int()
     assert (small[..., 2:-2] - 127).abs().max() <= 8           # too fine to be seen: grey, no moire
-
 
 def test_random_boxes_have_the_area_and_aspect_asked_for():
     rng = np.random.default_rng(0)
@@ -1022,7 +945,6 @@ def test_random_boxes_have_the_area_and_aspect_asked_for():
     long = data.random_box(rng, 4, 400, (0.5, 1.0))
     assert long == (0, 197, 4, 5)                                   # centred, aspect at most 4/3
 
-
 @pytest.fixture(scope="module")
 def drawn():
     """Boxes, flips and parameters of 400 pairs, 6 + 2 * 8 crops each, of frames 360 x 640."""
@@ -1031,7 +953,6 @@ def drawn():
     boxes, flips, params = torch.utils.data.default_collate(draws)
     params = {name: value.numpy() for name, value in params.items()}
     return boxes.numpy(), flips.numpy(), params
-
 
 def test_multicrop_boxes_follow_the_papers_rules(drawn):
     boxes, flips, _ = drawn
@@ -1053,7 +974,6 @@ def test_multicrop_boxes_follow_the_papers_rules(drawn):
             (initial, 0.05, 0.2)):
         close([value.min(), value.max()], [least, most], 0.02)
 
-
 def test_multicrop_colours_follow_the_papers_rules(drawn):
     factors, gray, blur, solarize, order = (
         drawn[2][name] for name in ("factors", "gray", "blur", "solarize", "order"))
@@ -1072,12 +992,10 @@ def test_multicrop_colours_follow_the_papers_rules(drawn):
     assert len(np.unique(order.reshape(-1, 4), axis=0)) == 24                   # any order
     assert (factors[:, 0] != factors[:, 1]).any(1).mean() > 0.9
 
-
 def cropped(frames, **options):
     crops = MultiCrop(32, 16, 3, **options)
     pair = crops(frames, np.random.default_rng(5))
     return crops.finish(torch.utils.data.default_collate([pair]))
-
 
 @pytest.mark.parametrize("mode", ["shared", "none"])
 def test_motion_colours_concern_the_motion_crops_alone(mode):
@@ -1092,7 +1010,6 @@ def test_motion_colours_concern_the_motion_crops_alone(mode):
     for name in ("globals", "locals"):
         close(other[name], free[name], 0)
 
-
 def test_multicrop_cuts_the_boxes_that_it_draws():
     frames = np.random.default_rng(0).integers(0, 256, (2, 90, 120, 3), dtype=np.uint8)
     boxes, flips, _ = MultiCrop(32, 16, 3).draw(np.random.default_rng(5), 90, 120)
@@ -1106,7 +1023,6 @@ def test_multicrop_cuts_the_boxes_that_it_draws():
     for crop, frame, box, flip in zip(crops, sources, boxes, flips):
         expected = data.crop_uint8(frame, box, crop.shape[-1], flip)
         close(crop, expected / 255, 1e-6)
-
 
 def test_loader_is_a_pure_function_of_the_sample_number():
     scenes = data.SceneOptions(size=24, sprites=1)
@@ -1124,18 +1040,15 @@ def test_loader_is_a_pure_function_of_the_sample_number():
     [held_out] = load(range(6), split="eval")
     assert not torch.equal(held_out["motion"], whole["motion"])
 
-
 # ---- synthetic scenes ----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def scenes():
     return Scenes(), Scenes().batch(range(6), truth=True)
 
-
 def truth(count=64, **options):
     """Scenes without motion, but for the options."""
     options = dict(speed=0, pan=0, zoom=0, roll=0, textures=8) | options
     return Scenes(**options).batch(range(count), truth=True)
-
 
 def look(scenes, index, points, t):
     """Colours (P, 3) and owners (P,) at any points (P, 2) of frame t of clip `index`."""
@@ -1146,14 +1059,12 @@ def look(scenes, index, points, t):
     owner = scenes._owner(world, points)
     return scenes._colour(world, owner, points)[0, :, 0].T, owner[0]
 
-
 def test_scene_ranges(scenes):
     d = scenes[1]
     assert 0 <= d["video"].min() and d["video"].max() <= 1 and d["depth"].min() >= 0.4
     assert torch.equal(d["classes"] > 0, d["ids"] > 0)
     assert torch.equal(d["depth"] < 1, d["ids"] > 0)
     assert Scenes(frames=1, size=32).batch([0], truth=True)["flow"].shape == (1, 0, 2, 32, 32)
-
 
 def test_scene_colour_does_not_change_along_the_flow(scenes):
     s, d = scenes
@@ -1168,7 +1079,6 @@ def test_scene_colour_does_not_change_along_the_flow(scenes):
             assert torch.equal(owner[seen], d["ids"][i, t].flatten()[seen])
             assert -0.5 <= landed[seen].min() and landed[seen].max() <= 63.5
             assert change[~seen].mean() > 0.05                      # hidden: another colour
-
 
 def test_scene_tracks_follow_the_flow_and_visibility_the_occlusion(scenes):
     s, d = scenes
@@ -1189,7 +1099,6 @@ def test_scene_tracks_follow_the_flow_and_visibility_the_occlusion(scenes):
             close(colour[seen], start[seen], 1e-3)
             assert torch.equal(at[seen], owner[seen])
 
-
 def test_scene_parallax_is_one_over_depth_and_nearer_sprites_hide():
     d = truth(4, frames=2, sprites=3, pan=6)
     for flow, ids, depth in zip(d["flow"][:, 0], d["ids"][:, 0], d["depth"][:, 0]):
@@ -1199,7 +1108,6 @@ def test_scene_parallax_is_one_over_depth_and_nearer_sprites_hide():
         nearer = depth.flatten()[order]
         assert (nearer.diff() <= 0).all()                               # the larger id, the nearer
         assert len(depth.unique()) == len(ids.unique())
-
 
 @pytest.mark.parametrize("option, most", [("pan", 4), ("pan", 16), ("zoom", 0.1), ("roll", 0.1)])
 def test_scene_camera_moves_by_as_much_as_asked(option, most):
@@ -1221,7 +1129,6 @@ def test_scene_camera_moves_by_as_much_as_asked(option, most):
     assert 0.35 * most < amount.abs().mean() < 0.65 * most
     assert amount.mean().abs() < 0.25 * most                            # either sign, any direction
 
-
 def test_scene_paths_are_quadratic_and_keep_the_speeds_bounds():
     steps = truth(frames=9, sprites=0, pan=8)["flow"][..., 0, 0]        # (B, 8, 2) pixels per frame
     assert steps.diff(n=2, dim=1).abs().max() <= 1e-3
@@ -1232,7 +1139,6 @@ def test_scene_paths_are_quadratic_and_keep_the_speeds_bounds():
     still = truth(4)
     assert still["flow"].abs().max() < 1e-5
     assert still["visible"].all() and not still["occluded"].any()
-
 
 def test_scene_boxes_are_tight_around_their_shapes(scenes):
     areas = data.silhouettes()[0].mean((1, 2)) * 64**2                  # if as large as the frame
@@ -1253,7 +1159,6 @@ def test_scene_boxes_are_tight_around_their_shapes(scenes):
         assert (x > x1 - 0.01).all() and (x < x2 + 0.01).all()
         assert (y > y1 - 0.01).all() and (y < y2 + 0.01).all()
 
-
 def test_scene_depends_on_its_number_and_split_alone(scenes):
     s, d = scenes
     for name, value in s.batch([4, 1], truth=True).items():
@@ -1267,7 +1172,6 @@ def test_scene_depends_on_its_number_and_split_alone(scenes):
     likeness = s.bank.flatten(1) @ held_out.bank.flatten(1).T
     assert likeness.abs().max() < 0.9 * s.bank[0].numel()
 
-
 def test_scene_statistics_are_sane():
     d = Scenes().batch(range(32), truth=True)
     contrast = d["video"].std((1, 3, 4)).mean()
@@ -1280,7 +1184,6 @@ def test_scene_statistics_are_sane():
         assert least < value < most
     assert set(d["classes"].unique().tolist()) == set(range(9))
 
-
 @pytest.mark.parametrize("call, word", [
     (partial(Scenes, seed=10**9), "seed"),
     (partial(data.MovingSquares, mode="both"), "mode"),
@@ -1292,7 +1195,6 @@ def test_wrong_options_of_made_data_are_refused(call, word):
     with pytest.raises(ValueError, match=word):
         call()
 
-
 # ---- your own videos -----------------------------------------------------------------------------
 def bars(i, size):
     """A frame (H, W, 3): i's bits as ten bars in the lower half, red on top left, else white."""
@@ -1302,12 +1204,10 @@ def bars(i, size):
         image[size[1] // 2:, bit * 24:bit * 24 + 24] = 255 * (i >> bit & 1)
     return image
 
-
 def texture(i, size):
     """Noise that moves by 3 pixels a frame: many bits to lose."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     return np.roll(noise, 3 * i, 1)
-
 
 def encode(path, times, size=(256, 64), gop=12, codec="libx264", b_frames=2, matrix=None,
            sound=0, paint=bars):
@@ -1338,7 +1238,6 @@ def encode(path, times, size=(256, 64), gop=12, codec="libx264", b_frames=2, mat
         out.mux(audio.encode() if audio else [])
     return path
 
-
 def number(image):
     """Image (H, W, 3) or (3, H, W) -> the frame number that encode wrote into it."""
     image = torch.as_tensor(image)
@@ -1346,16 +1245,13 @@ def number(image):
     lit = green[-8, 12:240:24] > 128
     return sum(1 << bit for bit in range(10) if lit[bit])
 
-
 def numbers(dataset, indices):
     samples = dataset.__getitems__(list(indices))
     return [list(map(number, sample["video"])) for sample in samples]
 
-
 CONSTANT = [i / 30 for i in range(120)]
 VARIABLE = np.cumsum([0] + [(1, 4, 2, 1, 7, 1)[i % 6] / 60 for i in range(119)]).tolist()
 BURSTS = [5 * (i // 30) + i % 30 / 30 for i in range(120)]     # a second, then nothing for four
-
 
 @pytest.mark.parametrize("name, gop", [("constant.mp4", 12), ("variable.mkv", 250),
                                        ("late.mkv", 12), ("late.ts", 250), ("constant.ts", 12)])
@@ -1373,7 +1269,6 @@ def test_read_frames_finds_the_first_frame_at_or_after(tmp_path, name, gop):
     with pytest.raises(ValueError, match="ends at"):
         read_frames(path, [0.0, times[-1] + 1])
 
-
 @pytest.mark.parametrize("a, b, c, d", [
     (1, 0, 0, 1), (-1, 0, 0, -1), (1, 0, 0, -1), (-1, 0, 0, 1),
     (0, 1, 1, 0), (0, -1, -1, 0), (0, 1, -1, 0), (0, -1, 1, 0)])
@@ -1385,7 +1280,6 @@ def test_all_eight_orientations_come_upright(tmp_path, a, b, c, d):
     turned = plain if a else plain.swapaxes(0, 1)
     assert np.array_equal(shown, turned[::b + d, ::a + c])
 
-
 @pytest.mark.parametrize("times, low, high, slack", [
     (CONSTANT, 0.5, 1.0, 1 / 60), (VARIABLE, 0.5, 0.5, 0.025), (BURSTS, 0.5, 0.9, 1 / 60)])
 def test_pairs_lie_in_the_gap_to_half_a_local_frame(tmp_path, times, low, high, slack):
@@ -1394,12 +1288,10 @@ def test_pairs_lie_in_the_gap_to_half_a_local_frame(tmp_path, times, low, high, 
     assert low - slack - 1e-3 < min(gaps) and max(gaps) < high + slack + 1e-3
     assert max(gaps) - min(gaps) >= 0.7 * (high - low) and not dataset.broken.any()
 
-
 def test_clips_are_consecutive_decoded_frames(tmp_path):
     path = encode(tmp_path / "variable.mp4", VARIABLE)
     assert (np.diff(numbers(Videos(path, frames=5, stride=7), range(20))) == 7).all()
     assert numbers(Videos(path, frames=120, repeat=1), [0]) == [list(range(120))]   # all of it
-
 
 @pytest.mark.parametrize("name", ["late.mkv", "sound.mkv", "sound.ts"])
 def test_headers_that_promise_too_much_break_nothing(tmp_path, name):
@@ -1410,13 +1302,11 @@ def test_headers_that_promise_too_much_break_nothing(tmp_path, name):
     assert not dataset.broken.any() and np.min(pairs) < 12 and np.max(pairs) > 78
     assert [numbers(Videos(path), [i])[0] for i in range(0, 60, 7)] == pairs[::7]
 
-
 def test_avi_without_b_frames_is_read_and_with_them_refused(tmp_path):
     good = encode(tmp_path / "a.avi", CONSTANT, codec="mpeg4", b_frames=0)
     assert number(read_frames(good, [2.0])[0][0]) == 60
     with pytest.raises(ValueError, match="ffmpeg -i"):
         data.Reader(encode(tmp_path / "b.avi", CONSTANT, codec="mpeg4"))
-
 
 def test_the_best_of_two_streams_is_read(tmp_path):
     with av.open(str(tmp_path / "a.ts"), "w") as out:
@@ -1428,7 +1318,6 @@ def test_the_best_of_two_streams_is_read(tmp_path):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
             out.mux(stream.encode())
     assert data.read_video(tmp_path / "a.ts").shape[1:] == (64, 256, 3)
-
 
 def test_samples_depend_on_seed_and_number_alone(tmp_path):
     for name in ("a.m4v", "deep/er/b.mov", "deep/c.mkv"):
@@ -1445,7 +1334,6 @@ def test_samples_depend_on_seed_and_number_alone(tmp_path):
     assert drawn != numbers(dataset, range(12, 24))
     assert drawn != numbers(Videos(tmp_path, repeat=3, seed=5), range(12))
 
-
 def test_a_video_is_opened_once_for_its_repeats(tmp_path, monkeypatch):
     for name in "abcd":
         encode(tmp_path / f"{name}.mp4", CONSTANT)
@@ -1455,15 +1343,12 @@ def test_a_video_is_opened_once_for_its_repeats(tmp_path, monkeypatch):
     assert len(opened) == len(set(opened)) == 4             # a pass takes every file, each once
     assert (np.diff(np.reshape(pairs, (4, 5, 2)), axis=1) >= 0).all()      # in order of time
 
-
 def write_frames(folder, colours):
     for name, value in colours.items():
         put(folder / name, value, (8, 8))
 
-
 def first_pixels(dataset):
     return np.array([sample["video"][:, 0, 0, 0].tolist() for sample in dataset])
-
 
 def test_frame_folders_pair_by_number_within_a_sequence(tmp_path, capfd):
     write_frames(tmp_path / "x", {f"drive_{i:04d}.png": i for i in range(0, 100, 5)})
@@ -1479,13 +1364,11 @@ def test_frame_folders_pair_by_number_within_a_sequence(tmp_path, capfd):
     assert (np.diff(clips) == 10).all()                     # none over the hole
     assert set(clips[:, 0]) >= {5, 10, 15, 55, 60, 65, 105, 115, 165}
 
-
 def test_nanoseconds_as_frame_numbers_stay_whole(tmp_path):
     start = 1403636579763555584
     write_frames(tmp_path, {f"{start + i * 5 * 10**7}.png": i for i in range(30)})
     steps = np.diff(first_pixels(Videos(tmp_path, fps=1e9)))
     assert 10 <= steps.min() and steps.max() <= 20
-
 
 def test_broken_files_are_named_once_and_replaced(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -1505,7 +1388,6 @@ def test_broken_files_are_named_once_and_replaced(tmp_path, capfd, monkeypatch):
     assert sorted(lines) == ["\\udcff", "cut", "odd", "short", "sparse"]
     assert dataset.broken.sum() == 5                        # the workers counted together
 
-
 def test_damaged_videos_give_the_same_samples_alone_and_in_a_batch(tmp_path):
     for n in range(3):
         path = encode(tmp_path / f"{n}.mp4", CONSTANT, (96, 64), gop=40, paint=texture)
@@ -1516,7 +1398,6 @@ def test_damaged_videos_give_the_same_samples_alone_and_in_a_batch(tmp_path):
     together = Videos(tmp_path).__getitems__(list(range(30)))
     for i in range(30):
         assert torch.equal(Videos(tmp_path)[i]["video"], together[i]["video"]), i
-
 
 @pytest.mark.parametrize("name, kind, word", [
     ("nowhere", FileNotFoundError, "no such"), ("empty", ValueError, "no videos and no frames"),
@@ -1536,7 +1417,6 @@ def test_paths_that_hold_no_samples_say_so(tmp_path, name, kind, word):
     with pytest.raises(kind, match=f"{name}.*{word}"):
         Videos(tmp_path / name)[0]
 
-
 # ---- the loop ------------------------------------------------------------------------------------
 TINY = ("--model midway --device cpu --workers 0 --batch-size 4 --size 16 --dim 24 --depth 4 "
         "--heads 2 --levels 1 2 4 --motion-dim 12 --motion-depth 1 --motion-heads 2 "
@@ -1552,14 +1432,11 @@ FAMILIES = dict(
     midway=([*TINY, "--drop-path", "0.3"], Midway), moog=(TINY_MOOG, moog.MooG),
     melomotion=(SQUARES, MeloMotion))
 
-
 def checkpoint(folder):
     return torch.load(folder / "ckpt.pt", weights_only=True)
 
-
 def weights(folder):
     return checkpoint(folder)["model"]
-
 
 def assert_same(a, b, tolerance=0):
     """Of two runs' folders: the weights."""
@@ -1567,10 +1444,8 @@ def assert_same(a, b, tolerance=0):
         assert name == other
         close(x.float(), y.float(), tolerance)
 
-
 def log(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
-
 
 def error_of(capsys, args, *status):
     """The one line on stderr with which train.py leaves."""
@@ -1582,13 +1457,11 @@ def error_of(capsys, args, *status):
     assert leaving.value.code in status and line.startswith("train.py: error: ")
     return line
 
-
 def test_schedules_are_dinos():
     opt = train.Options(steps=525_000, lr=3.90625e-4, min_lr=1e-6, warmup=1 / 30,
                         weight_decay=0.04, weight_decay_end=0.4)
     for step, lr, decay in REFERENCE["schedule"].T:
         close(train.schedule(opt, int(step)), [lr, decay], 1e-12)
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_steps_are_a_plain_loops(name, tmp_path, monkeypatch):
@@ -1632,7 +1505,6 @@ def test_three_steps_are_a_plain_loops(name, tmp_path, monkeypatch):
     for key, value in weights(tmp_path).items():
         close(model.state_dict()[key], value, 2e-5)
 
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capfd, monkeypatch):
     small, model_class = FAMILIES[name]
@@ -1660,7 +1532,6 @@ def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capfd, monkeypa
     assert all(row in said for row in a["held_out"])
     assert max(len(line) for line in said.splitlines() if line.startswith("step ")) <= 100
 
-
 @pytest.mark.parametrize("name", ("midway", "moog"))
 def test_two_processes_equal_one(name, tmp_path):
     common = [*FAMILIES[name][0], "--steps", "3", "--clip", "0.1"]
@@ -1675,7 +1546,6 @@ def test_two_processes_equal_one(name, tmp_path):
     assert_same(tmp_path / "one", tmp_path / "two", 1e-6)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
-
 
 def test_sigkill_leaves_a_whole_checkpoint_and_until_then_no_second_run_starts(tmp_path, capsys):
     out = tmp_path / "\udcff"                           # a path that can't be printed
@@ -1694,7 +1564,6 @@ def test_sigkill_leaves_a_whole_checkpoint_and_until_then_no_second_run_starts(t
     train.main([*TINY, "--steps", "1", "--out", str(out)])
     assert checkpoint(tmp_path / "\udcff.1")["step"] == step + 1 and checkpoint(out)["step"] == 1
 
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_goes_on_after_any_learning_rate(name, tmp_path, capsys):
     args = [*FAMILIES[name][0], "--steps", "20", "--save-every", "1", "--out", tmp_path]
@@ -1703,7 +1572,6 @@ def test_a_checkpoint_goes_on_after_any_learning_rate(name, tmp_path, capsys):
     assert re.search(rf"step {step + 2}: .* last good checkpoint: .*\(step {step}\)", message)
     train.main(["--resume", str(tmp_path), "--lr", "1e-4", "--steps", str(step + 2)])
     assert all(np.isfinite(line["loss"]) for line in log(tmp_path))
-
 
 def test_a_full_disk_spares_the_checkpoint_and_what_cannot_be_logged_stops_no_run(
         tmp_path, monkeypatch, capsys):
@@ -1721,14 +1589,12 @@ def test_a_full_disk_spares_the_checkpoint_and_what_cannot_be_logged_stops_no_ru
     monkeypatch.undo()
     assert checkpoint(tmp_path)["step"] == 1
 
-
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("small")
     train.main([*TINY, "--steps", "2", "--out", str(out)])
     (out / "cut.pt").write_bytes((out / "ckpt.pt").read_bytes()[:-1000])
     return out
-
 
 CLI_ERRORS = [
     ("", 2, "midway, moog, melomotion"),
@@ -1756,7 +1622,6 @@ CLI_ERRORS = [
     ("--resume RUN/cut.pt", 1, "damaged"),
 ]
 
-
 @pytest.mark.parametrize("args, status, word", CLI_ERRORS)
 def test_wrong_arguments_are_told_in_one_line(args, status, word, tmp_path, small_run, capsys):
     args = args.replace("TINY", " ".join(TINY)).replace("SQUARES", " ".join(SQUARES))
@@ -1766,14 +1631,12 @@ def test_wrong_arguments_are_told_in_one_line(args, status, word, tmp_path, smal
     assert word in error_of(capsys, args, status)
     assert not (tmp_path / "never").exists()
 
-
 CHECKPOINT_ERRORS = [
     ("config", None), ("config/model", "os"), ("step", -1), ("config/options/lr", None),
     ("config/options/log_every", (5,)), ("config/options/new", 1), ("config/scenes/radius", None),
     ("config/videos", {}), ("config/config/levels", [1.5]), ("config/config/dim", 7),
     ("config/config/heads", 0), ("model/new", 3), ("optimizer/state/0/exp_avg", torch.zeros(1)),
     ("optimizer/state/0/step", torch.zeros(2)), ("optimizer/param_groups", [])]
-
 
 @pytest.mark.parametrize("place, value", CHECKPOINT_ERRORS)
 def test_what_does_not_fit_in_a_checkpoint_is_told_in_one_line(
@@ -1787,7 +1650,6 @@ def test_what_does_not_fit_in_a_checkpoint_is_told_in_one_line(
     torch.save(ckpt, tmp_path / "ckpt.pt")
     assert "ckpt.pt" in error_of(capsys, ["--resume", tmp_path, "--steps", "3"], 1)
 
-
 def test_only_bugs_have_a_traceback(monkeypatch, capsys, tmp_path):
     def fails(self, batch):
         raise error
@@ -1799,14 +1661,12 @@ def test_only_bugs_have_a_traceback(monkeypatch, capsys, tmp_path):
     with pytest.raises(RuntimeError, match="shapes"):
         train.cli(args)
 
-
 def test_help_names_presets_and_the_defaults_that_count(capsys):
     with pytest.raises(SystemExit) as leaving:
         train.cli("--model melomotion --preset fast --device cpu --help".split())
     said = capsys.readouterr().out
     assert leaving.value.code == 0 and ", ".join(melomotion.PRESETS) in said
     assert re.search(r"--steps int[^-]*\(188\)", said)
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bench_and_bfloat16_run(name, tmp_path, capsys):
@@ -1815,14 +1675,12 @@ def test_bench_and_bfloat16_run(name, tmp_path, capsys):
     assert re.search(r"[\d.]+ ms a step .* [\d.]+ GFLOP a sample .* MFU nan", said)
     assert "bfloat16" in said and not (tmp_path / "never").exists()
 
-
 def test_recomputing_activations_is_not_the_models_work():
     cfg = moog.Config(**moog.PRESETS["tiny"])
     batch = dict(video=torch.zeros(1, 4, 3, 64, 64))
     plain, recomputed = (
         train.count_flops(moog.MooG, replace(cfg, checkpoint=on), batch) for on in (False, True))
     assert plain == recomputed > 0
-
 
 @pytest.mark.parametrize("name, workers", [("clip.mp4", "1"), ("frames", "0")])
 def test_training_on_videos_and_on_frames(name, workers, tmp_path):
@@ -1835,7 +1693,6 @@ def test_training_on_videos_and_on_frames(name, workers, tmp_path):
     assert last["step"] == 2 and "shuffled" in last["held_out"]["2-2cos, mean"]
     assert log(tmp_path / "moog")[-1]["held_out"]["PSNR in dB, t >= 1"]["predicted"] > 3
 
-
 def test_data_can_be_looked_at_and_timed(tmp_path, capsys):
     path = str(encode(tmp_path / "a.mp4", CONSTANT[:60], size=(256, 256)))
     for source in (path, "scenes"):
@@ -1843,7 +1700,6 @@ def test_data_can_be_looked_at_and_timed(tmp_path, capsys):
     assert iio.imread(tmp_path / "look.png").shape[0] > 100
     data.bench(path)
     assert float(re.search("a.mp4: (.*) CPU-seconds", capsys.readouterr().out)[1]) > 0
-
 
 def test_loader_start_methods_agree(tmp_path):
     path = encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
@@ -1858,7 +1714,6 @@ def test_loader_start_methods_agree(tmp_path):
     with pytest.raises(ValueError, match="--workers 10000"):
         data.make_loader(str(path), SMALL.inputs, [], workers=10000)
 
-
 @pytest.mark.parametrize("kind", ["grey", "deep", "alpha"])
 def test_images_of_other_kinds_are_read_right(tmp_path, kind):
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -1867,7 +1722,6 @@ def test_images_of_other_kinds_are_read_right(tmp_path, kind):
                    alpha=np.dstack([colour, np.full_like(grey, 200)]))
     iio.imwrite(tmp_path / "a.png", written[kind])
     assert np.array_equal(data.read_image(tmp_path / "a.png"), colour)
-
 
 def test_an_error_with_workers_running_still_ends():
     script = """if True:
@@ -1882,10 +1736,8 @@ def test_an_error_with_workers_running_still_ends():
                           timeout=60, cwd=HERE)
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug")
 
-
 # ---- metrics and labelled data -------------------------------------------------------------------
 METRICS = np.load(HERE / "reference" / "metrics.npz")
-
 
 @pytest.mark.parametrize("case", ["sparse", "large", "boundary", "boundary5pct"])
 def test_flow_metrics_equal_the_reference(case):
@@ -1896,7 +1748,6 @@ def test_flow_metrics_equal_the_reference(case):
                   for metric in (evaluate.end_point_error, evaluate.fl_all)]
         close(errors, scores, 1e-9)
 
-
 @pytest.mark.parametrize("case", ["camvid", "ignore255", "absent_both", "absent_gt_or_pred",
                                   "one_image_all_void", "single_class_perfect"])
 def test_mean_iou_equals_the_reference(case):
@@ -1906,7 +1757,6 @@ def test_mean_iou_equals_the_reference(case):
     miou, per_class, right = evaluate.mean_iou(pred, target, int(classes), int(ignored))
     close([miou, right], scores, 1e-9)
     assert np.allclose(per_class, expected, rtol=0, atol=1e-9, equal_nan=True)
-
 
 @pytest.mark.parametrize("mode", ["first", "strided"])
 @pytest.mark.parametrize("case", ["2", "3", "5"])
@@ -1922,7 +1772,6 @@ def test_tracking_metrics_equal_tapvids(case, mode):
         close(scores[ours.replace("pts_within", "delta")], value, 1e-9)
     close(evaluate.average_jaccard(*inputs), scores["average_jaccard"], 0)
 
-
 @pytest.mark.parametrize("case", ["radial", "smooth", "rubberwhale"])
 def test_flow_colours_are_middleburys(case):
     close(evaluate.colour_wheel(), METRICS["colour_wheel"], 0)
@@ -1932,7 +1781,6 @@ def test_flow_colours_are_middleburys(case):
         picture = evaluate.flow_to_color(turned, float(fastest))
         assert picture.dtype == np.uint8
         close(picture.astype(int), expected.astype(int), 1)
-
 
 def test_depth_and_box_metrics_by_hand():
     depth = [[1.0, 2.0], [3.0, 9.0]]
@@ -1945,10 +1793,8 @@ def test_depth_and_box_metrics_by_hand():
     target = [[1, 2, 3, 6], [2, 2, 3, 3], [5, 5, 5, 5]]
     close(evaluate.box_iou(boxes, target), [2 / 14, 0, 0], 1e-12)
 
-
 FLO = METRICS["flo_bytes"].tobytes()
 PNG = METRICS["kitti_bytes"].tobytes()
-
 
 def write_kitti_flow(path, flow, valid):
     """Flow (H, W, 2) in pixels and valid (H, W) -> KITTI's PNG: 64 * flow + 2^15 in 16 bits."""
@@ -1963,12 +1809,10 @@ def write_kitti_flow(path, flow, valid):
     packets = encoder.encode(frame) + encoder.encode(None)
     path.write_bytes(b"".join(map(bytes, packets)))
 
-
 def write_pfm(path, flow, order="<"):
     rows = np.concatenate([flow, np.full_like(flow[..., :1], 7)], -1)[::-1]
     head = f"PF\n{flow.shape[1]} {flow.shape[0]}\n{'-' * (order == '<')}1.0\n"
     path.write_bytes(head.encode() + rows.astype(f"{order}f4").tobytes())
-
 
 def test_flow_files_equal_the_reference(tmp_path):
     (tmp_path / "a.flo").write_bytes(FLO)
@@ -1985,7 +1829,6 @@ def test_flow_files_equal_the_reference(tmp_path):
     write_kitti_flow(path, edges, [[True, True]])
     assert np.array_equal(data.read_kitti_flow(path)[0], edges)
 
-
 @pytest.mark.parametrize("name, content, word", [
     ("short.flo", FLO[:-4], "reshape"), ("magic.flo", b"X" + FLO[1:], "begin"),
     ("sign.flo", FLO[:4] + b"\xff" * 4 + FLO[8:], "reshape"),
@@ -2000,7 +1843,6 @@ def test_broken_flow_files_are_named_in_one_line(tmp_path, name, content, word):
     with pytest.raises(ValueError, match=f"{name}: .*{word}"):
         read(tmp_path / name)
 
-
 def put(path, value, size=(4, 6), **options):
     """Writes bytes or an array as they are, or an image of one colour; makes the folders above."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2009,7 +1851,6 @@ def put(path, value, size=(4, 6), **options):
         return
     image = value if isinstance(value, np.ndarray) else np.full((*size, 3), value, np.uint8)
     iio.imwrite(path, image, plugin="pillow", **options)
-
 
 # layout: first frame, second, flow of pair k, of scene s in split p
 FLOWS = {
@@ -2024,13 +1865,11 @@ FLOWS = {
     "colored_0": ("colored_0/00000{k}_10.png", "colored_0/00000{k}_11.png",
                   "flow_occ/00000{k}_10.png")}
 
-
 def sample_flow(k):
     flow = np.arange(48, dtype=np.float32).reshape(4, 6, 2) / 64 + k
     flow[1, 2, 0] = np.nan
     flow[3, 0, 1] = 1e10
     return flow
-
 
 def write_flow_layout(root, layout):
     """Three pairs, frames of colours 2 k and 2 k + 1, flow from k on; the first is training's."""
@@ -2053,7 +1892,6 @@ def write_flow_layout(root, layout):
     if layout == "chairs":
         (root / "FlyingChairs_train_val.txt").write_text("1\n2\n2\n")
 
-
 @pytest.mark.parametrize("layout", FLOWS)
 def test_flow_pairs_of_each_layout(tmp_path, layout):
     write_flow_layout(tmp_path, layout)
@@ -2074,7 +1912,6 @@ def test_flow_pairs_of_each_layout(tmp_path, layout):
         shown = [pair["frames"][0, 0, 0, 0] for pair in data.FlowPairs(tmp_path, part)]
         assert shown == expected
 
-
 @pytest.mark.parametrize("layout, name, content, word", [
     ("yours", "a/2/frame2.png", np.zeros((4, 5, 3), np.uint8), "size of"),
     ("yours", "a/2/flow.flo", FLO, "the flow is"),
@@ -2087,7 +1924,6 @@ def test_flow_pairs_say_what_is_wrong(tmp_path, layout, name, content, word):
     put(tmp_path / name, content)
     with pytest.raises(ValueError, match=word):
         data.FlowPairs(tmp_path)[1]
-
 
 # layout: (image, label) of split and name, values in the labels, the classes they mean, how many
 SEGMENTED = {
@@ -2103,14 +1939,12 @@ SEGMENTED = {
     "yours": ("images/{s}/deep/{n}.jpg", "labels/{s}/deep/{n}.png",
               [0, 4, 255], [0, 4, 255], 5)}
 
-
 def label(values):
     """A label (4, 6) of the first value, but the second at row 1, column 4, the third in row 3."""
     image = np.full((4, 6), values[0], np.uint8)
     image[1, 4] = values[1]
     image[3] = values[2]
     return image
-
 
 @pytest.mark.parametrize("layout", SEGMENTED)
 def test_segmentation_of_each_layout(tmp_path, layout, capfd):
@@ -2131,7 +1965,6 @@ def test_segmentation_of_each_layout(tmp_path, layout, capfd):
     assert abs(sample["image"].astype(int) - 50).max() <= 2
     assert np.array_equal(sample["classes"], label(classes))
 
-
 def test_segmentation_without_splits_validates_on_every_fifth(tmp_path):
     for n in range(11):
         put(tmp_path / f"images/{n // 6}/{n:02d}.png", n)
@@ -2144,7 +1977,6 @@ def test_segmentation_without_splits_validates_on_every_fifth(tmp_path):
     ignoring = data.Segmentation(tmp_path, "train", num_classes=12, ignore_index=3)
     assert ignoring.num_classes == 12 and ignoring[3]["classes"][0, 0] == 255
     assert data.Segmentation(tmp_path, "train", ignore_index=10).num_classes == 10
-
 
 def few_bits(values, bits, kind):
     """The bytes of a PNG of a few bits a pixel; kind 0: grey, 3: a palette of colours."""
@@ -2163,7 +1995,6 @@ def few_bits(values, bits, kind):
         content += struct.pack(">I", zlib.crc32(name + body))
     return content
 
-
 @pytest.mark.parametrize("bits, kind", [(1, 0), (2, 0), (4, 0), (8, 0), (2, 3), (8, 3)])
 def test_labels_are_numbers_neither_colours_nor_shades(tmp_path, bits, kind):
     values = [[0, 1, 1 if bits == 1 else 2, 1]] * 3
@@ -2172,10 +2003,8 @@ def test_labels_are_numbers_neither_colours_nor_shades(tmp_path, bits, kind):
     labelled = data.Segmentation(tmp_path)
     assert labelled.num_classes == max(values[0]) + 1 and labelled[0]["classes"].tolist() == values
 
-
 GOOD = np.arange(24, dtype=np.uint8).reshape(4, 6) % 2
 TURN = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"   # orientation 6
-
 
 @pytest.mark.parametrize("content, options, word", [
     (GOOD * 7, dict(num_classes=5), "value 7"), (GOOD.T, {}, r"is \(6, 4\)"),
@@ -2191,7 +2020,6 @@ def test_wrong_labels_are_named_in_one_line(tmp_path, content, options, word):
         data.Segmentation(tmp_path, **options)[0]
     assert "\n" not in str(error.value)
 
-
 def write_rgbd(folder):
     for t in range(4):
         put(folder / f"rgb_{t:02d}.png", 10 * t)
@@ -2202,7 +2030,6 @@ def write_rgbd(folder):
     status = np.array([[0, 0, 1, 2], [0, 0, 1, 0], [0, 1, 0, 0]], np.int8)
     np.savez(folder / "tracks.npz", tracks=tracks, query_frame=[0, 0, 2], status=status)
     return tracks
-
 
 def test_rgbd_clips(tmp_path):
     tracks = write_rgbd(tmp_path / "clips/a")
@@ -2228,7 +2055,6 @@ def test_rgbd_clips(tmp_path):
     os.remove(tmp_path / "clips/b/rgb_03.png")
     with pytest.raises(ValueError, match="tracks.npz: .*do not fit 3 frames"):
         clips[1]
-
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("kind", ["davis", "stacking", "kinetics", "shards"])
@@ -2256,15 +2082,12 @@ def test_tapvid_pickles(tmp_path, kind, protocol):
     assert sample["tracks"][1].tolist() == [[3.5, 3.5], [-0.5, -0.5]]
     assert sample["query_frames"].tolist() == [1, 0]
 
-
 CLIP = dict(video=np.zeros((3, 2, 2, 3), np.uint8), points=np.zeros((1, 2, 2)),
             occluded=np.zeros((1, 2)))
-
 
 class Evil:
     def __reduce__(self):
         return os.system, (f"touch {self.mark}",)
-
 
 @pytest.mark.parametrize("content, word", [
     ([CLIP | dict(video=np.array([None]))], "not of numbers"), (eval, "eval"),
@@ -2281,7 +2104,6 @@ def test_pickles_of_anything_else_are_refused_and_can_call_nothing(tmp_path, con
         pickle.loads(pickle.dumps(content))
         assert Evil.mark.exists()                               # it would have been
 
-
 def test_marked_joints_belong_to_the_frames_of_their_clip(tmp_path):
     clip = encode(tmp_path / "clip.mp4", CONSTANT[:9])
     tracks = np.random.default_rng(0).uniform(0, 60, (3, 9, 2)).astype(np.float32)
@@ -2297,7 +2119,6 @@ def test_marked_joints_belong_to_the_frames_of_their_clip(tmp_path):
     assert sample["query_frames"].tolist() == [1, 4]
     assert np.array_equal(sample["tracks"], np.nan_to_num(tracks[[0, 2]]).transpose(1, 0, 2))
 
-
 @pytest.mark.parametrize("names, kind, word", [
     (["nowhere"], FileNotFoundError, "nowhere"), (["."], ValueError, "no clip"),
     (["a.npz"], ValueError, "no clip"), (["a.npz", "no.mp4"], ValueError, "no.mp4: no such"),
@@ -2309,7 +2130,6 @@ def test_point_tracks_say_what_is_wrong(tmp_path, names, kind, word):
     encode(tmp_path / "short.mp4", CONSTANT[:3])
     with pytest.raises(kind, match=word):
         data.PointTracks(*(tmp_path / name for name in names))[0]
-
 
 def test_box_tracks(tmp_path):
     for name, value in (("2", 2), ("10", 10), ("9", 9), ("cover", 0)):
@@ -2326,7 +2146,6 @@ def test_box_tracks(tmp_path):
         with pytest.raises(ValueError, match="boxes_xyxy.txt: "):
             boxes[0]
 
-
 # ---- evaluation: every task runs -----------------------------------------------------------------
 TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
                    motion_tokens=3, motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2,
@@ -2335,7 +2154,6 @@ TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4),
 SMALL_SCENES = dict(size=24, sprites=2, speed=3.0, pan=10.0, zoom=0.0, roll=0.0, radius=(0.2, 0.3),
                     grain=6.0, textures=6, flat=0.0)
 
-
 @pytest.fixture(scope="module")
 def small_midway():
     torch.manual_seed(0)
@@ -2343,7 +2161,6 @@ def small_midway():
     with torch.no_grad():                   # zero at the start: positions
         model.motion_pos.normal_(std=0.5)
     return model
-
 
 @pytest.fixture(scope="module")
 def checkpoints(small_midway, tmp_path_factory):
@@ -2360,13 +2177,11 @@ def checkpoints(small_midway, tmp_path_factory):
         torch.save(state, root / f"{name}.pt")
     return {name: root / f"{name}.pt" for name in models}
 
-
 @pytest.fixture
 def few(monkeypatch):
     """MooG's readouts on few clips."""
     for name, value in dict(POOL=6, TESTS=32, POINTS=6, PCA_CLIPS=3).items():
         monkeypatch.setattr(evaluate, name, value)
-
 
 def evaluated(path, out, *flags):
     """Tables {title: {row: {column: cell}}} of a run of eval.py, of which every cell is finite."""
@@ -2378,7 +2193,6 @@ def evaluated(path, out, *flags):
             assert all(cell == cell for cell in row.values()), row          # not nan
     return {title: {row[""]: row for row in rows} for title, rows in tables.items()}
 
-
 def evaluation(path, **changes):
     """A Run as main() makes it."""
     args = evaluate.parse([str(path)])
@@ -2387,9 +2201,7 @@ def evaluation(path, **changes):
     model, name, config, path = evaluate.load(path)
     return evaluate.Run(model, name, config, args, path.parent)
 
-
 FAST = ("--steps", 2, "--batch-size", 2, "--draws", 2, "--overlap", 0.1)
-
 
 @pytest.mark.parametrize("name, task, flags, column", [
     ("midway", "latents", (), "same motion"), ("midway", "heatmap", ("--at", 0.4, 0.6), "level 2"),
@@ -2415,7 +2227,6 @@ def test_every_task_runs(checkpoints, tmp_path, few, name, task, flags, column):
         assert rows["always at the source"]["nearer to the source"] == 1
         assert rows["anywhere, by chance"]["patches from truth"] > 0.5
 
-
 def test_results_of_other_tasks_stay_and_all_leaves_out_what_does_not_fit(
         checkpoints, tmp_path, few, capsys):
     evaluated(checkpoints["moog"], tmp_path, "--task", "unroll")
@@ -2426,7 +2237,6 @@ def test_results_of_other_tasks_stay_and_all_leaves_out_what_does_not_fit(
     assert {"unroll", "boxes"} <= set(results) and "points" not in results
     assert "left out: points" in capsys.readouterr().out
     assert results["boxes"]["command"][0] == "eval.py" and results["boxes"]["versions"]["torch"]
-
 
 # ---- evaluation: Midway --------------------------------------------------------------------------
 @torch.no_grad()
@@ -2451,7 +2261,6 @@ def test_perturbation_equals_finite_differences(small_midway):
         cosines.append(F.cosine_similarity(change, r[:, None], dim=-1))
     close(heat, sum(cosines) / 3, 1e-7)
 
-
 def test_heatmap_of_a_known_shift_peaks_at_the_shifted_token(small_midway, monkeypatch):
     def shift(i, m, v):                     # one down, two to the right; CLS stays
         moved = v[:, 1:].unflatten(1, (4, 4)).roll((1, 2), (1, 2)).flatten(1, 2)
@@ -2472,7 +2281,6 @@ def test_heatmap_of_a_known_shift_peaks_at_the_shifted_token(small_midway, monke
     tracks = evaluate.follow_tokens(model, torch.rand(3, 3, 16, 16), start, query, 2)
     assert tracks[0].tolist() == [[0, 1], [6, 1], [8, 7]]       # the second is asked for in frame 1
 
-
 def test_moving_tokens_land_where_the_scene_moves_them(checkpoints, small_midway):
     run = evaluation(checkpoints["midway"])
     batch = run.truth(run.scenes(), range(24))
@@ -2489,7 +2297,6 @@ def test_moving_tokens_land_where_the_scene_moves_them(checkpoints, small_midway
     change = batch["video"][rows, 1, :, to_y, to_x] - batch["video"][rows, 0, :, y, x]
     assert change.abs().max() < 0.5         # the same thing, but for half pixels
 
-
 def test_latents_of_the_same_motion_tell_motion_from_content(small_midway, monkeypatch):
     """A double whose prediction is right if and only if its latents say the true motion."""
     motion = torch.tensor([[0.0, 0], [8, 8], [0.1, 0], [8, 8.1], [-5, 3], [-5, 3.1]])
@@ -2505,14 +2312,12 @@ def test_latents_of_the_same_motion_tell_motion_from_content(small_midway, monke
     errors = evaluate.latent_errors(model, 0, m, target, target, motion)
     assert errors["right"] < 1e-6 and errors["same motion"] < 1e-6 and errors["shuffled"] > 2
 
-
 def test_linear_readout_finds_what_is_there_and_nothing_else():
     torch.manual_seed(0)
     x = torch.randn(400, 300)
     y = torch.randn(400, 2)
     assert evaluate.ridge(x[:, :30], x[:, :2] - x[:, 3:5], 100)[0] > 0.99
     assert evaluate.ridge(x, y, 100)[0] < 0.1       # 300 features fit 300 pairs, not those held out
-
 
 def test_midways_analyses_take_videos(checkpoints, tmp_path):
     video = encode(tmp_path / "clip.mp4", CONSTANT[:60], (64, 36), paint=texture)
@@ -2532,7 +2337,6 @@ def test_midways_analyses_take_videos(checkpoints, tmp_path):
     assert rows["stays put"]["patches"] < 0.71      # the second point is in no frame looked at
     assert evaluate.model_view(np.zeros((36, 64, 3), np.uint8)) == (0, 14, 36, 36)
 
-
 # ---- evaluation: segmentation and flow -----------------------------------------------------------
 def labelled_folder(root, values=(0, 1, 2)):
     """Images in two halves of plain colours, each a class; a corner that is to be left out."""
@@ -2547,7 +2351,6 @@ def labelled_folder(root, values=(0, 1, 2)):
         put(root / "labels" / name, labels)
     return root
 
-
 @pytest.mark.parametrize("flags", [
     [], ["--features", "backward"], ["--head", "upernet"], ["--finetune"]])
 def test_segmentation_learns_colours_from_a_folder(checkpoints, tmp_path, flags):
@@ -2556,7 +2359,6 @@ def test_segmentation_learns_colours_from_a_folder(checkpoints, tmp_path, flags)
                        "--steps", 60, "--batch-size", 4, "--lr", 0.02, *flags).values()
     assert rows["mIoU"]["this model"] > 75 > rows["mIoU"]["position prior"]
     assert len(rows) == 5                   # two means, three classes: the ignored value is none
-
 
 def test_segmentation_crops_keep_labels_on_their_pixels(checkpoints, tmp_path):
     run = evaluation(checkpoints["midway"], data=str(labelled_folder(tmp_path / "data")))
@@ -2568,7 +2370,6 @@ def test_segmentation_crops_keep_labels_on_their_pixels(checkpoints, tmp_path):
         near_edge = F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(-x, 3, 1, 1)
         known = (sample["classes"] != 255) & (near_edge[0] == 0)
         assert (brightest == sample["classes"])[known].all()
-
 
 @pytest.mark.parametrize("task, finetune, trained", [
     (evaluate.Segmentation, False, set()), (evaluate.Flow, False, set()),
@@ -2588,7 +2389,6 @@ def test_frozen_models_stay_and_finetuned_ones_are_trained_whole(
     # flow trains both branches, as in CroCo v2
     assert changed >= trained if len(trained) > 1 else changed == trained
 
-
 def test_laplacian_loss_and_tiles_equal_croco():
     pred, conf, gt, valid = (torch.from_numpy(METRICS[f"laplacian_{name}"])
                              for name in ("pred", "conf_logit", "gt", "valid"))
@@ -2601,7 +2401,6 @@ def test_laplacian_loss_and_tiles_equal_croco():
     for case in zip(total.tolist(), window.tolist(), overlap.tolist()):
         ours.append(evaluate.tile_offsets(*case))
     assert list(map(len, ours)) == count.tolist() and sum(ours, []) == offsets.tolist()
-
 
 @pytest.mark.parametrize("size", [(23, 40), (10, 40), (16, 16), (8, 9)])
 def test_tiles_cover_images_of_any_size(size):
@@ -2620,7 +2419,6 @@ def test_tiles_cover_images_of_any_size(size):
     scale = torch.tensor([W / max(W, 16), H / max(H, 16)]).view(2, 1, 1)
     off = (flow - (20 * torch.stack([x, y]) - 10) * scale).abs()
     assert off[..., :-2].max() < (0.35 if min(size) < 16 else 1e-2)
-
 
 def test_flow_crops_keep_flow_true_to_their_frames(checkpoints):
     """Scaled, flipped and cut: the second crop, seen where the flow points, is the first."""
@@ -2649,13 +2447,11 @@ def test_flow_crops_keep_flow_true_to_their_frames(checkpoints):
         assert (sample["valid"] == (at_x > 40) & (at_y > 20))[clear].all()
     assert len(flips) > 1
 
-
 def test_jitter_is_the_same_for_all_frames_of_a_sample():
     frames = torch.rand(4, 1, 3, 16, 16).expand(-1, 2, -1, -1, -1)
     out = evaluate.jitter(frames, torch.Generator().manual_seed(0), 1.0, (0.4, 0.4, 0.4, 0.1))
     assert out.shape == frames.shape and (out - frames).abs().max() > 0.05
     close(out[:, 0], out[:, 1], 1e-6)
-
 
 def test_dpt_learns_flow_that_its_maps_tell():
     torch.manual_seed(0)
@@ -2672,7 +2468,6 @@ def test_dpt_learns_flow_that_its_maps_tell():
     assert (out[:, :2] - flow).norm(dim=1).mean() < 0.5 * flow.norm(dim=1).mean()
     for n in (64, 16):                      # patches of 16: twice the finest map, as in CroCo v2
         assert head(maps, (n, n)).shape == (8, 3, n, n)
-
 
 @torch.no_grad()
 def test_flow_reads_the_four_inputs(checkpoints):
@@ -2695,7 +2490,6 @@ def test_flow_reads_the_four_inputs(checkpoints):
         close(*same, 0)
     assert (alone.motion_tokens - model.motion_tokens).abs().max() > 0.01
 
-
 def test_flow_learns_from_a_training_split_and_leaves_out_what_it_tests(checkpoints, tmp_path):
     write_flow_layout(tmp_path, "sintel")
     files = sorted((tmp_path / "training/flow").rglob("*.flo"))
@@ -2714,7 +2508,6 @@ def test_flow_learns_from_a_training_split_and_leaves_out_what_it_tests(checkpoi
     files[0].unlink()
     assert evaluate.Flow(evaluation(checkpoints["midway"], data=str(tmp_path))).training is None
 
-
 # ---- evaluation: MooG ----------------------------------------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize("follows", [True, False])
@@ -2730,7 +2523,6 @@ def test_follow_tells_tokens_of_things_from_tokens_of_places(checkpoints, monkey
     else:                                   # one token a pixel
         assert was == 1 and went < 0.35
 
-
 @torch.no_grad()
 def test_attention_in_chunks_is_the_whole(checkpoints):
     model = evaluation(checkpoints["moog"]).model
@@ -2738,7 +2530,6 @@ def test_attention_in_chunks_is_the_whole(checkpoints):
     states = model.unroll(torch.rand(2, 3, 3, 48, 48)).predicted
     whole = evaluate.attention(model, states, (48, 48), None)               # (2, 3, 2304, N)
     assert (evaluate.top_tokens(model, states) == whole.argmax(-1)).all()
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("released", [False, True])
@@ -2755,7 +2546,6 @@ def test_open_loop_leaves_the_corrector_out(released):
     for k in (1, 2):
         state = model.predict(state if released else model.state_norm(state))
         close(states[:, k], state, 1e-6)
-
 
 def test_baselines_of_points_boxes_and_depth_by_hand(checkpoints, tmp_path, few):
     rows = {}
@@ -2779,7 +2569,6 @@ def test_baselines_of_points_boxes_and_depth_by_hand(checkpoints, tmp_path, few)
     close(rows["depth"]["median"], torch.stack(off).mean(), 1e-6)
     assert np.mean(on_sprites) > 0.99                                   # if there are any
 
-
 class PlacesOfSprites(evaluate.Points):
     """Oracle features: each sprite's name and place."""
 
@@ -2789,7 +2578,6 @@ class PlacesOfSprites(evaluate.Points):
         name = torch.eye(place.shape[2]).expand(*place.shape[:3], -1)
         features = torch.cat([place, name], -1)
         return F.pad(features, (0, 64 - features.shape[-1]))
-
 
 def test_points_learn_from_features_that_tell_places(checkpoints, monkeypatch):
     """A plateau of the training would show here."""
@@ -2809,9 +2597,7 @@ def test_points_learn_from_features_that_tell_places(checkpoints, monkeypatch):
         still.append(task.measure(answer, batch)["mean distance, pixels of 256"])
     assert torch.cat(learnt).nanmean() < 40 < torch.cat(still).nanmean()
 
-
 PLACES = np.array([[4, 5], [20, 12], [9, 18]], np.float32)              # of the points below
-
 
 def make_rgbd(root):
     """Three RGB-D clips of ten frames, red says x, green y, with points that stand still; a box."""
@@ -2828,7 +2614,6 @@ def make_rgbd(root):
     (root / "boxes/boxes_xyxy.txt").write_text("3 4 12 14\n" * 10)
     return root
 
-
 @pytest.mark.parametrize("task, folder, said, column, row, low, high", [
     ("points", "", "2 clips, tested on c\n", "stays put", "delta_avg", 1, 1),
     ("depth", "", "2 clips, tested on c\n", "median", "abs_rel", 0.1, 0.5),
@@ -2842,7 +2627,6 @@ def test_readouts_of_real_clips(
     assert f"trained on {said}" in capsys.readouterr().out
     assert low <= rows[row][column] <= high
 
-
 def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path, few, monkeypatch):
     monkeypatch.setattr(evaluate, "POOL", 40)
     pool = evaluate.Points(evaluation(checkpoints["moog"], data=str(make_rgbd(tmp_path)))).pool
@@ -2854,7 +2638,6 @@ def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path
         shown = F.grid_sample(pool["video"][b, t][None].float(), place, align_corners=False)
         off = shown[0, :2, 0, 0] - 8 * torch.from_numpy(PLACES)
         assert off.norm(dim=1).min() < 6
-
 
 # ---- evaluation: what is wrong is told in one line -----------------------------------------------
 @pytest.mark.parametrize("name, flags, word", [
@@ -2892,18 +2675,15 @@ def test_what_is_wrong_is_told_in_one_line(
     message = str(stop.value) if stop.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
     assert word in message and "\n" not in message
 
-
 # ---- MeloMotion: parts ---------------------------------------------------------------------------
 def squares(count=4, **options):
     return data.MovingSquares(**options).batch(range(count))
-
 
 def test_every_row_of_table_1():
     parts = dict(MeloMotion(melomotion.Config()).named_children(), baseline=FlowBaseline())
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     assert sizes == dict(predictors=3 * 2_146, rgb_proj=256, camera=742, encoder=1_088,     # 43,111
                          decoder=34_587, baseline=34_587 + 322_862)
-
 
 def test_position_loss_is_the_velocity_error_of_rigid_labels():
     v, true = torch.randn(2, 5, 3, 2, generator=torch.Generator().manual_seed(0))
@@ -2912,13 +2692,11 @@ def test_position_loss_is_the_velocity_error_of_rigid_labels():
     close(position_loss(v, d), error, 1e-5)
     close(position_loss(v, d, normalize=False), error * 1240 / 15, 1e-3)
 
-
 @pytest.mark.parametrize("normalize, ratio", [(True, 1), (False, 225)])
 def test_gradient_of_frame_15_over_that_of_frame_1(normalize, ratio):
     d = torch.arange(1.0, 16)[:, None].repeat(1, 1, 1, 2).requires_grad_()      # v is off by 1
     grad, = torch.autograd.grad(position_loss(torch.zeros(1, 1, 2), d, normalize), d)
     close(15 * grad[0, 0, 14], ratio * grad[0, 0, 0], 1e-5)     # on v: t times as much
-
 
 @pytest.mark.parametrize("h, w", [(16, 16), (8, 12)])
 def test_place_equals_slicing_and_clips_at_the_border(h, w):
@@ -2935,13 +2713,11 @@ def test_place_equals_slicing_and_clips_at_the_border(h, w):
         want[b, n, t, :, top:bottom, left:right] = block
     close(place(layers, d), want, 0)
 
-
 def test_warp_by_whole_cells_is_place():
     x = torch.rand(3, 2, 16, 16)
     d = torch.tensor([[1, 0], [-3, 5], [0, 20]]) / 16
     placed = place(x[:, None], d[:, None, None])[:, 0, 0]
     close(melomotion.warp(x, d[..., None, None]), placed, 1e-5)
-
 
 class CellColours(torch.nn.Module):
     """In the decoder's place: paints each cell in the colour that its latent has."""
@@ -2949,12 +2725,10 @@ class CellColours(torch.nn.Module):
     def forward(self, latents):
         return latents[:, :, 1:4].repeat_interleave(8, 3).repeat_interleave(8, 4)
 
-
 def cell_painter(**options):
     model = MeloMotion(melomotion.Config(size=64, **options))
     model.decoder = CellColours()
     return model
-
 
 @pytest.mark.parametrize("phase", [0, 1, 2])
 def test_true_velocities_draw_the_true_frames(phase):
@@ -2972,7 +2746,6 @@ def test_true_velocities_draw_the_true_frames(phase):
     assert model.l1(batch, v) < 1e-5 and model.l1(batch, v, one=True) < 1e-5
     assert model.l1(batch | dict(video=video.roll(1, 1)), v) > 1e-3
 
-
 def test_what_an_object_leaves_behind_looks_like_the_rest():
     image = torch.full((1, 3, 64, 64), 0.5)
     masks = torch.zeros(1, 1, 64, 64)
@@ -2981,7 +2754,6 @@ def test_what_an_object_leaves_behind_looks_like_the_rest():
     frame = cell_painter(objects=1).draw(image, masks, v, torch.tensor([[1]]))
     frame[..., 8:16, 24:32] -= 0.5                                      # where it has gone, on top
     close(frame[0, 0], image[0], 1e-6)
-
 
 def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
     image = torch.rand(2, 3, 16, 24)
@@ -2992,13 +2764,11 @@ def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
     blocks = torch.eye(16).view(16, 4, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert torch.linalg.matrix_rank(encode_latent(blocks[:, 1:], blocks[:, :1]).view(16, 16)) == 16
 
-
 def test_colours_are_read_off_exactly_wherever_the_object_lies():
     batch = squares(32, shape="any")
     model = MeloMotion(melomotion.Config())
     layers = model.extract(batch["first_frame"], batch["masks"])
     close(model.pool(layers), colours_of(batch) / 255, 1e-5)
-
 
 @pytest.mark.parametrize("change", [
     {}, dict(shared_predictor=True, object_index=True), dict(normalize=False), dict(pooling="avg"),
@@ -3028,7 +2798,6 @@ def test_every_variant_trains_what_it_should(change):
     assert video.shape == (2, 3, 3, 128, 128) and 0 <= video.min() and video.max() <= 1
     assert all(row["model"].isfinite() for row in model.report(batch).values())
 
-
 @pytest.mark.parametrize("change, objects, height, exception, word", [
     (dict(pooling="mean"), 3, 128, AssertionError, "rgb"), (dict(phase=3), 3, 128, KeyError, "3"),
     (dict(object_index=True, pooling="avg"), 3, 128, RuntimeError, "shapes"),
@@ -3037,7 +2806,6 @@ def test_what_does_not_fit_melomotion_is_refused(change, objects, height, except
     with pytest.raises(exception, match=word):
         model = MeloMotion(melomotion.Config(**change))
         model.render(torch.rand(1, 3, height, 128), torch.ones(1, objects, height, 128))
-
 
 def test_flow_baseline_starts_still_and_can_be_warped_at_once():
     batch = squares(1)
@@ -3052,7 +2820,6 @@ def test_flow_baseline_starts_still_and_can_be_warped_at_once():
     close(once(batch)[0].detach(), model(batch)[0].detach(), 1e-4)
     assert (model(batch)[0] - loss).abs() > 1e-5
 
-
 @pytest.mark.parametrize("shift, near, far", [(0, 7, 8), (4, 3, 15)])   # on the diagonal
 def test_swin_windows_are_closed(shift, near, far):
     block = melomotion.SwinBlock(shift)
@@ -3061,7 +2828,6 @@ def test_swin_windows_are_closed(shift, near, far):
     changed[0, 0] += 1.0
     moved = (block(changed) - block(x)).abs().amax(-1)[0]
     assert moved[near * 17] > 0 and moved[far * 17] == 0
-
 
 # ---- MeloMotion: data ----------------------------------------------------------------------------
 def test_squares_depend_on_their_number_alone():
@@ -3072,11 +2838,9 @@ def test_squares_depend_on_their_number_alone():
     other = data.MovingSquares(shape="any", split="eval")[5]
     assert not torch.equal(other["first_frame"], together["first_frame"][0])
 
-
 def colours_of(batch):
     """(B, N, 3), each object's in frame 0."""
     return (batch["first_frame"][:, None] * batch["masks"][:, :, None]).flatten(3).amax(3)
-
 
 @pytest.mark.parametrize("mode, share", [
     ("differentiated", [1, 0, 0]), ("all-move", [1, 1, 1]),
@@ -3093,7 +2857,6 @@ def test_red_is_speed_to_the_right_and_green_down(mode, share):
     close(moves.float().mean(0), share, 0.15)
     assert mode == "all-move" or (moves.sum(1) == 1).all()
     assert (mode == "colour-mover") == (not v[:, 1:].any())             # known by their colours
-
 
 @pytest.mark.parametrize("mode", ["differentiated", "all-move"])
 def test_squares_are_painted_where_the_labels_say(mode):
@@ -3113,12 +2876,10 @@ def test_squares_are_painted_where_the_labels_say(mode):
         assert torch.equal(canvas, batch["video"][b, t])
     assert torch.equal(batch["first_frame"], batch["video"][:, 0])
 
-
 @pytest.mark.parametrize("options", [dict(), dict(mode="all-move"), dict(objects=5, side=16)])
 def test_no_two_objects_share_a_latent_cell(options):
     cells = F.max_pool2d(squares(200, video=False, **options)["masks"].float(), 8)
     assert cells.sum(1).max() == 1
-
 
 # ---- MeloMotion: what it learns ------------------------------------------------------------------
 def learnt(mode, lr=1e-2, **change):
@@ -3127,7 +2888,6 @@ def learnt(mode, lr=1e-2, **change):
     models = [MeloMotion(melomotion.Config(**change))]
     evaluate.train_together(models, mode, **evaluate.ADAMW | dict(epochs=1, lr=lr))
     return {name: values[0] for name, values in evaluate.measure(models, mode).items()}
-
 
 def test_decoupled_predictors_tell_objects_apart_and_a_shared_one_does_not():
     decoupled = learnt("differentiated")
@@ -3142,11 +2902,9 @@ def test_decoupled_predictors_tell_objects_apart_and_a_shared_one_does_not():
     assert gentle["POS"] > 3e-4 and gentle["outputs differ"] == 1 and gentle["dead units"] < 1
     assert 0.15 < gentle["object 0, slope of v on truth"] < 0.5
 
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_mover_that_nothing_tells_is_found_by_nobody(shared):
     assert learnt("random-mover", shared_predictor=shared)["POS"] > 3e-4
-
 
 @pytest.mark.parametrize("how", ["ADAMW", "SGD"])
 def test_many_trainings_at_once_equal_one_by_one(how, monkeypatch):
@@ -3167,13 +2925,11 @@ def test_many_trainings_at_once_equal_one_by_one(how, monkeypatch):
         for a, b in zip(models[seed].parameters(), model.parameters()):
             close(a.detach(), b.detach(), 1e-5)
 
-
 @pytest.fixture(scope="module")
 def fast_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("melomotion") / "fast"
     train.main(["--model", "melomotion", "--preset", "fast", "--device", "cpu", "--out", str(out)])
     return out
-
 
 def test_fast_preset_learns_the_law(fast_run):
     lines = log(fast_run)
@@ -3181,9 +2937,7 @@ def test_fast_preset_learns_the_law(fast_run):
     assert error["model"] < 5e-6 and error["zero"] > 4e-4
     assert all({"step", "loss", "lr", "pos", "spread"} <= line.keys() for line in lines)
 
-
 PHASE_2 = "--model melomotion --preset phase2 --device cpu --batch-size 2".split()
-
 
 def test_decoder_learns_from_the_weights_of_phase_1(fast_run, tmp_path):
     train.main([*"--model melomotion --preset phase2 --device cpu --batch-size 2 --steps 3".split(),
@@ -3193,7 +2947,6 @@ def test_decoder_learns_from_the_weights_of_phase_1(fast_run, tmp_path):
     assert torch.equal(second["camera.0.weight"], first["camera.0.weight"])
     assert not torch.equal(second["decoder.8.weight"], first["decoder.8.weight"])
     close(second["predictors.w2"], first["predictors.w2"], 0.01)
-
 
 def test_eval_writes_every_table_and_picture(fast_run, tmp_path, monkeypatch):
     for name, value in dict(EPOCH=10, ROUNDS=2).items():
@@ -3213,10 +2966,8 @@ def test_eval_writes_every_table_and_picture(fast_run, tmp_path, monkeypatch):
     assert iio.imread(tmp_path / "motion.gif").shape[0] == 32
     assert iio.imread(tmp_path / "figure1.png").shape[1] > 800
 
-
 # ---- the repository ------------------------------------------------------------------------------
 README = (HERE / "README.md").read_text()
-
 
 def test_model_files_stand_alone():
     """They import the standard library and torch; MooG's loader of .npz also numpy."""
@@ -3230,7 +2981,6 @@ def test_model_files_stand_alone():
                 modules = [node.module]
             assert {module.split(".")[0] for module in modules} <= allowed, name
 
-
 def test_readme_names_only_what_exists():
     classes = (train.Options, Config, moog.Config, melomotion.Config, data.VideoOptions)
     known = {field.name.replace("_", "-") for cls in classes for field in fields(cls)}
@@ -3242,7 +2992,6 @@ def test_readme_names_only_what_exists():
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", README)) <= known
     for file in re.findall(r"\((assets/[^)]+)\)", README) + re.findall(r"`(\w+\.py)`", README):
         assert (HERE / file).exists(), file
-
 
 def test_readmes_python_runs_as_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -48,7 +48,6 @@ MODELS = {"midway": "Midway", "moog": "MooG", "melomotion": "MeloMotion"}       
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-
 @dataclass
 class Options:
     model: str = ""             # midway, moog or melomotion
@@ -78,17 +77,14 @@ class Options:
     shift_warmup: float = 0.0               # midway: share of steps that teach known shifts
     bench: bool = False         # time 20 steps on one batch and leave
 
-
 # Least and most of a number, in whichever group of flags the name stands; of others 0 and 1e12
 LIMITS = dict(
     steps=(1, 1e9), batch_size=(1, 1e6), warmup=(0, 0.99), betas=(0, 0.999999), seed=(0, 1e9),
     workers=(-1, 128), log_every=(1, 1e9), save_every=(1, 1e9), size=(1, 4096),
     local_size=(1, 4096), sprites=(0, 1e3), textures=(1, 1e5))
 
-
 class UserError(Exception):
     """Ends the program with one line on stderr and exit status 1."""
-
 
 @contextmanager
 def one_line(what, warn=False):
@@ -103,19 +99,16 @@ def one_line(what, warn=False):
             raise UserError(text) from None
         print(f"warning: {text}", file=sys.stderr)
 
-
 # ---- command line --------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"train.py: error: {message}\n")
-
 
 def kind_of(field):
     """bool, int, float or str: of a field of a dataclass, or of the items of its tuple."""
     default = field.default
     example = default[0] if isinstance(default, tuple) else default
     return bool if example is None else type(example)
-
 
 def add_flags(parser, part, cls, defaults):
     """A flag for each field of a dataclass, explained by the comment that stands beside it."""
@@ -134,7 +127,6 @@ def add_flags(parser, part, cls, defaults):
             ("--scene-" if part == "scenes" else "--") + field.name.replace("_", "-"), **flag,
             dest=f"{part}.{field.name}", default=defaults[field.name], help=f"{text} (%(default)s)")
 
-
 def make_part(part, cls, given):
     """The dataclass, if each flag is of its default's kind and within LIMITS; else ValueError."""
     values = {}
@@ -151,7 +143,6 @@ def make_part(part, cls, given):
                 raise ValueError(f"{part}: {field.name} {item!r:.40}: want {kind.__name__}, "
                                  f"numbers from {least:g} to {most:g}")
     return cls(**values)
-
 
 def parse(argv):
     """Command line -> {part: dataclass}, the model's module, the checkpoint to resume or None."""
@@ -200,19 +191,16 @@ def parse(argv):
     opt.out = os.path.expanduser(opt.out)
     return made, module, ckpt
 
-
 # ---- processes -----------------------------------------------------------------------------------
 def print0(text):
     if RANK == 0:
         print(text, flush=True)
-
 
 def mean_of_all(values):
     """Mean of a tensor over the processes."""
     if WORLD > 1:
         dist.all_reduce(values)
     return values / WORLD
-
 
 def choose_device(name=""):
     """This process's torch.device; under torchrun the GPU of its LOCAL_RANK."""
@@ -225,9 +213,7 @@ def choose_device(name=""):
             torch.cuda.set_device(name)
         return torch.empty(1, device=name).device
 
-
 CAUGHT = []     # signals that came
-
 
 def on_signal(number, frame):
     """The step ends, then the run; a second signal ends it at once."""
@@ -235,7 +221,6 @@ def on_signal(number, frame):
     signal.signal(number, signal.SIG_DFL)
     if RANK == 0:
         os.write(2, b"\nfinishing the step, then saving; again to leave now\n")
-
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def read_checkpoint(path, model="", preset=""):
@@ -255,7 +240,6 @@ def read_checkpoint(path, model="", preset=""):
         raise UserError(f"{path} holds a {name} model, preset {its_preset}")
     return ckpt | dict(path=path)
 
-
 def load_moments(optimizer, saved):
     """
     AdamW's moments, copied into memory like the parameters': torch compares no shapes, and its
@@ -272,7 +256,6 @@ def load_moments(optimizer, saved):
             new["state"][i][name] = torch.empty_like(params[i]).copy_(moments[name])
     optimizer.load_state_dict(new)
 
-
 def save_checkpoint(path, content):
     """To a temporary name, to disk, then renamed: a full disk spares the old one."""
     temporary = path.with_name("ckpt.pt.tmp")
@@ -283,7 +266,6 @@ def save_checkpoint(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-
 
 def try_weights(model, trained, batch, autocast):
     """(loss, norm of the gradient) after an update. Leaves no trace in gradients or buffers."""
@@ -296,7 +278,6 @@ def try_weights(model, trained, batch, autocast):
     norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
     return torch.stack([loss.detach().float(), norm.float()])
 
-
 def check_finite(opt, values, step, good):
     """values (steps, meters): loss first, norm of the gradient last. Stops at a bad one."""
     for number, (loss, *_, norm) in enumerate(values.tolist(), step):
@@ -306,10 +287,8 @@ def check_finite(opt, values, step, good):
                 f"{schedule(opt, number)[0]:.3g}; last good checkpoint: {good}. "
                 f"Go on, or start again, with a lower --lr or --clip (now {opt.clip:g})")
 
-
 # ---- the output folder ---------------------------------------------------------------------------
 LOCK = []       # the folder that this process writes to, opened: locked as long as it is open
-
 
 def prepare_folder(out, resuming):
     """Locks the folder until this process ends; a new run moves an earlier one aside."""
@@ -331,11 +310,9 @@ def prepare_folder(out, resuming):
         print(f"an earlier run in {out} is now in {out}.{number}")
         prepare_folder(out, resuming)
 
-
 def write_log(out, lines, mode):
     with one_line(out / "log.jsonl", warn=True), open(out / "log.jsonl", mode) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-
 
 def draw_curves(lines, path):
     """What changes in the log: loss_1, loss_2 ... in one panel, psnr and copy_psnr too."""
@@ -360,11 +337,9 @@ def draw_curves(lines, path):
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
-
 # ---- schedules, batches, measures ----------------------------------------------------------------
 def cosine(start, end, progress):
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
 
 def schedule(opt, step):
     """DINO's learning rate (linear from 0, then cosine), weight decay (cosine). paper: Table 8"""
@@ -374,14 +349,12 @@ def schedule(opt, step):
         lr = opt.lr * step / max(warm - 1, 1)
     return lr, cosine(opt.weight_decay, opt.weight_decay_end, step / opt.steps)
 
-
 def batches(opt, start, accum, micro):
     """Sample numbers of this process's micro-batches, from step `start` on: never random."""
     for step in range(start, opt.steps):
         for a in range(accum):
             first = step * opt.batch_size + (a * WORLD + RANK) * micro
             yield range(first, first + micro)
-
 
 def held_out(parts, device, model, autocast):
     """
@@ -406,11 +379,9 @@ def held_out(parts, device, model, autocast):
     model.train()
     return table
 
-
 # Dense bf16 FLOP/s by the data sheets; the first name that fits counts. Others: no MFU
 PEAK_BF16 = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200": 989e12,
              "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
 
 def count_flops(model_class, cfg, batch):
     """FLOPs (2 per multiply-add) of forward and backward for one sample, on the meta device."""
@@ -423,7 +394,6 @@ def count_flops(model_class, cfg, batch):
         model(sample)[0].backward()
     return counter.get_total_flops()
 
-
 def bench_line(device, ticks, micro, flops):
     """ticks: the clock at the start and after each of 23 steps, of which three warm up."""
     times = [after - before for before, after in itertools.pairwise(ticks)]
@@ -435,7 +405,6 @@ def bench_line(device, ticks, micro, flops):
             f"{micro * WORLD / seconds:.2f} samples/s, {flops / 1e9:.1f} GFLOP a sample (forward "
             f"and backward), {speed / 1e12:.2f} TFLOP/s a process, MFU {100 * speed / peak:.1f} % "
             f"of bf16 peak, {torch.cuda.max_memory_allocated() / 2**30:.1f} GB of GPU memory")
-
 
 # ---- the loop ------------------------------------------------------------------------------------
 def build(parts, module, ckpt, device):
@@ -467,7 +436,6 @@ def build(parts, module, ckpt, device):
         devices = [device.index] if device.type == "cuda" else None
         wrapped = DDP(model, device_ids=devices, **buffers)
     return model, wrapped, optimizer
-
 
 def main(argv):
     parts, module, ckpt = parse(argv)
@@ -621,7 +589,6 @@ def main(argv):
         print0(f"stopped. Go on with: python train.py --resume {out}")
         sys.exit(128 + (CAUGHT or [signal.SIGTERM])[0])
 
-
 def cli(argv):
     """main(), but what the user can mend is one line on stderr, exit status 1, no traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -639,7 +606,6 @@ def cli(argv):
         last = re.sub(r"^[A-Za-z]+Error: ", "", last)       # of a data process
         sys.stderr.write(f"train.py: error: {last}\n")
         sys.exit(1)
-
 
 if __name__ == "__main__":
     cli(sys.argv[1:])
