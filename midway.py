@@ -2,16 +2,19 @@
 Midway Network: learning representations for recognition and motion from latent dynamics
 (Hoang & Ren, 2025, arXiv 2510.05558), in one file that needs nothing but torch.
 
-The idea. Two frames of a video, up to a second apart, differ by motion. An *inverse* model looks at
-the features of both and writes down what moved in a few motion latents m; a *forward* model gets
-the first frame and m, and predicts the features of the second frame, token by token. Because m is
+Two frames of a video, up to a second apart, differ by motion. An *inverse* model looks at the
+features of both and writes down what moved in a few motion latents m; a *forward* model gets the
+first frame and m, and predicts the features of the second frame, token by token. Because m is
 narrow, it pays to put motion into m and all else into the features. The inverse model runs top-down
 ("midway"): it starts at the highest level of the encoder, and each lower level refines m, looking
 at the prediction that the level above has made. A DINO loss keeps the features from collapsing.
 
+    images ──> ViT ──> z_3 z_6 z_9 z_12, then from the top down, at each level l = 9, 6, 3:
+        m_l    = midway_l(m_above, [z_12, or the prediction above], [target: vt above]) + m_above
+        v_l    = backward_l(z_l, v_above)                                (no + m_above at level 9)
+        pred_l = forward_l([m_l, v_l])     with gated residual connections (Eq. 2)
     loss = DINO(crops) + mean over levels of || z^_l/|z^_l| - z~_l/|z~_l| ||^2   paper: Eq. 1, B.1
 
-Glossary (paper's symbol where it differs)
     B     pairs of frames                 D     encoder width
     H W   pixels                          d     width of the midway path
     h w   patch grid                      K     motion tokens (10)
@@ -22,11 +25,6 @@ Glossary (paper's symbol where it differs)
     m     motion latents                  pred  predicted target features (z^_t+1)
     backward layers: cross-attention to the level above; nothing to do with loss.backward()
 
-    images ──> ViT ──> z_3 z_6 z_9 z_12, then from the top down, at each level l = 9, 6, 3:
-        m_l    = midway_l(m_above, [z_12, or the prediction above], [target: vt above]) + m_above
-        v_l    = backward_l(z_l, v_above)                                (no + m_above at level 9)
-        pred_l = forward_l([m_l, v_l])     with gated residual connections (Eq. 2)
-
 Departures from the paper or from the released models are marked "our choice". Usage:
 
     model = Midway(Config(**PRESETS["vit_s"]))       # or load_official(PATH).train()
@@ -34,12 +32,8 @@ Departures from the paper or from the released models are marked "our choice". U
         motion=...,                             # (B, 2, 3, 224, 224)     one crop, the same of both
         globals=...,                            # (B, 2, 2, 3, 224, 224)  [frame, box], for DINO
         locals=...)                             # (B, 2, 8, 3, 96, 96)    [frame, box], for DINO
-    loss, logs = model(batch)
-    loss.backward()
-    model.before_step(progress)                 # progress: the part of the run that is done, 0 to 1
-    optimizer.step()
-    model.after_step(progress)
-
+    loss, logs = model(batch)                   # then loss.backward(), model.before_step(progress),
+                                                # optimizer.step(), model.after_step(progress)
     model.eval()                                # images (B, 3, H, W):
     z3, z6, z9, z12 = model.features(images)         # 4 times (B, L, D)
     low, mid, top = model.predict(frame_1, frame_2)  # Level(m, v, gates, pred, target, loss)
@@ -144,28 +138,9 @@ def fp32(x):
     """At least float32, whatever autocast made of it: for losses, gates and meters."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def sincos_positions(grid, dim):
-    """(1, 1 + grid*grid, dim): 0 for CLS, then sines and cosines of row and column."""
-    octaves = 2 ** torch.linspace(0, 2, dim // 4)
-    angle = torch.outer(torch.arange(grid), octaves * math.pi / grid)
-    line = torch.cat([angle.sin(), angle.cos()], 1)             # (grid, dim/2)
-    rows = line[:, None].expand(-1, grid, -1)
-    pos = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)
-    return torch.cat([torch.zeros(1, dim), pos])[None]
-
 def no_autocast(x):
     """Context without autocast on the device of x (on the meta device there is none)."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
-
-def interpolate_positions(pos, grid, size):
-    """Position embeddings (1, grid*grid, D) for another grid, size = (h, w): (1, h*w, D)."""
-    if size == (grid, grid):
-        return pos
-    pos = pos.view(1, grid, grid, -1).permute(0, 3, 1, 2)       # (1, D, grid, grid)
-    # DINO's quirk: 0.1 patch too much keeps floor() from losing a row, but shifts a little
-    scale = [(n + 0.1) / grid for n in size]
-    pos = F.interpolate(pos, scale_factor=scale, mode="bicubic")
-    return pos.flatten(2).mT                                    # (1, h*w, D)
 
 # ---- blocks --------------------------------------------------------------------------------------
 class MLP(nn.Module):
@@ -266,6 +241,16 @@ class GatedBlock(Block):
         return h + self.mlp(self.norm2(h)), next_gate
 
 # ---- encoder and DINO ----------------------------------------------------------------------------
+def interpolate_positions(pos, grid, size):
+    """Position embeddings (1, grid*grid, D) for another grid, size = (h, w): (1, h*w, D)."""
+    if size == (grid, grid):
+        return pos
+    pos = pos.view(1, grid, grid, -1).permute(0, 3, 1, 2)       # (1, D, grid, grid)
+    # DINO's quirk: 0.1 patch too much keeps floor() from losing a row, but shifts a little
+    scale = [(n + 0.1) / grid for n in size]
+    pos = F.interpolate(pos, scale_factor=scale, mode="bicubic")
+    return pos.flatten(2).mT                                    # (1, h*w, D)
+
 class ViT(nn.Module):
     """The encoder: DINO's ViT."""
 
@@ -378,12 +363,12 @@ def check(cfg):
     """Says what to change if a Config can't be built."""
     for name, unit in (("size", "patch"), ("local_size", "patch"), ("dim", "heads"),
                        ("dim", "forward_heads"), ("motion_dim", "motion_heads")):
-        a, b = getattr(cfg, name), getattr(cfg, unit)
+        a = getattr(cfg, name)
+        b = getattr(cfg, unit)
         assert b > 0 and a % b == 0, f"{name}={a} must be a multiple of {unit}={b}"
-    levels = tuple(cfg.levels)
-    rising = len(levels) > 1 and 0 < levels[0] and levels == tuple(sorted(set(levels)))
-    assert rising and levels[-1] == cfg.depth, (
-        f"levels={levels} must be two or more rising numbers that end with depth={cfg.depth}")
+    rising = all(a < b for a, b in zip((0, *cfg.levels), cfg.levels))
+    assert len(cfg.levels) > 1 and rising and cfg.levels[-1] == cfg.depth, (
+        f"levels={cfg.levels} must be two or more rising numbers that end with depth={cfg.depth}")
     assert cfg.latent_dynamics or cfg.dino_weight, (
         "nothing to train: latent_dynamics is off and dino_weight is 0")
 
@@ -401,9 +386,16 @@ def prediction_loss(pred, target):
     target = F.normalize(fp32(target), dim=-1)
     return (pred - target).square().sum(-1).mean()
 
-class Midway(nn.Module):
-    target_grad = False     # finetuning of readouts sets it: gradients through the target's branch
+def sincos_positions(grid, dim):
+    """(1, 1 + grid*grid, dim): 0 for CLS, then sines and cosines of row and column."""
+    octaves = 2 ** torch.linspace(0, 2, dim // 4)
+    angle = torch.outer(torch.arange(grid), octaves * math.pi / grid)
+    line = torch.cat([angle.sin(), angle.cos()], 1)             # (grid, dim/2)
+    rows = line[:, None].expand(-1, grid, -1)
+    pos = torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)
+    return torch.cat([torch.zeros(1, dim), pos])[None]
 
+class Midway(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         check(cfg)
@@ -503,11 +495,12 @@ class Midway(nn.Module):
         """m (B, K, d) or None; two frames (B, L, D) -> tokens (B, K + 2L, d), or the `first`."""
         if m is None:
             m = self.motion_tokens.expand(len(source), -1, -1)
-        source_pos, target_pos = self.positions(source.shape[1])
+        source_pos, target_pos = self.motion_pos.chunk(2, 1)    # (1, L, d) each
+        assert source.shape[1] == source_pos.shape[1], (
+            f"the dynamics want frames of {self.cfg.size}x{self.cfg.size} pixels")
         source = self.student_embed(source) + source_pos
-        with torch.set_grad_enabled(self.target_grad and torch.is_grad_enabled()):
-            target = self.teacher_embed(target)
-        x = torch.cat([m, source, target + target_pos], 1)      # (B, K + 2L, d)
+        target = self.teacher_embed(target) + target_pos
+        x = torch.cat([m, source, target], 1)                   # (B, K + 2L, d)
         *blocks, last = self.motion_blocks[str(i)]
         for block in blocks:
             x = block(x)
@@ -518,12 +511,6 @@ class Midway(nn.Module):
         u = self.midway_path(i, m, source, target, first=self.cfg.motion_tokens)
         # our choice: no residual at the top, as released; paper: m^l = midway(...) + m^l+1
         return u if m is None else u + m
-
-    def positions(self, L):
-        """The halves of motion_pos for source and target, each (1, L, d)."""
-        if self.motion_pos.shape[1] != 2 * L:
-            raise ValueError(f"the dynamics want frames of {self.cfg.size}x{self.cfg.size} pixels")
-        return self.motion_pos.chunk(2, 1)
 
     def predict_forward(self, i, m, v):
         """Forward dynamics: latents m (B, K, d), v (B, L, D) -> prediction (B, L, D), gates."""
@@ -552,10 +539,10 @@ class Midway(nn.Module):
             if self.cfg.backward:
                 v = self.student_backward[str(i)](z[i], v)
                 if i != self.predicted[0]:
-                    with torch.set_grad_enabled(self.target_grad and torch.is_grad_enabled()):
-                        vt = self.teacher_backward[str(i)](zt[i], vt)
+                    vt = self.teacher_backward[str(i)](zt[i], vt)
             else:       # our choice: the level's own features, as v and vt; the paper doesn't say
-                v, vt = z[i], zt[i]
+                v = z[i]
+                vt = zt[i]
             pred, gates = self.predict_forward(i, m.detach() if detach else m, v)
             # our choice: CLS is a token like the others, predicted and in the loss, as released
             levels.append(Level(m, v, gates, pred, zt[i], prediction_loss(pred, zt[i])))
@@ -569,37 +556,32 @@ class Midway(nn.Module):
         loss = 0.0
         logs = {}
         if self.cfg.latent_dynamics:
-            shifted = "shift" in batch
-            levels, z = self.both_directions(batch["motion"], detach=shifted)
-            # our choice: averaged (paper); the released code sums
-            logs["dynamics"] = sum(level.loss for level in levels) / len(levels)
-            loss = loss + logs["dynamics"]
-            if shifted:     # our choice: a warm-up on pairs cut from one frame; train.py ends it
-                logs["shift"], rest = self.shift_terms(levels, batch["shift"])
-                loss = loss + logs["shift"] + 0.03 * rest
-            logs["feature_std"] = fp32(z[-1]).std(0).mean()     # over the frames, place by place
-            for i, level in zip(self.predicted, levels):
-                name = self.levels[i]
-                logs[f"loss_{name}"] = level.loss
-                logs[f"m_var_{name}"] = fp32(level.m).var(0).mean()
-                if level.gates:
-                    logs[f"gate_{name}"] = torch.stack(level.gates).mean()
+            dynamics, meters = self.dynamics_term(batch["motion"], batch.get("shift"))
+            loss = loss + dynamics
+            logs.update(meters)
         if self.cfg.dino_weight:
-            dino, cls, meters = self.dino_term(batch["globals"], batch["locals"])
+            dino, meters = self.dino_term(batch["globals"], batch["locals"])
             loss = loss + self.cfg.dino_weight * dino
-            logs.update(dino=dino, cls_std=fp32(cls).std(0).mean(), **meters)
+            logs.update(meters)
         return loss, {name: value.detach() for name, value in logs.items()}
 
-    def shift_terms(self, levels, shift):
-        """
-        Known shifts (B, 2), as shares of the crop -> how far the first two numbers of m are from
-        them, in patches squared, and the variance of the others, where content would come in: over
-        the micro-batch, so that unlike all other losses it depends on its size a little.
-        """
-        shift = self.student.grid * torch.cat([shift, -shift])  # (2B, 2) in patches, both ways
-        m = torch.stack([fp32(level.m).mean(1) for level in levels])    # (levels, 2B, d)
-        error = F.mse_loss(m[..., :2], shift.expand(len(m), -1, -1))
-        return error, m[..., 2:].var(1, correction=0).mean()
+    def dynamics_term(self, motion, shift):
+        """Motion crops (B, 2, 3, H, W), and their shift (see shift_terms) or None: loss, meters."""
+        levels, z = self.both_directions(motion, detach=shift is not None)
+        # our choice: averaged (paper); the released code sums
+        loss = sum(level.loss for level in levels) / len(levels)
+        logs = dict(dynamics=loss)
+        if shift is not None:       # our choice: a warm-up on pairs cut from one frame
+            logs["shift"], rest = self.shift_terms(levels, shift)
+            loss = loss + logs["shift"] + 0.03 * rest
+        logs["feature_std"] = fp32(z[-1]).std(0).mean()         # over the frames, place by place
+        for i, level in zip(self.predicted, levels):
+            name = self.levels[i]
+            logs[f"loss_{name}"] = level.loss
+            logs[f"m_var_{name}"] = fp32(level.m).var(0).mean()
+            if level.gates:
+                logs[f"gate_{name}"] = torch.stack(level.gates).mean()
+        return loss, logs
 
     def both_directions(self, motion, detach=False):
         """Motion crops (B, 2, 3, H, W), in both directions -> Levels and z of 2B rows."""
@@ -610,21 +592,31 @@ class Midway(nn.Module):
             zt = [level.roll(len(motion), 0) for level in self.teacher(frames, self.levels)]
         return self.dynamics(z, zt, detach), z
 
+    def shift_terms(self, levels, shift):
+        """
+        Squared distance in patches of m's first two numbers from the known shift (B, 2), a part of
+        the crop; and variance of the other numbers over the micro-batch, which keeps content out.
+        """
+        shift = self.student.grid * torch.cat([shift, -shift])          # (2B, 2), both ways
+        m = torch.stack([fp32(level.m).mean(1) for level in levels])    # (levels, 2B, d)
+        error = F.mse_loss(m[..., :2], shift.expand(len(m), -1, -1))
+        return error, m[..., 2:].var(1, correction=0).mean()
+
     def dino_term(self, global_crops, local_crops):
-        """DINO over the crops of both frames: loss, CLS features (crops*B, D), meters."""
+        """Crops of both frames, see the usage at the top -> DINO loss, meters."""
         n = self.cfg.local_crops
         assert (global_crops.shape[1:3], local_crops.shape[1:3]) == ((2, 2), (2, n)), (
             f"globals must be (B, 2 frames, 2 boxes, ...) and locals (B, 2 frames, {n} boxes, ...)")
         last = [self.cfg.depth]
-        crops = normalize(global_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)     # (4B, 3, H, W)
-        small = normalize(local_crops).permute(1, 2, 0, 3, 4, 5).flatten(0, 2)      # crop-major
+        crops = normalize(global_crops).movedim(0, 2).flatten(0, 2)     # (4B, 3, H, W), crop-major
+        small = normalize(local_crops).movedim(0, 2).flatten(0, 2)      # (2nB, 3, H, W)
         cls = self.student(crops, last, first=1)[0][:, 0]               # (4B, D)
-        if len(small):
+        if n:
             cls = torch.cat([cls, self.student(small, last, first=1)[0][:, 0]])     # (crops*B, D)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(crops, last, first=1)[0][:, 0])    # (4B, P)
         loss, meters = self.dino_loss(self.student_head(cls), teacher)
-        return loss, cls, meters
+        return loss, dict(dino=loss, cls_std=fp32(cls).std(0).mean()) | meters
 
     def before_step(self, progress):
         """Before each optimiser step, with progress in [0, 1): the DINO head's last layer waits."""
@@ -662,15 +654,14 @@ class Midway(nn.Module):
     @torch.no_grad()
     def report(self, batch):
         """
-        What predictions owe to their latents: {row: {column: scalar}}, the mean 2 - 2 cos of each
-        level's prediction with its right latents, with those of another pair in the same direction,
-        with zeros, and of copying the teacher's source features. The levels above stay as they are.
+        {row: {column: mean 2 - 2 cos}} of each level's prediction with its right latents, with those
+        of another pair in the same direction, with zeros; and of copying the source's features.
         """
         if not self.cfg.latent_dynamics:
             return {}
-        rows = {}
         B = len(batch["motion"])
         levels, _ = self.both_directions(batch["motion"])
+        table = {}
         for i, level in zip(self.predicted, levels):
             other = level.m.unflatten(0, (2, B)).roll(1, 1).flatten(0, 1)       # (2B, K, d)
             latents = dict(right=level.m, shuffled=other, zero=torch.zeros_like(level.m))
@@ -678,11 +669,14 @@ class Midway(nn.Module):
                 del latents["shuffled"]             # there is no other pair
             row = {}
             for name, m in latents.items():
-                row[name] = prediction_loss(self.predict_forward(i, m, level.v)[0], level.target)
+                pred, _ = self.predict_forward(i, m, level.v)
+                row[name] = prediction_loss(pred, level.target)
             row["copy"] = prediction_loss(level.target.roll(B, 0), level.target)    # x <-> y
-            rows[f"2-2cos, level {self.levels[i]}"] = row
-        mean = {name: sum(r[name] for r in rows.values()) / len(rows) for name in row}
-        return rows | {"2-2cos, mean": mean}
+            table[f"2-2cos, level {self.levels[i]}"] = row
+        mean = {}
+        for name in row:
+            mean[name] = sum(row[name] for row in table.values()) / len(table)
+        return table | {"2-2cos, mean": mean}
 
 # ---- the authors' checkpoints --------------------------------------------------------------------
 NAMES = (   # (the authors', ours), regular expressions, applied in this order
