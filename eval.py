@@ -842,7 +842,6 @@ class Flow(ImageTask):
 
     def unfreeze(self, model):
         """The target's branch too, as in CroCo v2."""
-        model.target_grad = True
         model.teacher_embed.requires_grad_(True)
         if model.cfg.backward:
             model.teacher_backward.requires_grad_(True)

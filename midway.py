@@ -34,8 +34,7 @@ Departures from the paper or from the released models are marked "our choice". U
         locals=...)                             # (B, 2, 8, 3, 96, 96)    [frame, box], for DINO
     loss, logs = model(batch)                   # then loss.backward(), model.before_step(progress),
                                                 # optimizer.step(), model.after_step(progress)
-    model.eval()                                # images (B, 3, H, W):
-    z3, z6, z9, z12 = model.features(images)         # 4 times (B, L, D)
+    z3, z6, z9, z12 = model.eval().features(images)  # (B, 3, H, W) -> 4 times (B, L, D)
     low, mid, top = model.predict(frame_1, frame_2)  # Level(m, v, gates, pred, target, loss)
 
 `python midway.py` runs a demo in seconds. MIT licence: copy this file freely.
@@ -154,7 +153,6 @@ class MLP(nn.Module):
 
 class Attention(nn.Module):
     """Tokens x (B, L, D), or the `first` of them, look at y (B, M, D), or at x: (B, L, D)."""
-
     def __init__(self, dim, heads, bias=False):
         super().__init__()
         self.heads = heads
@@ -175,7 +173,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block; the encoder's have eps 1e-6, biases and drop path, others not."""
-
     def __init__(self, dim, heads, eps=1e-5, bias=False, drop_path=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
@@ -198,7 +195,6 @@ class Block(nn.Module):
 
 class CrossBlock(Block):
     """Backward layer: tokens x look at each other and at the level above, y."""
-
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
         self.norm_y = nn.LayerNorm(dim)
@@ -212,7 +208,6 @@ class CrossBlock(Block):
 
 class Gate(nn.Module):
     """g of Eq. 2: in (0, 1) per token and channel, near 1 at the start (paper: B.1, + 4)."""
-
     def __init__(self, dim):
         super().__init__()
         self.norm = nn.LayerNorm(dim)   # our choice: as released; the paper has no LayerNorm here
@@ -227,7 +222,6 @@ class GatedBlock(Block):
     our choice: a block's gate comes from the input of the block before and not, as in Eq. 2, from
     its own, as the released weights were trained so. All but the last make the next one's gate.
     """
-
     def __init__(self, dim, heads, makes_gate):
         super().__init__(dim, heads)
         self.next_gate = Gate(dim) if makes_gate else None
@@ -253,7 +247,6 @@ def interpolate_positions(pos, grid, size):
 
 class ViT(nn.Module):
     """The encoder: DINO's ViT."""
-
     def __init__(self, cfg):
         super().__init__()
         self.patch = cfg.patch
@@ -270,11 +263,11 @@ class ViT(nn.Module):
     def forward(self, images, levels, first=None):
         """Normalised images (B, 3, H, W) -> (B, L, D) per level, the last level (B, first, D)."""
         H, W = images.shape[-2:]
-        h, w = H // self.patch, W // self.patch
-        if (h * self.patch, w * self.patch) != (H, W):
+        if H % self.patch or W % self.patch:
             raise ValueError(f"image size {H}x{W} is no multiple of the patch size {self.patch}")
         x = self.patch_embed(images).flatten(2).mT              # (B, h*w, D)
-        x = x + interpolate_positions(self.pos_embed[:, 1:], self.grid, (h, w))
+        size = (H // self.patch, W // self.patch)               # h, w
+        x = x + interpolate_positions(self.pos_embed[:, 1:], self.grid, size)
         cls = self.cls_token + self.pos_embed[:, :1]            # (1, 1, D)
         x = torch.cat([cls.expand(len(x), -1, -1), x], 1)       # (B, L, D)
         taps = []
@@ -287,7 +280,6 @@ class ViT(nn.Module):
 
 class DINOHead(nn.Module):
     """CLS features (B, D) -> logits (B, P): 3 layers, then cosines with prototypes x weight_g."""
-
     def __init__(self, cfg):
         super().__init__()
         self.mlp = nn.Sequential(
@@ -311,15 +303,13 @@ class DINOLoss(nn.Module):
     unless both show the same box, in either frame. our choice: pairs within one frame count, as
     released (paper: "crops across frames").
     """
-
     STUDENT_TEMP = 0.1
     TEACHER_TEMP = 0.04     # our choice: constant, as released (paper: as in DINO, with a warm-up)
     CENTER_MOMENTUM = 0.9
 
     def __init__(self, prototypes, local_crops=8):
         super().__init__()
-        crops = 4 + 2 * local_crops
-        mask = torch.ones(4, crops)                             # teacher q, student v
+        mask = torch.ones(4, 4 + 2 * local_crops)               # teacher's crop, student's crop
         for q in range(4):
             mask[q, q % 2:4:2] = 0                              # the same box
         self.register_buffer("mask", mask, persistent=False)
@@ -367,10 +357,9 @@ def check(cfg):
         b = getattr(cfg, unit)
         assert b > 0 and a % b == 0, f"{name}={a} must be a multiple of {unit}={b}"
     rising = all(a < b for a, b in zip((0, *cfg.levels), cfg.levels))
-    assert len(cfg.levels) > 1 and rising and cfg.levels[-1] == cfg.depth, (
+    assert rising and len(cfg.levels) > 1 and cfg.levels[-1] == cfg.depth, (
         f"levels={cfg.levels} must be two or more rising numbers that end with depth={cfg.depth}")
-    assert cfg.latent_dynamics or cfg.dino_weight, (
-        "nothing to train: latent_dynamics is off and dino_weight is 0")
+    assert cfg.latent_dynamics or cfg.dino_weight, "no loss: latent_dynamics off, dino_weight 0"
 
 class Level(NamedTuple):
     m: torch.Tensor                     # (B, K, d)  motion latents that the forward model got
@@ -412,7 +401,6 @@ class Midway(nn.Module):
         if cfg.latent_dynamics:
             self.build_dynamics(cfg.dim, cfg.motion_dim)
         self.init_weights()
-
         # the teacher: copies without gradient that follow the student in after_step()
         for name in ("", "_head", "_embed", "_backward"):
             if hasattr(self, "student" + name):
@@ -421,7 +409,8 @@ class Midway(nn.Module):
         # our choice: none at the lowest level, where the released one is computed, never used
         if cfg.latent_dynamics and cfg.backward:
             del self.teacher_backward[str(self.predicted[0])]
-        self.train()
+        for block in self.teacher.blocks:
+            block.drop_path = 0.0
 
     def build_dynamics(self, D, d):
         cfg = self.cfg
@@ -461,15 +450,15 @@ class Midway(nn.Module):
     @torch.no_grad()
     def break_symmetry(self):
         """
-        our choice, for small budgets: the midway path begins by comparing the frames. As in DINO's
-        init, source and target enter alike, and what they say of motion cancels in m: even labels
-        teach it nothing in 600 steps. Here places have sin-cos positions, the two frames are told
-        apart by an offset +c or -c, motion tokens start along c, and a token attends to its like in
-        the other frame: keys are as queries, but for the sign of c.
+        our choice, for small budgets: the midway path begins by comparing the frames. In DINO's
+        init source and target enter alike, what they say of motion cancels in m, and even labels
+        teach it nothing in 600 steps. Here places have sin-cos positions, offsets +c and -c tell
+        the frames apart, motion tokens start along c, and a token attends to its like in the other
+        frame: keys are as queries, but for the sign of c.
         """
-        D, d = self.cfg.dim, self.cfg.motion_dim
+        d = self.cfg.motion_dim
         grid = self.student.grid
-        self.student.pos_embed.copy_(0.3 * sincos_positions(grid, D))
+        self.student.pos_embed.copy_(0.3 * sincos_positions(grid, self.cfg.dim))
         c = F.normalize(torch.randn(d), dim=0)
         source_pos, target_pos = self.motion_pos.chunk(2, 1)    # views
         source_pos.copy_(sincos_positions(grid, d) + 0.5 * d ** 0.5 * c)
@@ -485,19 +474,14 @@ class Midway(nn.Module):
                 for weight in (value, block.attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
                     nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.teacher.eval()                 # no drop path in the teacher
-        return self
-
     # -- the dynamics, top-down --
     def midway_path(self, i, m, source, target, first=None):
         """m (B, K, d) or None; two frames (B, L, D) -> tokens (B, K + 2L, d), or the `first`."""
         if m is None:
             m = self.motion_tokens.expand(len(source), -1, -1)
         source_pos, target_pos = self.motion_pos.chunk(2, 1)    # (1, L, d) each
-        assert source.shape[1] == source_pos.shape[1], (
-            f"the dynamics want frames of {self.cfg.size}x{self.cfg.size} pixels")
+        if source.shape[1] != source_pos.shape[1]:
+            raise ValueError(f"the dynamics want frames of {self.cfg.size}x{self.cfg.size} pixels")
         source = self.student_embed(source) + source_pos
         target = self.teacher_embed(target) + target_pos
         x = torch.cat([m, source, target], 1)                   # (B, K + 2L, d)
@@ -525,10 +509,7 @@ class Midway(nn.Module):
         return h[:, K:], gates
 
     def dynamics(self, z, zt, detach=False):
-        """
-        Levels z of sources, zt of targets, each (B, L, D) -> list of Level, lowest first. detach:
-        predictions teach m nothing.
-        """
+        """Levels z of sources, zt of targets, each (B, L, D) -> list of Level, lowest first."""
         m = None
         source = v = z[-1]
         vt = zt[-1]
@@ -543,6 +524,7 @@ class Midway(nn.Module):
             else:       # our choice: the level's own features, as v and vt; the paper doesn't say
                 v = z[i]
                 vt = zt[i]
+            # detach: predictions teach m nothing
             pred, gates = self.predict_forward(i, m.detach() if detach else m, v)
             # our choice: CLS is a token like the others, predicted and in the loss, as released
             levels.append(Level(m, v, gates, pred, zt[i], prediction_loss(pred, zt[i])))
@@ -566,14 +548,17 @@ class Midway(nn.Module):
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def dynamics_term(self, motion, shift):
-        """Motion crops (B, 2, 3, H, W), and their shift (see shift_terms) or None: loss, meters."""
+        """Motion crops (B, 2, 3, H, W); known shifts (B, 2) in parts of the crop, or None."""
         levels, z = self.both_directions(motion, detach=shift is not None)
         # our choice: averaged (paper); the released code sums
         loss = sum(level.loss for level in levels) / len(levels)
         logs = dict(dynamics=loss)
         if shift is not None:       # our choice: a warm-up on pairs cut from one frame
-            logs["shift"], rest = self.shift_terms(levels, shift)
-            loss = loss + logs["shift"] + 0.03 * rest
+            shift = self.student.grid * torch.cat([shift, -shift])      # (2B, 2) patches, both ways
+            m = torch.stack([fp32(level.m).mean(1) for level in levels])    # (levels, 2B, d)
+            logs["shift"] = F.mse_loss(m[..., :2], shift.expand(len(m), -1, -1))
+            # content would come in by the other numbers: they are to stay still over the batch
+            loss = loss + logs["shift"] + 0.03 * m[..., 2:].var(1, correction=0).mean()
         logs["feature_std"] = fp32(z[-1]).std(0).mean()         # over the frames, place by place
         for i, level in zip(self.predicted, levels):
             name = self.levels[i]
@@ -591,16 +576,6 @@ class Midway(nn.Module):
         with torch.no_grad():
             zt = [level.roll(len(motion), 0) for level in self.teacher(frames, self.levels)]
         return self.dynamics(z, zt, detach), z
-
-    def shift_terms(self, levels, shift):
-        """
-        Squared distance in patches of m's first two numbers from the known shift (B, 2), a part of
-        the crop; and variance of the other numbers over the micro-batch, which keeps content out.
-        """
-        shift = self.student.grid * torch.cat([shift, -shift])          # (2B, 2), both ways
-        m = torch.stack([fp32(level.m).mean(1) for level in levels])    # (levels, 2B, d)
-        error = F.mse_loss(m[..., :2], shift.expand(len(m), -1, -1))
-        return error, m[..., 2:].var(1, correction=0).mean()
 
     def dino_term(self, global_crops, local_crops):
         """Crops of both frames, see the usage at the top -> DINO loss, meters."""
@@ -654,8 +629,8 @@ class Midway(nn.Module):
     @torch.no_grad()
     def report(self, batch):
         """
-        {row: {column: mean 2 - 2 cos}} of each level's prediction with its right latents, with those
-        of another pair in the same direction, with zeros; and of copying the source's features.
+        {row: {column: mean 2 - 2 cos}} of each level's prediction with its right latents, those of
+        another pair in the same direction, and zeros; and of copying the source's features.
         """
         if not self.cfg.latent_dynamics:
             return {}
@@ -667,11 +642,9 @@ class Midway(nn.Module):
             latents = dict(right=level.m, shuffled=other, zero=torch.zeros_like(level.m))
             if B == 1:
                 del latents["shuffled"]             # there is no other pair
-            row = {}
-            for name, m in latents.items():
-                pred, _ = self.predict_forward(i, m, level.v)
-                row[name] = prediction_loss(pred, level.target)
-            row["copy"] = prediction_loss(level.target.roll(B, 0), level.target)    # x <-> y
+            preds = {name: self.predict_forward(i, m, level.v)[0] for name, m in latents.items()}
+            preds["copy"] = level.target.roll(B, 0)                             # x <-> y
+            row = {name: prediction_loss(pred, level.target) for name, pred in preds.items()}
             table[f"2-2cos, level {self.levels[i]}"] = row
         mean = {}
         for name in row:
@@ -707,32 +680,23 @@ def convert(ckpt):
     return {key: value for key, value in state.items() if not key.startswith("teacher_backward.0.")}
 
 def official_config(state):
-    """Config from the shapes of a converted state dict."""
-    def count(prefix):
-        return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
-
+    """Config from the shapes of a converted state dict; depths are as published."""
     dim, _, _, patch = state["student.patch_embed.weight"].shape
-    _, motion_tokens, motion_dim = state["motion_tokens"].shape
-    depth = count("student.blocks.")
-    n = 1 + count("motion_blocks.")
-    head = dict(dino_weight=0.0)
-    if "student_head.weight_v" in state:
-        prototypes, bottleneck = state["student_head.weight_v"].shape
-        hidden = len(state["student_head.mlp.0.bias"])
-        head = dict(prototypes=prototypes, head_bottleneck=bottleneck, head_hidden=hidden)
-    return Config(
-        size=math.isqrt(state["student.pos_embed"].shape[1] - 1) * patch, patch=patch,
-        dim=dim, depth=depth, levels=tuple(depth * (i + 1) // n for i in range(n)),
+    cfg = Config(
+        size=patch * math.isqrt(state["student.pos_embed"].shape[1] - 1), patch=patch, dim=dim,
         heads=max(dim // 64, 3),    # no tensor tells: DINO's are 64 wide; the dynamics have 3 and 6
-        motion_tokens=motion_tokens, motion_dim=motion_dim,
-        motion_depth=count("motion_blocks.0."), forward_depth=count("forward_blocks.0."), **head)
+        motion_dim=state["motion_tokens"].shape[2], dino_weight=0.0)
+    if "student_head.weight_v" in state:
+        cfg.dino_weight = 1.0
+        cfg.prototypes, cfg.head_bottleneck = state["student_head.weight_v"].shape
+        cfg.head_hidden = len(state["student_head.mlp.0.bias"])
+    return cfg
 
 def load_official(path):
     """
-    Midway from a checkpoint (.pth) of the authors, in eval mode; without DINO head or center, which
-    it says, features and dynamics are whole. OSError if the file can't be read, ValueError if it
-    isn't such a checkpoint. Nothing is executed: a file may hold tensors, plain containers and an
-    argparse.Namespace; any other class is refused (if you trust it, save it again without `args`).
+    Midway in eval mode from a checkpoint (.pth) of the authors; says if DINO head or center lack.
+    OSError: can't be read; ValueError: isn't such a checkpoint. Nothing is executed: any class but
+    argparse.Namespace is refused (if you trust the file, save it again without `args`).
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -755,11 +719,10 @@ def load_official(path):
 
 if __name__ == "__main__":
     model = Midway(Config(**PRESETS["tiny"]))
-    size, small = model.cfg.size, model.cfg.local_size
     batch = dict(
-        motion=torch.rand(4, 2, 3, size, size),         # (B, frame, channel, height, width)
-        globals=torch.rand(4, 2, 2, 3, size, size),     # (B, frame, box, channel, height, width)
-        locals=torch.rand(4, 2, 2, 3, small, small))
+        motion=torch.rand(4, 2, 3, 32, 32),             # (B, frame, channel, height, width)
+        globals=torch.rand(4, 2, 2, 3, 32, 32),         # (B, frame, box, channel, height, width)
+        locals=torch.rand(4, 2, 2, 3, 16, 16))
     loss, logs = model(batch)
     print(f"loss {loss:.3f}:", {name: round(value.item(), 3) for name, value in logs.items()})
     for level in model.eval().predict(*batch["motion"].unbind(1)):
