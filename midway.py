@@ -217,11 +217,9 @@ class Gate(nn.Module):
         return torch.sigmoid(fp32(self.mlp(self.norm(x))) + 4)  # near 1 bf16 has few values
 
 class GatedBlock(Block):
-    """
-    Block of the forward model, h = g * x + Attention(x): a token can let go of what stood there.
+    """Block of the forward model, h = g * x + Attention(x): a token can let go of what stood there.
     our choice: a block's gate comes from the input of the block before and not, as in Eq. 2, from
-    its own, as the released weights were trained so. All but the last make the next one's gate.
-    """
+    its own, as the released weights were trained so. All but the last make the next one's gate."""
     def __init__(self, dim, heads, makes_gate):
         super().__init__(dim, heads)
         self.next_gate = Gate(dim) if makes_gate else None
@@ -297,12 +295,10 @@ class DINOHead(nn.Module):
             return F.linear(x, weight)                          # (B, P)
 
 class DINOLoss(nn.Module):
-    """
-    Cross-entropy of the teacher's assignments of 4 global crops and the student's of all. Order:
+    """Cross-entropy of the teacher's assignments of 4 global crops and the student's of all. Order:
     [frame 1: box 1, box 2; frame 2: box 1, box 2; locals of frame 1; of frame 2]. A pair counts
     unless both show the same box, in either frame. our choice: pairs within one frame count, as
-    released (paper: "crops across frames").
-    """
+    released (paper: "crops across frames")."""
     STUDENT_TEMP = 0.1
     TEACHER_TEMP = 0.04     # our choice: constant, as released (paper: as in DINO, with a warm-up)
     CENTER_MOMENTUM = 0.9
@@ -449,13 +445,11 @@ class Midway(nn.Module):
 
     @torch.no_grad()
     def break_symmetry(self):
-        """
-        our choice, for small budgets: the midway path begins by comparing the frames. In DINO's
+        """our choice, for small budgets: the midway path begins by comparing the frames. In DINO's
         init source and target enter alike, what they say of motion cancels in m, and even labels
         teach it nothing in 600 steps. Here places have sin-cos positions, offsets +c and -c tell
         the frames apart, motion tokens start along c, and a token attends to its like in the other
-        frame: keys are as queries, but for the sign of c.
-        """
+        frame: keys are as queries, but for the sign of c."""
         d = self.cfg.motion_dim
         grid = self.student.grid
         self.student.pos_embed.copy_(0.3 * sincos_positions(grid, self.cfg.dim))
@@ -628,10 +622,8 @@ class Midway(nn.Module):
 
     @torch.no_grad()
     def report(self, batch):
-        """
-        {row: {column: mean 2 - 2 cos}} of each level's prediction with its right latents, those of
-        another pair in the same direction, and zeros; and of copying the source's features.
-        """
+        """{row: {column: mean 2 - 2 cos}} of each level's prediction with its right latents, those
+        of another pair in the same direction, and zeros; and of copying the source's features."""
         if not self.cfg.latent_dynamics:
             return {}
         B = len(batch["motion"])
@@ -693,11 +685,9 @@ def official_config(state):
     return cfg
 
 def load_official(path):
-    """
-    Midway in eval mode from a checkpoint (.pth) of the authors; says if DINO head or center lack.
-    OSError: can't be read; ValueError: isn't such a checkpoint. Nothing is executed: any class but
-    argparse.Namespace is refused (if you trust the file, save it again without `args`).
-    """
+    """Midway in eval mode from a checkpoint (.pth) of the authors; says if DINO head or center
+    lack. OSError: can't be read; ValueError: isn't such a checkpoint. Nothing is executed: any
+    class but argparse.Namespace is refused (if you trust it, save it again without `args`)."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)

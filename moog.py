@@ -41,7 +41,6 @@ paper's baselines. Sizes follow the authors' code; departures are marked "our ch
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -151,7 +150,6 @@ def mlp(inputs, hidden, outputs):
 
 class Attention(nn.Module):
     """Multi-head, queries and keys RMS-normalised: x (B, L, D) looks at y (B, M, Dkv)."""
-
     def __init__(self, dim, kv_dim, heads, width):
         super().__init__()
         self.heads = heads
@@ -175,7 +173,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm; self- and cross-attention side by side, from the same normed x; y is not normed."""
-
     def __init__(self, dim, heads, width, hidden, kv_dim=None, self_attention=True):
         super().__init__()
         self.norm_attention = nn.LayerNorm(dim, eps=1e-6, bias=False)
@@ -194,7 +191,6 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """x (B, L, D), y (B, M, Dkv) -> (B, L, D). spec: layers, heads, width of q, k, v."""
-
     def __init__(self, dim, spec, hidden, kv_dim=None, self_attention=True):
         super().__init__()
         layers, *spec = spec
@@ -233,7 +229,6 @@ def pad_same(x, stride):
 
 class Encoder(nn.Module):
     """Convolutions, plus Fourier positions: frames (B, 3, H, W) -> grid tokens (B, h*w, De)."""
-
     def __init__(self, cfg):
         super().__init__()
         last = cfg.channels[-1]
@@ -268,11 +263,8 @@ class Encoder(nn.Module):
         return self.proj_out(self.norm(self.proj_in(x)))
 
 class Decoder(nn.Module):
-    """
-    A pixel's coordinates look at the tokens and come back as its colour (SRT). States (B, N, D);
-    size (H, W); index: numbers y * W + x of the wanted pixels (B, P), None for all.
-    """
-
+    """A pixel's coordinates look at the tokens and come back as its colour (SRT). States (B, N, D);
+    size (H, W); index: numbers y * W + x of the wanted pixels (B, P), None for all."""
     def __init__(self, dim, spec, mlp, bases=16, channels=3, self_attention=False):
         super().__init__()
         width = dim + 4 * bases
@@ -292,10 +284,8 @@ class Decoder(nn.Module):
         return self.recon(self.transformer(queries, states))
 
 def subsample(size, factor, offsets=None):
-    """
-    Numbers y * W + x of one pixel in each factor x factor, (..., H/factor * W/factor): the middle
-    of each square, or, with offsets (..., 2) of y and x, rolled by these. factor must divide both.
-    """
+    """Numbers y * W + x of one pixel in each factor x factor, (..., H/factor * W/factor): the
+    middle of each square, or, with offsets (..., 2) of y and x, rolled by these."""
     H, W = size
     if H % factor or W % factor:
         raise ValueError(f"frames of {H}x{W}: {factor} must divide both, or take subsample=1")
@@ -410,10 +400,8 @@ class MooG(nn.Module):
         return torch.cat([predicted, self.predict(corrected[:, -1])[:, None]], 1)
 
     def unroll(self, video, state=None, tokens=None):
-        """
-        Video (B, T, 3, H, W), uint8 or float in [0, 1] -> States. state: `last` of an earlier
-        chunk; else `tokens` start as noise (as many as in training; with grid, one for each place).
-        """
+        """Video (B, T, 3, H, W), uint8 or float in [0, 1] -> States. state: `last` of an earlier
+        chunk; None: `tokens` of noise, None: as in training (with grid, one for each place)."""
         predicted, corrected, _ = self.recurrence(video, state, tokens)
         features = corrected if self.cfg.released else torch.cat([predicted, corrected], 2)
         return States(predicted, corrected, features, corrected[:, -1])
@@ -425,17 +413,21 @@ class MooG(nn.Module):
         if index is None:
             index = torch.arange(size[0] * size[1], device=states.device)
         index = index.expand(B, T, -1).flatten(0, 1)                    # (B*T, P)
-        decode = partial(self.decoder, states.flatten(0, 1), size, attention=attention)
-        if not self.cfg.decoder_self_attention:     # else the pixels look at each other
-            decode = partial(chunked, decode, size=max(DECODE_CHUNK // (B * T), 1), dim=1)
-        return decode(index).unflatten(0, (B, T))
+        states = states.flatten(0, 1)                                   # (B*T, N, D)
+
+        def decode(pixels):
+            return self.decoder(states, size, pixels, attention)
+
+        if self.cfg.decoder_self_attention:
+            out = decode(index)                     # all at once: the pixels look at each other
+        else:
+            out = chunked(decode, index, max(DECODE_CHUNK // (B * T), 1), dim=1)
+        return out.unflatten(0, (B, T))
 
     def decode(self, states, size, index=None, return_attention=False):
-        """
-        States (B, T, N, D), of predict_ahead() -> frames (B, T, 3, H, W) of size (H, W), or, with
-        index (B, T, P) or (P,) of pixels y * W + x, their colours (B, T, P, 3). They can overshoot
-        [0, 1]. return_attention: also where they look in the last layer, (B, T, nh, P, N).
-        """
+        """States (B, T, N, D), of predict_ahead() -> frames (B, T, 3, H, W) of size (H, W), or,
+        with index (B, T, P) or (P,) of pixels y * W + x, their colours (B, T, P, 3); both can leave
+        [0, 1]. return_attention: also where they look in the last layer (B, T, nh, P, N)."""
         colours = self.per_pixel(states, size, index)                   # (B, T, P, 3)
         if index is None:
             colours = colours.mT.unflatten(-1, size)                    # (B, T, 3, H, W)
@@ -473,7 +465,6 @@ class MooG(nn.Module):
 
     def after_step(self, progress):
         """After each optimiser step: nothing to do."""
-
     def param_groups(self, weight_decay):
         """All parameters are decayed, norms and biases too, as in the authors' configuration."""
         return [dict(params=list(self.parameters()), weight_decay=weight_decay)]
@@ -526,10 +517,8 @@ class PointReadout(nn.Module):
         self.apply(init_weights)
 
     def forward(self, features, queries, query_frames=None, state=None):
-        """
-        features (B, T, M, D); queries (B, K, coordinates) in [0, 1], at query_frames (B, K) of this
-        chunk, None: 0; what it says of frames before is meaningless. state: of an earlier chunk.
-        """
+        """features (B, T, M, D); queries (B, K, coordinates) in [0, 1], at query_frames (B, K),
+        None: 0; what it says of frames before is meaningless. state: of an earlier chunk."""
         positions = fourier(queries, self.bases).to(self.proj_in.weight.dtype)
         start = self.initializer(positions)                     # (B, K, width)
         if state is None:
@@ -552,11 +541,9 @@ class PointReadout(nn.Module):
         return 0.05 * error, distance < 6
 
     def loss(self, out, target, visible, valid=None):
-        """
-        target (B, T, K, coordinates); visible, valid (B, T, K) bool, valid: count these (leave out
-        frames before the query), None: all. our choice, none is published: like TAP-Net's, Huber
-        (delta 4 pixels of 256) x 0.05 where visible; cross-entropy of visible and, there, certain.
-        """
+        """target (B, T, K, coordinates); visible (B, T, K) bool; valid, likewise: which count, not
+        those before the query; None: all. our choice, none is published: like TAP-Net's, Huber
+        (delta 4 pixels of 256) x 0.05 where visible; cross-entropy of visible, and there certain."""
         visible = visible.bool()
         valid = torch.ones_like(visible) if valid is None else valid.bool()
         seen = valid & visible
@@ -569,10 +556,8 @@ class PointReadout(nn.Module):
         return each.sum() / valid.sum().clamp(min=1)
 
 class BoxReadout(PointReadout):
-    """
-    The same for boxes y1 x1 y2 x2. our choice of head and loss, as none is published: the mean
-    Huber of the coordinates; certain means an intersection over union above 1/2.
-    """
+    """The same for boxes y1 x1 y2 x2. our choice of head and loss, as none is published: the mean
+    Huber of the coordinates; certain means an intersection over union above 1/2."""
     coordinates = 4
 
     def error(self, values, target):
@@ -585,7 +570,6 @@ class BoxReadout(PointReadout):
 
 class DepthReadout(Decoder):
     """Features (B * T, M, D) of frames -> depth (B * T, P, 1), decoded as colours are."""
-
     def __init__(self, dim=512, transformer=(3, 8, 512), hidden=2048, bases=16):
         super().__init__(dim, transformer, hidden, bases, channels=1)
         self.apply(init_weights)
@@ -598,11 +582,8 @@ class DepthReadout(Decoder):
         return (values - target).square().sum() / valid.bool().sum().clamp(min=1)
 
 class AttentionReadout(nn.Module):
-    """
-    The released heads: each query looks once at all tokens of exactly `frames` frames; with copies,
-    it is asked that often, each time for frames / copies. Boxes as released: 4 heads, 1 copy.
-    """
-
+    """The released heads: each query looks once at all tokens of exactly `frames` frames; it is
+    asked `copies` times, each for frames / copies. Boxes as released: 4 heads, 1 copy."""
     def __init__(self, coordinates=2, dim=512, width=1024, heads=8, frames=16, copies=8,
                  hidden=4096, bases=16):
         super().__init__()
