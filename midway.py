@@ -688,23 +688,22 @@ def load_official(path):
     """Midway in eval mode from a checkpoint (.pth) of the authors; says if DINO head or center
     lack. OSError: can't be read; ValueError: isn't such a checkpoint. Nothing is executed: any
     class but argparse.Namespace is refused (if you trust it, save it again without `args`)."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        state = convert(ckpt)
-        center = ckpt.get("dino_loss", {}).get("center")
-        if center is None or "student_head.weight_v" not in state:
-            print(f"{path}: no DINO head or center in it; features and dynamics are whole")
-            state = {key: value for key, value in state.items() if "_head." not in key}
-        else:
-            state["dino_loss.center"] = center
-        model = Midway(official_config(state))
-        model.load_state_dict(state)
-    except OSError:                         # no such file, a folder, no permission
-        raise
-    except Exception as error:              # a foreign or damaged file: anything can happen
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path}: not a whole checkpoint of Midway's authors ({reason})") from None
+    with open(path, "rb") as file:              # no such file, no permission: OSError
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                ckpt = torch.load(file, map_location="cpu", weights_only=True)
+            state = convert(ckpt)
+            center = ckpt.get("dino_loss", {}).get("center")
+            if center is None or "student_head.weight_v" not in state:
+                print(f"{path}: no DINO head or center in it; features and dynamics are whole")
+                state = {key: value for key, value in state.items() if "_head." not in key}
+            else:
+                state["dino_loss.center"] = center
+            model = Midway(official_config(state))
+            model.load_state_dict(state)
+        except Exception as error:              # a foreign or damaged file: anything can happen
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"{path}: no whole checkpoint of Midway's authors ({reason})") from None
     return model.eval()
 
 if __name__ == "__main__":

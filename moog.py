@@ -543,7 +543,7 @@ class PointReadout(nn.Module):
     def loss(self, out, target, visible, valid=None):
         """target (B, T, K, coordinates); visible (B, T, K) bool; valid, likewise: which count, not
         those before the query; None: all. our choice, none is published: like TAP-Net's, Huber
-        (delta 4 pixels of 256) x 0.05 where visible; cross-entropy of visible, and there certain."""
+        (delta 4 pixels of 256) x 0.05 where visible; cross-entropy of visible, there of certain."""
         visible = visible.bool()
         valid = torch.ones_like(visible) if valid is None else valid.bool()
         seen = valid & visible
