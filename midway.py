@@ -703,7 +703,7 @@ def load_official(path):
             model.load_state_dict(state)
         except Exception as error:              # a foreign or damaged file: anything can happen
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(f"{path}: no whole checkpoint of Midway's authors ({reason})") from None
+            raise ValueError(f"{path}: no checkpoint of Midway's authors ({reason})") from None
     return model.eval()
 
 if __name__ == "__main__":
