@@ -61,9 +61,8 @@ def formula_input(name, *shape):
 
 def formula_image(name, size):
     """The fixtures' inputs are what the networks see: Midway's normalisation is undone."""
-    mean = torch.tensor(midway.MEAN, dtype=torch.float64).view(3, 1, 1)
-    std = torch.tensor(midway.STD, dtype=torch.float64).view(3, 1, 1)
-    return formula_input(name, 2, 3, size, size).double() * std + mean
+    mean, std = torch.tensor([midway.MEAN, midway.STD], dtype=torch.float64).view(2, 3, 1, 1)
+    return formula_input(name, 2, 3, size, size) * std + mean
 
 def formula_weight(section, key, shape):
     """The weights of the fixtures are a pure function of their names: made here, not stored."""
@@ -92,16 +91,15 @@ def level_losses(model):
     levels, _ = model.both_directions(pairs)
     return torch.stack([level.loss for level in levels])
 
-@torch.no_grad()
 def test_features_and_dynamics_equal_the_authors(official):
     x = formula_image("tiny_x", 32)
     y = formula_image("tiny_y", 32)
     # row 0 of the reference is x -> y of pair 0, row 1 is y -> x of pair 1
     source = torch.stack([x[0], y[1]])
     target = torch.stack([y[0], x[1]])
-    for who in ("student", "teacher"):
-        levels = official.features(source, teacher=who == "teacher")
-        close(torch.stack(levels), REFERENCE[f"{who}_features"], 1e-9)
+    close(torch.stack(official.features(source)), REFERENCE["student_features"], 1e-9)
+    teacher = torch.stack(official.features(source, teacher=True))
+    close(teacher, REFERENCE["teacher_features"], 1e-9)
     cls = official.features(torch.cat([x, y]))[-1][:, 0]
     close(official.student_head(cls), REFERENCE["student_dino_out"], 1e-9)
     for i, level in enumerate(official.predict(source, target)):
@@ -156,12 +154,9 @@ def test_a_training_step_and_its_gradients_equal_the_authors(official):
         for part, n in zip(parts, numbers, strict=True):
             close(part.norm(), expected[n], 5e-6 * max(expected[n], 1e-4))
 
-def gate_from_own_input(self, h, gate, K):          # what Eq. 2 says; `gate` carries its network
-    residual = h
-    if gate is not None:
-        residual = torch.cat([h[:, :K], h[:, K:] * gate(h[:, K:])], 1)
-    h = residual + self.attn(self.norm1(h))
-    return h + self.mlp(self.norm2(h)), self.next_gate
+def gate_from_own_input(self, h, gate, K, forward=GatedBlock.forward):
+    out, _ = forward(self, h, gate and gate(h[:, K:]), K)       # as in Eq. 2; `gate` is a network
+    return out, self.next_gate
 
 def residual_at_the_top(self, i, m, source, target, infer=Midway.infer):
     return infer(self, i, m, source, target) + (self.motion_tokens if m is None else 0)
@@ -191,12 +186,11 @@ def small_model(**change):
     torch.manual_seed(0)
     return Midway(replace(SMALL, **change))
 
-def random_batch(cfg, B, device="cpu"):
+def random_batch(cfg, B):
+    big = (3, cfg.size, cfg.size)
     small = (cfg.local_crops, 3, cfg.local_size, cfg.local_size)
-    return dict(
-        motion=torch.rand(B, 2, 3, cfg.size, cfg.size, device=device),
-        globals=torch.rand(B, 2, 2, 3, cfg.size, cfg.size, device=device),
-        locals=torch.rand(B, 2, *small, device=device))
+    return dict(motion=torch.rand(B, 2, *big), globals=torch.rand(B, 2, 2, *big),
+                locals=torch.rand(B, 2, *small))
 
 def size_of(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -204,13 +198,15 @@ def size_of(module):
 def test_sizes_and_cost_are_the_papers(monkeypatch):
     with torch.device("meta"):
         model = Midway(Config())
+        batch = random_batch(model.cfg, 1)
         vit_b = Midway(Config(**midway.PRESETS["vit_b"])).student
     assert [size_of(vit_b), size_of(model.student)] == [85_798_656, 21_665_664]
     assert size_of(model) == 21_665_664 + 36_600_000 + size_of(model.student_head)
+    assert not any(block.drop_path for block in model.teacher.blocks)
 
     def multiply_adds():
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(random_batch(model.cfg, 1, "meta"))
+            model(batch)
         return counter.get_total_flops() / 2
 
     # the last blocks don't compute what nobody reads; and as Table 9 counts, who has them do it
@@ -237,7 +233,6 @@ def test_every_ablation_trains_all_its_parameters(row):
     if model.cfg.latent_dynamics:                   # motion tokens learn each its own
         assert model.motion_tokens.grad.std(1).max() > 1e-3 * model.motion_tokens.grad.abs().max()
 
-@torch.no_grad()
 def test_ablations_do_what_they_name():
     x, y = torch.rand(2, 2, 3, 16, 16)
     model = small_model(backward=False, refinement=False).eval()
@@ -271,14 +266,6 @@ def test_the_teacher_follows_and_the_last_layer_waits(progress, part):
         if not p.requires_grad:             # the cosine: by 1 - ema at the start, by 0 at the end
             close((p - old).mean(), part * (1 - SMALL.ema), 1e-6)
 
-def test_drop_path_rises_in_the_student_alone():
-    model = small_model(drop_path=0.3)
-    close([block.drop_path for block in model.student.blocks], [0, 0.1, 0.2, 0.3], 1e-9)
-    assert not any(block.drop_path for block in model.teacher.blocks)
-    branch = model.student.blocks[3].drop(torch.ones(4000, 2, 3))       # whole samples
-    assert (branch == branch[:, :1, :1]).all() and abs(branch.mean() - 1) < 0.05
-
-@torch.no_grad()
 def test_report_exchanges_latents_within_a_direction():
     model = small_model().eval()
     motion = torch.rand(3, 2, 3, 16, 16)
@@ -287,18 +274,17 @@ def test_report_exchanges_latents_within_a_direction():
     order = [2, 0, 1, 5, 3, 4]              # rows x -> y of 3 pairs, then y -> x
     pred, _ = model.predict_forward(0, level.m[order], level.v)
     close(row["shuffled"], midway.prediction_loss(pred, level.target), 1e-6)
-    close(row["right"], level.loss, 1e-6)
-    x, y = (model.features(motion[:, frame], teacher=True)[0] for frame in range(2))
+    x = model.features(motion[:, 0], teacher=True)[0]
+    y = model.features(motion[:, 1], teacher=True)[0]
     close(row["copy"], midway.prediction_loss(x, y), 1e-6)
     assert "shuffled" not in model.report(dict(motion=motion[:1]))["2-2cos, mean"]
 
-@torch.no_grad()
 def test_features_take_other_sizes_and_bytes():
-    model = small_model().eval()
+    model = small_model()
     image = torch.randint(256, (1, 3, 24, 40), dtype=torch.uint8)
-    features = torch.stack(model.features(image))
-    assert features.shape == (4, 1, 1 + 3 * 5, 24)
-    close(features, torch.stack(model.features(image / 255)), 1e-6)
+    features = model.features(image)[-1]
+    assert features.shape == (1, 1 + 3 * 5, 24)
+    close(features, model.features(image / 255)[-1], 1e-6)
 
 def test_known_shifts_put_motion_into_the_latents(tmp_path):
     """The tiny preset's start. A constant guess and the paper's init stay at 0.23 patches^2."""
@@ -308,13 +294,11 @@ def test_known_shifts_put_motion_into_the_latents(tmp_path):
     assert log(tmp_path / "out")[-1]["shift"] < 0.16
 
 # ---- MooG: parity with the authors' model --------------------------------------------------------
-MOOG = np.load(HERE / "reference" / "moog.npz")
-MOOG_SHAPES = json.loads(MOOG["shapes"].tobytes())
+MOOG = {name: torch.from_numpy(np.atleast_1d(x))
+        for name, x in np.load(HERE / "reference" / "moog.npz").items()}
+MOOG_SHAPES = json.loads(MOOG["shapes"].numpy().tobytes())
 MOOG_SEEDS = dict(
     released=1234, movi=777, point_head=61, box_head=62, point_readout=55, depth_readout=56)
-
-def moog_ref(kind, name):
-    return torch.from_numpy(np.atleast_1d(MOOG[f"{kind}/{name}"]))
 
 def moog_arrays(kind):
     """The fixtures' weights, by the formula that they were made with, under the authors' names."""
@@ -334,12 +318,12 @@ def moog_load(arrays, tmp_path, load=moog.load_official):
 
 def moog_equals(kind, outputs, tolerance=2e-5):
     for name, output in outputs.items():
-        close(output, moog_ref(kind, name), tolerance)
+        close(output, MOOG[f"{kind}/{name}"], tolerance)
 
 @torch.no_grad()
 def released_outputs(model):
-    video = moog_ref("released", "video").movedim(-1, -3)
-    state = moog_ref("released", "state0")
+    video = MOOG["released/video"].movedim(-1, -3)
+    state = MOOG["released/state0"]
     states = model.unroll(video, state)
     before = model.predict_ahead(video, state)[:, :-1]
     frames, attention = model.decode(before, video.shape[-2:], return_attention=True)
@@ -357,13 +341,12 @@ def test_moog_released_equals_the_authors(tmp_path):
         del arrays[name]                            # pixels that don't look at each other
     out = released_outputs(moog_load(arrays, tmp_path))
     for name in ("recon", "dec_cross_attn_last"):
-        close(out[name], moog_ref("released", f"{name}_xonly"), 2e-5)
+        close(out[name], MOOG[f"released/{name}_xonly"], 2e-5)
 
-@torch.no_grad()
 def test_moog_of_the_paper_equals_the_authors(tmp_path):
     model = moog_load(moog_arrays("movi"), tmp_path)
-    video = moog_ref("movi", "video").movedim(-1, -3)
-    states = model.unroll(video, model.state_norm(moog_ref("movi", "state0")))
+    video = MOOG["movi/video"].movedim(-1, -3)
+    states = model.unroll(video, model.state_norm(MOOG["movi/state0"]))
     predicted = states.predicted[:1]
     frames, attention = model.decode(predicted, (16, 16), return_attention=True)
     middle = model.decode(predicted, (16, 16), moog.subsample((16, 16), 4))
@@ -373,21 +356,21 @@ def test_moog_of_the_paper_equals_the_authors(tmp_path):
         dec_cross_attn_last=attention[:, 3:],
         eval4_video_predicted=middle.unflatten(2, (4, 4))))
     for factor in (2, 8):
-        index = moog.subsample((16, 16), factor, moog_ref("movi", f"train{factor}_offsets").long())
-        target = moog_ref("movi", f"train{factor}_targets").flatten(2, 3)
+        index = moog.subsample((16, 16), factor, MOOG[f"movi/train{factor}_offsets"].long())
+        target = MOOG[f"movi/train{factor}_targets"].flatten(2, 3)
         close(moog.gather_pixels(video[:1], index), target, 0)
-        colours = moog_ref("movi", f"train{factor}_video_predicted").flatten(2, 3)
+        colours = MOOG[f"movi/train{factor}_video_predicted"].flatten(2, 3)
         close(model.decode(predicted, (16, 16), index), colours, 2e-5)
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_moog_loss_and_gradients_equal_the_authors(tmp_path, monkeypatch, recompute):
     model = moog_load(moog_arrays("movi"), tmp_path).train()
     model.cfg = replace(model.cfg, subsample=1, checkpoint=recompute)
-    state = model.state_norm(moog_ref("movi", "state0"))
+    state = model.state_norm(MOOG["movi/state0"])
     monkeypatch.setattr(model, "initial_state", lambda B, tokens: state)
-    loss, _ = model(dict(video=moog_ref("movi", "video").movedim(-1, -3)))
+    loss, _ = model(dict(video=MOOG["movi/video"].movedim(-1, -3)))
     loss.backward()
-    close(loss.detach(), MOOG["movi/loss"], 1e-6)
+    close(loss, MOOG["movi/loss"][0], 1e-6)
     # in the authors' layout, to compare the same few entries of each tensor
     for i, (name, shape) in enumerate(sorted(MOOG_SHAPES["movi"].items())):
         size = int(np.prod(shape))
@@ -400,37 +383,37 @@ def test_moog_loss_and_gradients_equal_the_authors(tmp_path, monkeypatch, recomp
         some = np.linspace(0, size - 1, 8).astype(int)
         close(np.resize(theirs[some], 8), MOOG["movi/grad_some"][i], 1e-4 * norm)
 
-@torch.no_grad()
 def test_moog_heads_equal_the_authors(tmp_path):
     for kind in ("point_head", "box_head"):
         head = moog_load(moog_arrays(kind), tmp_path, moog.load_official_head)
-        out = head(moog_ref(kind, "features"), moog_ref(kind, "queries"))
-        close(out.values, moog_ref(kind, "values"), 2e-5)
+        out = head(MOOG[f"{kind}/features"], MOOG[f"{kind}/queries"])
+        close(out.values, MOOG[f"{kind}/values"], 2e-5)
         if kind == "point_head":
             visible, certain = out.logits.split(1, -1)
             moog_equals(kind, dict(logits_visible=visible, logits_certainty=certain))
-            assert (out.visible == moog_ref(kind, "visible")[..., 0]).all()
+            assert (out.visible == MOOG[f"{kind}/visible"][..., 0]).all()
 
-@torch.no_grad()
 def test_moog_readouts_equal_the_authors():
     points = moog.PointReadout(32, 32, (3, 8, 32), 64)
     points.load_state_dict(moog.convert(moog_arrays("point_readout")))
-    features = moog_ref("point_readout", "features")
-    queries = moog_ref("point_readout", "queries")
-    out = points(features, queries, moog_ref("point_readout", "query_frame"))
+    features = MOOG["point_readout/features"]
+    queries = MOOG["point_readout/queries"]
+    out = points(features, queries, MOOG["point_readout/query_frame"])
     free = points(features, queries)
-    assert (out.visible == moog_ref("point_readout", "visible")[..., 0]).all()
+    assert (out.visible == MOOG["point_readout/visible"][..., 0]).all()
     for name in ("values", "logits", "state"):
-        close(getattr(out, name), moog_ref("point_readout", name), 2e-5)
-        close(getattr(free, name), moog_ref("point_readout", f"nomask_{name}"), 2e-5)
+        close(getattr(out, name), MOOG[f"point_readout/{name}"], 2e-5)
+        close(getattr(free, name), MOOG[f"point_readout/nomask_{name}"], 2e-5)
+    rest = points(features[:, 1:], queries, None, points(features[:, :1], queries).state)
+    close(rest.values, free.values[:, 1:], 2e-5)                # it goes on from chunk to chunk
     depth = moog.DepthReadout(32, (3, 8, 32), 64)
     depth.load_state_dict(moog.convert(moog_arrays("depth_readout")))
-    features = moog_ref("depth_readout", "features").flatten(0, 1)
-    offsets = moog_ref("depth_readout", "train4_offsets").long()
+    features = MOOG["depth_readout/features"].flatten(0, 1)
+    offsets = MOOG["depth_readout/train4_offsets"].long()
     rolled = moog.subsample((16, 16), 4, offsets).flatten(0, 1)
     middle = moog.subsample((16, 16), 4)
     for name, index in dict(values=None, eval4_values=middle, train4_values=rolled).items():
-        theirs = moog_ref("depth_readout", name)
+        theirs = MOOG[f"depth_readout/{name}"]
         close(depth(features, (16, 16), index).view_as(theirs), theirs, 2e-5)
 
 def normed_keys(self, x, y=None, forward=moog.Block.forward):
@@ -464,11 +447,10 @@ def tiny_moog(**options):
         decoder=(2, 2, 8), mlp=24, subsample=4) | options))
 
 def test_moog_sizes_are_the_papers():
-    paper = moog.Config()
     released = moog.Config(**moog.PRESETS["released"])
     with torch.device("meta"):
-        assert size_of(moog.MooG(paper)) == 34_726_787
-        assert size_of(moog.MooG(replace(paper, grid=True, recurrent=False))) == 34_726_787
+        assert size_of(moog.MooG(moog.Config())) == 34_726_787
+        assert size_of(moog.MooG(moog.Config(grid=True, recurrent=False))) == 34_726_787
         assert size_of(moog.MooG(released)) == 35_193_811
         assert size_of(moog.MooG(replace(released, decoder_self_attention=True))) == 36_967_507
         assert size_of(moog.AttentionReadout(2)) == 11_338_760
@@ -476,7 +458,6 @@ def test_moog_sizes_are_the_papers():
         assert size_of(moog.PointReadout()) == 11_324_804
         assert size_of(moog.DepthReadout()) == 10_434_817
 
-@torch.no_grad()
 @pytest.mark.parametrize("options", [
     dict(), dict(released=True), dict(grid=True), dict(grid=True, recurrent=False)])
 def test_moog_goes_on_from_chunk_to_chunk(options):
@@ -486,7 +467,6 @@ def test_moog_goes_on_from_chunk_to_chunk(options):
     p, c, features, last = model.unroll(video, start)
     rest = model.unroll(video[:, 1:] / 255, model.unroll(video[:, :1], start).last)
     close(rest.features, features[:, 1:], 4e-6)
-    close(rest.last, last, 4e-6)
     released = model.cfg.released
     close(features, c if released else torch.cat([p, c], 2), 0)
     if model.cfg.grid:                              # tokens are places: sides / 4, rounded up
@@ -495,9 +475,7 @@ def test_moog_goes_on_from_chunk_to_chunk(options):
         close(c[:, 0], model.state_norm(seen), 2e-6)
     # a frame is predicted from those before it; the last one is not seen at all
     known = [start[:, None], c] if released else [p, (last + model.predictor(last))[:, None]]
-    ahead = model.predict_ahead(video, start)
-    close(ahead, torch.cat(known, 1), 2e-6)
-    assert model.decode(ahead, (9, 7)).shape == (2, 5, 3, 9, 7)
+    close(model.predict_ahead(video, start), torch.cat(known, 1), 2e-6)
 
 def test_moog_meters_are_of_the_same_pixels_and_not_of_frame_0(monkeypatch):
     model = tiny_moog(subsample=2)
@@ -527,8 +505,7 @@ def test_moog_meters_are_of_the_same_pixels_and_not_of_frame_0(monkeypatch):
 def test_moog_decodes_in_chunks_unless_pixels_see_each_other(together, monkeypatch):
     model = tiny_moog(decoder_self_attention=together).eval()
     states = torch.randn(2, 3, 6, 16)
-    frames, attention = model.decode(states, (16, 16), return_attention=True)
-    close(attention.sum(-1), torch.ones(2, 3, 2, 256), 1e-5)
+    frames = model.decode(states, (16, 16))
     sizes = []
     model.decoder.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
     monkeypatch.setattr(moog, "DECODE_CHUNK", 60)               # 10 pixels of 2 x 3 frames
@@ -538,7 +515,6 @@ def test_moog_decodes_in_chunks_unless_pixels_see_each_other(together, monkeypat
     same = torch.ones(1, 3, 6, 16)                              # alike: always the first of six
     assert model.tokens_used(same, (16, 16), index) == 1 / 6
 
-@torch.no_grad()
 def test_moog_starts_as_it_says():
     model = tiny_moog(dim=64, state_scale=0.5, released=True)
     state = model.initial_state(4, 50)
@@ -549,17 +525,6 @@ def test_moog_starts_as_it_says():
     assert abs(frames.mean() - 0.5) < 0.1 and frames.std() < 0.2            # near grey
     normed = tiny_moog(state_scale=1.0).initial_state(4, 50)
     close(normed.square().mean(-1), torch.ones(4, 50), 1e-2)
-
-@torch.no_grad()
-def test_moog_readouts_go_on_from_chunk_to_chunk():
-    features = torch.randn(2, 5, 6, 16)
-    queries = torch.rand(2, 3, 4)
-    when = torch.tensor([[0, 2, 3], [1, 0, 4]])
-    readout = moog.BoxReadout(16, 8, (1, 2, 8), 16)
-    whole = readout(features, queries, when)
-    first = readout(features[:, :2], queries, when)
-    rest = readout(features[:, 2:], queries, when - 2, first.state)
-    close(torch.cat([first.values, rest.values], 1), whole.values, 1e-6)
 
 def test_moog_point_loss_on_hand_made_cases():
     points = moog.PointReadout(8, 8, (1, 1, 8), 8)
@@ -581,10 +546,9 @@ def test_moog_box_and_depth_errors_on_hand_made_cases():
     boxes = moog.BoxReadout(8, 8, (1, 1, 8), 8)
     box = torch.tensor([[[[0.0, 0.0, 0.5, 0.5]]]])
     others = torch.cat([box, box * 0.72, box * 0.69, box + 0.5])    # overlap 1, 0.52, 0.48, 0
-    _, near = boxes.error(others, box.expand_as(others))
+    error, near = boxes.error(others, box.expand_as(others))
     assert near.flatten().tolist() == [True, True, False, False]
-    error, _ = boxes.error(box + 2 / 256, box)
-    close(error.item(), 0.05 * 2 ** 2 / 2, 1e-5)
+    close(error[3].item(), 0.05 * 4 * (128 - 2), 1e-4)
     depth = moog.DepthReadout(8, (1, 1, 8), 8, bases=2)
     target = torch.tensor([3.0, float("inf")])
     close(depth.loss(torch.tensor([1.0, 5.0]), target, target.isfinite()), 4, 1e-6)
@@ -592,12 +556,10 @@ def test_moog_box_and_depth_errors_on_hand_made_cases():
 def test_moog_is_compiled_by_the_step():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = tiny_moog()
+    model = tiny_moog(state_scale=0.0, subsample=1)             # nothing is drawn
     batch = dict(video=torch.rand(2, 3, 3, 16, 16))
-    torch.manual_seed(1)
     eager, _ = model(batch)
     model.compile(backend="aot_eager", dynamic=False)
-    torch.manual_seed(1)
     compiled, _ = model(batch)
     close(compiled, eager, 1e-6)
     model.report(batch)                             # with another number of pixels: not compiled
@@ -607,14 +569,12 @@ def predict_pair(size, **change):
     return small_model(**change).predict(*torch.rand(2, 1, 3, size, size))
 
 @pytest.mark.parametrize("call, word", [
-    (partial(small_model, size=20), "size=20"), (partial(small_model, heads=0), "heads=0"),
-    (partial(small_model, levels=(1, 2)), "depth=4"),
+    (partial(small_model, size=20), "size=20"), (partial(small_model, levels=(1, 2)), "depth=4"),
     (partial(small_model, latent_dynamics=False, dino_weight=0.0), "no loss"),
     (partial(predict_pair, 16, latent_dynamics=False), "no latent dynamics"),
     (partial(predict_pair, 20), "patch size 8"), (partial(predict_pair, 24), "16x16"),
     (lambda: small_model(local_crops=3)(random_batch(SMALL, 1)), "3 boxes"),
     (partial(tiny_moog, strides=(2,)), "strides"), (partial(tiny_moog, size=18), "size=18"),
-    (partial(tiny_moog, decoder=(1, 3, 8)), "multiple"),
     (partial(tiny_moog, grid=True, released=True), "released"),
     (partial(tiny_moog, recurrent=False), "grid=True"),
     (partial(moog.subsample, (16, 16), 3), "16x16")])
@@ -623,8 +583,7 @@ def test_wrong_configs_and_shapes_say_what_to_change(call, word):
         call()
 
 class Foreign:
-    """An object that leaves a trace if whoever reads the file executes what it names."""
-    def __reduce__(self):
+    def __reduce__(self):                           # leaves a trace if a reader executes it
         return open, ("executed", "w")
 
 @pytest.mark.parametrize("name, word", [
