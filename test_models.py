@@ -5,7 +5,6 @@ Run them with `python -m pytest -q test_models.py`; no downloads, no GPU, four m
 import argparse
 import ast
 import colorsys
-import io
 import json
 import os
 import pickle
@@ -14,8 +13,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
-import zipfile
 import zlib
 from copy import deepcopy
 from dataclasses import fields, replace
