@@ -406,7 +406,7 @@ class Midway(nn.Module):
         if cfg.latent_dynamics and cfg.backward:
             del self.teacher_backward[str(self.predicted[0])]
         for block in self.teacher.blocks:
-            block.drop_path = 0.0
+            block.drop_path = 0.0       # all of the teacher, always
 
     def build_dynamics(self, D, d):
         cfg = self.cfg
