@@ -394,7 +394,7 @@ def test_moog_heads_equal_the_authors(tmp_path):
 def test_moog_readouts_equal_the_authors():
     points = moog.PointReadout(32, 32, (3, 8, 32), 64)
     points.load_state_dict(moog.convert(moog_arrays("point_readout")))
-    features = MOOG["point_readout/features"]
+    features = MOOG["point_readout/features"].requires_grad_()
     queries = MOOG["point_readout/queries"]
     out = points(features, queries, MOOG["point_readout/query_frame"])
     free = points(features, queries)
@@ -404,6 +404,8 @@ def test_moog_readouts_equal_the_authors():
         close(getattr(free, name), MOOG[f"point_readout/nomask_{name}"], 2e-5)
     rest = points(features[:, 1:], queries, None, points(features[:, :1], queries).state)
     close(rest.values, free.values[:, 1:], 2e-5)                # it goes on from chunk to chunk
+    [gradient] = torch.autograd.grad(free.values[:, -1].sum(), features)
+    assert (gradient != 0).any(-1).all()                        # of the last frame, to all
     depth = moog.DepthReadout(32, (3, 8, 32), 64)
     depth.load_state_dict(moog.convert(moog_arrays("depth_readout")))
     features = MOOG["depth_readout/features"].flatten(0, 1)
@@ -508,9 +510,9 @@ def test_moog_decodes_in_chunks_unless_pixels_see_each_other(together, monkeypat
     monkeypatch.setattr(moog, "DECODE_CHUNK", 60)               # 10 pixels of 2 x 3 frames
     close(model.decode(states, (16, 16)), frames, 2e-6)
     assert max(sizes) == (256 if together else 10)
-    index = moog.subsample((16, 16), 4).expand(1, 3, -1)
-    same = torch.ones(1, 3, 6, 16)                              # alike: always the first of six
-    assert model.tokens_used(same, (16, 16), index) == 1 / 6
+    _, seen = model.decode(states[:1], (16, 16), return_attention=True)
+    used = seen.mean(2).argmax(-1).unique()                     # of 6 tokens, by any pixel
+    close(model.tokens_used(states[:1], (16, 16), None), len(used) / 6, 1e-6)
 
 def test_moog_starts_as_it_says():
     model = tiny_moog(dim=64, state_scale=0.5, released=True)
@@ -600,8 +602,6 @@ def test_other_files_than_the_authors_are_refused(name, word, official_ckpt, tmp
         load(name)
     assert name in str(error.value) and "\n" not in str(error.value)
     assert not Path("executed").exists()
-    with pytest.raises(FileNotFoundError):
-        load("none")
 
 def test_official_file_may_lack_head_and_center(official_ckpt, tmp_path, capsys):
     del official_ckpt["dino_loss"]
