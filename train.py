@@ -99,10 +99,6 @@ def one_line(what, warn=False):
         print(f"warning: {text}", file=sys.stderr)
 
 # ---- command line --------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
 def add_flags(parser, part, cls, defaults):
     """A flag for each field of a dataclass, explained by the comment that stands beside it."""
     comments = dict(re.findall(r"^ +(\w+): [^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
@@ -134,7 +130,7 @@ def preset_values(module, name, first):
 
 def parse(argv):
     """Command line -> {part: dataclass}, the model's module, the checkpoint to resume or None."""
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("model", "preset", "resume", "device"):
         first.add_argument(f"--{name}", default="")
     first, _ = first.parse_known_args(argv)
@@ -147,8 +143,9 @@ def parse(argv):
     start = ckpt["config"] if ckpt else preset_values(module, name, first)
     if first.model not in ("", name) or ckpt and first.preset not in ("", start["preset"]):
         raise UserError(f"{ckpt['path']} holds a {name} model, preset {start['preset']}")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, epilog=f"presets: {', '.join(module.PRESETS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"presets: {', '.join(module.PRESETS)}", allow_abbrev=False,
+        exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = dict(options=Options, scenes=data.SceneOptions, videos=data.VideoOptions,
                  config=module.Config)
     with one_line(ckpt and f"{ckpt['path']} does not fit this version"):
@@ -201,7 +198,7 @@ def read_checkpoint(path):
     with one_line(f"{path} is damaged or no checkpoint"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         assert ckpt["config"]["model"] in MODELS and ckpt["step"] >= 0, "of no model of ours"
-        ckpt["config"]["options"]["out"] = path.parent              # where it lies now
+        ckpt["config"]["options"]["out"] = str(path.parent)              # where it lies now
         return dict(log=[]) | ckpt | dict(path=path)
 
 def load_moments(optimizer, saved):
@@ -397,6 +394,21 @@ def held_out(run):
         print0(f"{row:30}" + "".join(f"{x:11.4g} {name}" for name, x in cells.items()))
     return table
 
+def log_line(opt, window, step, clock, good):
+    """What the log tells of the steps up to this one: means of their meters. Prints it."""
+    names = [name for name in window[-1] if name in window[0]]
+    values = torch.stack([torch.stack([meters[name] for name in names]) for meters in window])
+    check_finite(opt, values, step + 1 - len(window), good)
+    means = mean_of_all(values.mean(0)).tolist()
+    seconds = (time.perf_counter() - clock) / len(window)
+    lr, decay = schedule(opt, step)
+    line = dict(step=step + 1, loss=means[0], lr=lr, ms=1000 * seconds,
+                eta_min=(opt.steps - step - 1) * seconds / 60)
+    line.update(zip(names, means), samples_per_s=opt.batch_size / seconds, weight_decay=decay)
+    text = "".join(f"{name} {value:.4g} | " for name, value in line.items())
+    print0(text[:103].rpartition(" | ")[0])                     # at most 100 columns
+    return line
+
 def train(run, samples, ckpt):
     """From the checkpoint's step, or 0, to the last one, or a signal: its exit status then."""
     opt = run.opt
@@ -433,18 +445,7 @@ def train(run, samples, ckpt):
         save = halt or step + 1 == opt.steps or (step + 1) % opt.save_every == 0
         if not (save or step == start or (step + 1) % opt.log_every == 0):
             continue
-        # nothing above waits for the device
-        names = [name for name in meters if name in window[0]]
-        values = torch.stack([torch.stack([m[name] for name in names]) for m in window])
-        check_finite(opt, values, step + 1 - len(window), good)
-        means = mean_of_all(values.mean(0)).tolist()
-        seconds = (time.perf_counter() - clock) / len(window)
-        lr, decay = schedule(opt, step)
-        line = dict(step=step + 1, loss=means[0], lr=lr, ms=1000 * seconds,
-                    eta_min=(opt.steps - step - 1) * seconds / 60)
-        line.update(zip(names, means), samples_per_s=opt.batch_size / seconds, weight_decay=decay)
-        text = "".join(f"{name} {value:.4g} | " for name, value in line.items())
-        print0(text[:103].rpartition(" | ")[0])             # at most 100 columns
+        line = log_line(opt, window, step, clock, good)         # nothing above waits for the device
         lines.append(line)
         if save:
             check_finite(opt, try_weights(run, batch), step + 1, good)
@@ -530,9 +531,9 @@ def main(argv):
         motion_colours=opt.motion_colours,
         one_frame=int(opt.shift_warmup * opt.steps) * opt.batch_size))
     size = sum(p.numel() for p in run.trained)
-    print0(f"{opt.model} {opt.preset} on {opt.data}: {size / 1e6:.2f} M trained parameters, {WORLD} x "
-           f"{device.type}, {opt.dtype}, compile {opt.compile}, batch {run.accum} x {WORLD} x "
-           f"{run.micro}")
+    print0(f"{opt.model} {opt.preset} on {opt.data}: {size / 1e6:.2f} M trained parameters, "
+           f"{WORLD} x {device.type}, {opt.dtype}, compile {opt.compile}, "
+           f"batch {run.accum} x {WORLD} x {run.micro}")
     status = bench(run, samples, start) if opt.bench else train(run, samples, ckpt)
     if WORLD > 1:
         dist.barrier()
@@ -547,7 +548,7 @@ def cli(argv):
         sys.exit(main(argv))
     except torch.OutOfMemoryError:
         text = "out of memory: give a --micro-batch below --batch-size / processes"
-    except (UserError, AssertionError, ValueError, OSError) as error:
+    except (UserError, argparse.ArgumentError, AssertionError, ValueError, OSError) as error:
         text = str(error).strip().split("\n")[-1]           # of a data process: the last line
         text = re.sub(r"^[A-Za-z]+Error: ", "", text)
     sys.exit(f"train.py: error: {text}")
