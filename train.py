@@ -273,7 +273,7 @@ def draw_curves(lines, path):
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
-# ---- a run and its steps -------------------------------------------------------------------------
+# ---- the steps -----------------------------------------------------------------------------------
 def build(parts, module, ckpt, device):
     """What the steps share; model and optimiser new or as the checkpoint has them."""
     opt = parts["options"]
@@ -306,8 +306,7 @@ def build(parts, module, ckpt, device):
         wrapped = DDP(model, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
     # our choice: bf16 autocast, which needs no loss scaling; paper: fp16
     if opt.dtype == "auto":
-        cuda = device.type == "cuda"
-        modern = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+        modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         opt.dtype = "bfloat16" if modern else "float32"
     if opt.dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {opt.dtype}: choose from auto, bfloat16, float32")
@@ -409,11 +408,10 @@ def log_line(opt, window, step, clock, good):
     print0(text[:103].rpartition(" | ")[0])                     # at most 100 columns
     return line
 
-def train(run, samples, ckpt):
-    """From the checkpoint's step, or 0, to the last one, or a signal: its exit status then."""
+def train(run, samples, start, ckpt):
+    """From step `start` to the last one, or to a signal: then its exit status."""
     opt = run.opt
     out = Path(opt.out)
-    start = ckpt["step"] if ckpt else 0
     good = f"{ckpt['path']} (step {start})" if ckpt else "none yet"
     lines = ckpt["log"] if ckpt else []             # of log.jsonl
     config = {part: asdict(values) for part, values in run.parts.items()}
@@ -506,7 +504,7 @@ def bench(run, samples, start):
            f"{speed / 1e12:.2f} TFLOP/s a process, MFU {100 * speed / peak:.1f} % of bf16 peak, "
            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB of GPU memory")
 
-# ---- from the command line -----------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------
 def main(argv):
     parts, module, ckpt = parse(argv)
     opt = parts["options"]
@@ -534,7 +532,7 @@ def main(argv):
     print0(f"{opt.model} {opt.preset} on {opt.data}: {size / 1e6:.2f} M trained parameters, "
            f"{WORLD} x {device.type}, {opt.dtype}, compile {opt.compile}, "
            f"batch {run.accum} x {WORLD} x {run.micro}")
-    status = bench(run, samples, start) if opt.bench else train(run, samples, ckpt)
+    status = bench(run, samples, start) if opt.bench else train(run, samples, start, ckpt)
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
