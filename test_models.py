@@ -2676,12 +2676,6 @@ def test_place_equals_slicing_and_clips_at_the_border():
         want[b, n, t, :, top:bottom, left:right] = block
     close(place(layers, d), want, 0)
 
-def test_warp_by_whole_cells_is_place():
-    x = torch.rand(3, 2, 16, 16)
-    d = torch.tensor([[1, 0], [-3, 5], [0, 20]]) / 16
-    placed = place(x[:, None], d[:, None, None])[:, 0, 0]
-    close(melomotion.warp(x, d[..., None, None]), placed, 1e-5)
-
 class CellColours(torch.nn.Module):
     """In the decoder's place: paints each cell in the colour that its latent has."""
 
@@ -2715,12 +2709,6 @@ def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
     # linear, with 16 independent outputs for the 16 means of a cell
     blocks = torch.eye(16).view(16, 4, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert torch.linalg.matrix_rank(encode_latent(blocks[:, 1:], blocks[:, :1]).view(16, 16)) == 16
-
-def test_colours_are_read_off_exactly_wherever_the_object_lies():
-    batch = squares(32, shape="any")
-    model = MeloMotion(melomotion.Config())
-    layers = model.extract(batch["first_frame"], batch["masks"])
-    close(model.pool(layers), colours_of(batch) / 255, 1e-5)
 
 @pytest.mark.parametrize("change", [
     {}, dict(shared_predictor=True, object_index=True), dict(normalize=False), dict(pooling="avg"),
@@ -2790,9 +2778,11 @@ def test_squares_depend_on_their_number_alone():
 @pytest.mark.parametrize("mode, share", [
     ("differentiated", [1, 0, 0]), ("all-move", [1, 1, 1]),
     ("random-mover", [1 / 3, 1 / 3, 1 / 3]), ("colour-mover", [1, 0, 0])])
-def test_red_is_speed_to_the_right_and_green_down(mode, share):
-    batch = squares(100, mode=mode, frames=5)
+def test_red_is_speed_to_the_right_and_green_down_and_read_off_exactly(mode, share):
+    batch = squares(100, mode=mode, frames=5, shape="any")
     colours = colours_of(batch)
+    model = MeloMotion(melomotion.Config())
+    close(model.pool(model.extract(batch["first_frame"], batch["masks"])), colours / 255, 1e-5)
     v = 0.1 * (colours[..., :2].double() - 128) / 255
     moves = batch["displacements"].flatten(2).any(-1)                                   # (B, N)
     path = v[:, :, None] * torch.arange(1, 5)[:, None] * moves[..., None, None]
