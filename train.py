@@ -34,7 +34,6 @@ from pathlib import Path
 
 # CPU threads that wait should soon sleep: OpenMP's spinning stalls a run beside other processes
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ["MPLBACKEND"] = "agg"        # curves.png needs no screen
 
 import torch
 import torch.distributed as dist
@@ -254,14 +253,14 @@ def write_log(out, lines, mode):
 
 def draw_curves(lines, path):
     """What changes in the log: loss_1, loss_2 ... in one panel, psnr and copy_psnr too."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     panels = {}
     for name in dict.fromkeys(itertools.chain(*lines)):
         points = {line["step"]: line[name] for line in lines if name in line}
         if name not in ("step", "ms", "eta_min", "held_out") and len({*points.values()}) > 1:
-            family = re.sub(r"_\d+$", "", name.removeprefix("copy_"))
+            family = re.sub(r"_\d+$", "_*", name.removeprefix("copy_"))
             panels.setdefault(family, {})[name] = points
-    figure = plt.figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
     for number, curves in enumerate(panels.values(), 1):
         axis = figure.add_subplot(math.ceil(len(panels) / 4), 4, number)
         for name, points in curves.items():
@@ -271,7 +270,6 @@ def draw_curves(lines, path):
         if 0 < 30 * low < high:                     # decades
             axis.set_yscale("log")
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 # ---- the steps -----------------------------------------------------------------------------------
 def build(parts, module, ckpt, device):
