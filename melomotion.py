@@ -21,9 +21,8 @@ interpolated, so no edge blurs. eval.py tests both.
     pooled  (B, N, 3 or 16) what is read off an object before anything is learnt
 
 As d = t v, Eq. 5 is the squared error of v, whatever T ("POS"). place() rounds, so no gradient
-passes from frames to velocities: in phase 1, with its frozen decoder, L1 trains nothing, and the
-factor 10 changes little under Adam. So phase 1 draws nothing. Left out: segmentation (masks are
-given), velocities that change. Departures: "our choice". Usage:
+passes from frames to velocities: in phase 1, with its frozen decoder, L1 trains nothing. So phase 1
+draws nothing. Left out: segmentation, velocities that change. Departures: "our choice". Usage:
 
     model = MeloMotion(Config())                            # the report's model: 43,111 parameters
     loss, logs = model(dict(first_frame=..., masks=..., displacements=...))
@@ -71,8 +70,6 @@ PRESETS = {
     "phase2": dict(phase=2),        # what comes after: it learns placed latents, a minute
 }
 
-DEFAULTS = "report", "report"       # train.py's choice without a GPU and with one
-
 # What train.py starts from, preset by preset; every entry is a flag. report: Sec. 4.1
 REPORT = dict(
     data="squares", steps=12_000, batch_size=1, log_every=500, save_every=6000,
@@ -119,12 +116,9 @@ def place(layers, displacements):
     """
     B, N, _, h, w = layers.shape
     device = layers.device
-    cells = (displacements * w).round().long()
-    dx, dy = cells.split(1, -1)                                         # (B, N, T, 1)
-    rows = torch.arange(h, device=device) - dy                          # (B, N, T, h), taken from
-    cols = torch.arange(w, device=device) - dx                          # (B, N, T, w)
-    rows = rows.clamp(-1, h)                                            # -1, h, w: a border of 0
-    cols = cols.clamp(-1, w)
+    dx, dy = (displacements * w).round().long().split(1, -1)            # (B, N, T, 1), cells
+    rows = (torch.arange(h, device=device) - dy).clamp(-1, h)           # (B, N, T, h), taken from
+    cols = (torch.arange(w, device=device) - dx).clamp(-1, w)           # -1, h, w: a border of 0
     padded = F.pad(layers, (0, 1, 0, 1)).movedim(2, -1)                 # (B, N, h+1, w+1, C)
     b = torch.arange(B, device=device).view(B, 1, 1, 1, 1)
     n = torch.arange(N, device=device).view(N, 1, 1, 1)
@@ -154,8 +148,7 @@ def position_loss(v, displacements, normalize=True):
     """
     t = torch.arange(1, displacements.shape[2] + 1, device=v.device)[:, None]       # (T-1, 1)
     error = t * v[:, :, None] - displacements                           # (B, N, T-1, 2)
-    error = error / t if normalize else error
-    return error.square().sum(-1).mean()
+    return (error / t if normalize else error).square().sum(-1).mean()
 
 # ---- learnt parts --------------------------------------------------------------------------------
 class Predictors(nn.Module):
@@ -202,8 +195,8 @@ class Decoder(nn.Sequential):
             nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 3, padding=1), nn.Sigmoid())
 
     def forward(self, latents):
-        x = latents.flatten(0, 1)                                       # (B*T, 16, h, w)
-        x = x.contiguous(memory_format=torch.channels_last)             # twice as fast on a CPU
+        # (B*T, 16, h, w), twice as fast on a CPU
+        x = latents.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return super().forward(x).unflatten(0, latents.shape[:2])
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -298,10 +291,10 @@ class MeloMotion(nn.Module):
         """Velocities (B, N, 2); in phase 0, where only the decoder learns, the true ones."""
         if self.cfg.phase == 0:
             return batch["displacements"][:, :, 0]
-        if "pooled" in batch:
-            return self.velocities(batch["pooled"])
-        layers = self.extract(batch["first_frame"], batch["masks"])
-        return self.velocities(self.pool(layers))
+        pooled = batch.get("pooled")
+        if pooled is None:
+            pooled = self.pool(self.extract(batch["first_frame"], batch["masks"]))
+        return self.velocities(pooled)
 
     def l1(self, batch, v, one=False):
         """Mean L1 of frames 1 .. T-1, or of a random one of each clip. report: Eq. 6"""
@@ -323,10 +316,10 @@ class MeloMotion(nn.Module):
         d = batch["displacements"]                                      # (B, N, T-1, 2)
         v = self.motion(batch)                                          # (B, N, 2)
         loss = cfg.pos_weight * position_loss(v, d, cfg.normalize)
-        spread = v.amax(1) - v.amin(1)      # of the objects; 0 if a predictor has collapsed
         logs = {}
         if cfg.phase:
             logs["pos"] = position_loss(v, d)
+            spread = v.amax(1) - v.amin(1)  # of the objects; 0 if a predictor has collapsed
             logs["spread"] = spread.amax(-1).mean()
         if "video" in batch:
             # our choice: one frame a clip where the decoder learns; its neighbours teach no more
@@ -344,19 +337,16 @@ class MeloMotion(nn.Module):
         v = self.motion(batch)                                          # (B, N, 2)
         rows = {}
         if self.cfg.phase:
-            rows["POS: squared error of v"] = dict(
-                model=position_loss(v, d),
-                zero=position_loss(0 * v, d))
+            errors = dict(model=position_loss(v, d), zero=position_loss(0 * v, d))
+            rows["POS: squared error of v"] = errors
         if "video" in batch:
-            rows["L1 of frames"] = dict(
-                model=self.l1(batch, v),
-                black=unit(batch["video"][:, 1:]).mean())
+            black = unit(batch["video"][:, 1:]).mean()
+            rows["L1 of frames"] = dict(model=self.l1(batch, v), black=black)
         return rows
 
 # ---- the baseline --------------------------------------------------------------------------------
 GRID = 16                           # cells: height and width of the latents that it takes
-WINDOW = 8                          # cells: height and width of an attention window
-HEADS = 2
+WINDOW = 8                          # cells: height and width of an attention window, of two heads
 
 class SwinBlock(nn.Module):
     """Cells (B, 256, 64) attend in windows, moved by `shift`, with relative position bias."""
@@ -370,9 +360,8 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         side = 2 * WINDOW - 1               # offsets along an axis
-        self.bias = nn.Parameter(0.02 * torch.randn(side * side, HEADS))
-        cells = torch.arange(GRID * GRID).view(GRID, GRID)
-        cells = cells.roll((-shift, -shift), (0, 1))
+        self.bias = nn.Parameter(0.02 * torch.randn(side * side, 2))
+        cells = torch.arange(GRID * GRID).view(GRID, GRID).roll((-shift, -shift), (0, 1))
         windows = cells.unfold(0, WINDOW, WINDOW).unfold(1, WINDOW, WINDOW)
         windows = windows.reshape(-1, WINDOW * WINDOW)                  # (4, 64), numbers of cells
         place = torch.stack([windows // GRID, windows % GRID], -1)      # (4, 64, 2), (y, x)
@@ -386,7 +375,7 @@ class SwinBlock(nn.Module):
 
     def forward(self, x):
         y = self.norm1(x)[:, self.windows]                              # (B, 4, 64, D)
-        qkv = self.qkv(y).unflatten(-1, (3, HEADS, -1))                 # (B, 4, 64, 3, nh, hd)
+        qkv = self.qkv(y).unflatten(-1, (3, 2, -1))                 # (B, 4, 64, 3, nh, hd)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                         # (B, 4, nh, 64, hd)
         bias = self.bias[self.offset].movedim(-1, 1)                    # (4, nh, 64, 64)
         bias = bias.masked_fill(~self.near, -1e4)
@@ -408,9 +397,7 @@ class FlowBaseline(nn.Module):
         self.blocks = nn.Sequential(*(SwinBlock(shift) for shift in (0, 4, 0, 4, 0, 4)))
         self.norm = nn.LayerNorm(FEATURES)
         self.head = nn.Sequential(
-            nn.Conv2d(FEATURES, 32, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(32, 2, 3, padding=1))
+            nn.Conv2d(FEATURES, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 2, 3, padding=1))
         nn.init.zeros_(self.head[-1].weight)        # no motion at the start
         nn.init.zeros_(self.head[-1].bias)
         self.decoder = Decoder().requires_grad_(False)
@@ -439,10 +426,10 @@ class FlowBaseline(nn.Module):
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = MeloMotion(Config())
-    colours = torch.rand(64, 3, 3)          # (B, N, 3)
-    v = 0.1 * (colours[..., :2] - 0.5)      # red tells x, green y
-    v[:, 1:] = 0                            # of the first object; the others stay
-    d = torch.arange(1, 16)[:, None] * v[:, :, None]
+    colours = torch.rand(64, 3, 3)                          # (B, N, 3)
+    v = 0.1 * (colours[..., :2] - 0.5)                      # red tells x, green y
+    v[:, 1:] = 0                                            # of the first object; the others stay
+    d = torch.arange(1, 16)[:, None] * v[:, :, None]        # (B, N, T-1, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(301):
         loss, logs = model(dict(pooled=colours, displacements=d))

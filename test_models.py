@@ -1153,19 +1153,15 @@ def test_paths_that_hold_no_samples_say_so(tmp_path, name, kind, word):
         Videos(tmp_path / name)[0]
 
 # ---- the loop ------------------------------------------------------------------------------------
-TINY = ("--model midway --device cpu --workers 0 --batch-size 4 --size 16 --dim 24 --depth 4 "
-        "--heads 2 --levels 1 2 4 --motion-dim 12 --motion-depth 1 --motion-heads 2 "
-        "--forward-heads 2 --head-hidden 16 --head-bottleneck 8 --prototypes 32 --local-size 8 "
-        "--local-crops 2 --scene-size 24 --scene-textures 8 --log-every 1").split()
-TINY_MOOG = ("--model moog --device cpu --workers 0 --batch-size 4 --size 16 --frames 3 --tokens 6 "
-             "--dim 16 --channels 8 16 --strides 2 2 --encoder-bases 4 --decoder-bases 4 "
-             "--predictor 1 2 8 --corrector 1 2 16 --decoder 1 2 8 --mlp 24 --subsample 4 "
-             "--scene-textures 8 --log-every 1").split()
-TRAIN = str(HERE / "train.py")
-SQUARES = "--model melomotion --device cpu --batch-size 4 --warmup 0.3 --log-every 1".split()
+SHORT = "--device cpu --workers 0 --batch-size 4 --log-every 1 --scene-textures 8"
 FAMILIES = dict(
-    midway=([*TINY, "--drop-path", "0.3"], Midway), moog=(TINY_MOOG, moog.MooG),
-    melomotion=(SQUARES, MeloMotion))
+    midway=(f"--model midway {SHORT} --dim 24 --head-hidden 16 --prototypes 32 --local-crops 2 "
+            "--drop-path 0.3".split(), Midway),
+    moog=(f"--model moog {SHORT} --size 16 --frames 3 --tokens 6 --dim 16 --channels 8 16 "
+          "--strides 2 2 --predictor 1 2 8 --mlp 24 --subsample 4".split(), moog.MooG),
+    melomotion=("--model melomotion --device cpu --batch-size 4 --warmup 0.3 --log-every 1".split(),
+                MeloMotion))
+TINY = FAMILIES["midway"][0]
 
 def checkpoint(folder):
     return torch.load(folder / "ckpt.pt", weights_only=True)
@@ -1182,14 +1178,12 @@ def assert_same(a, b, tolerance=0):
 def log(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
 
-def error_of(capsys, args, *status):
-    """The one line on stderr with which train.py leaves."""
-    capsys.readouterr()
+def error_of(args):
+    """The one line with which train.py leaves."""
     with pytest.raises(SystemExit) as leaving:
         train.cli([str(arg) for arg in args])
-    said = capsys.readouterr().err.splitlines()
-    line, = (line for line in said if not line.startswith("warning"))
-    assert leaving.value.code in status and line.startswith("train.py: error: ")
+    line = leaving.value.code
+    assert line.startswith("train.py: error: ") and "\n" not in line
     return line
 
 def test_schedules_are_dinos():
@@ -1200,42 +1194,35 @@ def test_schedules_are_dinos():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_steps_are_a_plain_loops(name, tmp_path, monkeypatch):
-    """AdamW written out, on the very batches of the run."""
+    """Of AdamW with the very batches of the run."""
     small, model_class = FAMILIES[name]
-    starts, batches, forward = [], [], model_class.forward
+    forward = model_class.forward
+    seen = []
 
     def recording(self, batch):
-        starts.append(deepcopy(self))
-        batches.append(deepcopy(batch))
+        seen.append((deepcopy(self), deepcopy(batch)))
         return forward(self, batch)
 
-    flags = ("--steps 3 --lr 1e-2 --min-lr 1e-3 --warmup 0 --clip 0.1 --betas 0.8 0.95 "
-             "--weight-decay 0.2 --weight-decay-end 0.4" + " --drop-path 0" * (name == "midway"))
+    flags = "--steps 3 --lr 1e-2 --min-lr 1e-3 --warmup 0 --clip 0.1 --betas 0.8 0.95"
+    decays = "--weight-decay 0.2 --weight-decay-end 0.4"
     with monkeypatch.context() as patch:
         patch.setattr(model_class, "forward", recording)
-        train.main([*small, *flags.split(), "--out", str(tmp_path)])
-    model = starts[0]
-    moments = {p: [torch.zeros_like(p), torch.zeros_like(p), 0] for p in model.parameters()}
-    for step, batch in enumerate(batches[:3]):
+        train.main([*small, *flags.split(), *decays.split(), "--out", str(tmp_path)])
+    model = seen[0][0]
+    groups = [dict(params=[p]) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95))
+    for step, (_, batch) in enumerate(seen[:3]):
         half = (1 + np.cos(np.pi * step / 3)) / 2
+        for group in optimizer.param_groups:
+            decayed = group["params"][0].ndim > 1 or name == "moog"     # its authors decay all
+            group.update(lr=1e-3 + 9e-3 * half, weight_decay=(0.4 - 0.2 * half) * decayed)
         torch.manual_seed(step)
         model(batch)[0].backward()
-        gradients = [p.grad.flatten() for p in moments if p.grad is not None]
-        norm = torch.cat(gradients).norm().item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         if hasattr(model, "before_step"):
             model.before_step(step / 3)
-        for p, state in moments.items():
-            if p.grad is None:
-                continue
-            gradient = p.grad * min(1, 0.1 / (norm + 1e-6))
-            state[0].lerp_(gradient, 0.2)
-            state[1].lerp_(gradient ** 2, 0.05)
-            state[2] += 1
-            decay = (0.4 - 0.2 * half) * (p.ndim > 1 or name == "moog")     # its authors decay all
-            mean = state[0] / (1 - 0.8 ** state[2])
-            square = state[1] / (1 - 0.95 ** state[2])
-            p.data -= (1e-3 + 9e-3 * half) * (decay * p.data + mean / (square.sqrt() + 1e-8))
-        model.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         model.after_step((step + 1) / 3)
     for key, value in weights(tmp_path).items():
         close(model.state_dict()[key], value, 2e-5)
@@ -1251,11 +1238,10 @@ def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capfd, monkeypa
         if progress == 0.5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(model_class, "after_step", stopping)
-    with pytest.raises(SystemExit) as leaving:
-        train.main([*small, "--steps", "4", "--out", f"{tmp_path}/parts"])
-    monkeypatch.undo()
-    assert leaving.value.code == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        patch.setattr(model_class, "after_step", stopping)
+        status = train.main([*small, "--steps", "4", "--out", f"{tmp_path}/parts"])
+    assert status == 128 + signal.SIGTERM and checkpoint(tmp_path / "parts")["step"] == 2
     train.main(["--resume", f"{tmp_path}/parts", "--workers", "1"])
     assert_same(tmp_path / "whole", tmp_path / "parts")
     for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
@@ -1263,31 +1249,30 @@ def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path, capfd, monkeypa
     files = {path.name for path in (tmp_path / "whole").iterdir()}
     assert files == {"ckpt.pt", "log.jsonl", "curves.png", "config.json"}
     said, told = capfd.readouterr()
-    assert "again to leave now" in told
-    assert all(row in said for row in a["held_out"])
+    assert "again to leave now" in told and all(row in said for row in a["held_out"])
     assert max(len(line) for line in said.splitlines() if line.startswith("step ")) <= 100
 
-@pytest.mark.parametrize("name", ("midway", "moog"))
-def test_two_processes_equal_one(name, tmp_path):
-    common = [*FAMILIES[name][0], "--steps", "3", "--clip", "0.1"]
-    if name == "midway":        # the warm-up's variance is of a micro-batch
-        common += ["--drop-path", "0", "--shift-warmup", "0"]
-    else:
-        common += ["--micro-batch", "1"]
+def test_two_processes_equal_one(tmp_path):
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
-    both = [TRAIN, *common, "--out", f"{tmp_path}/two", "--micro-batch", "1"]
-    subprocess.run(launch + both, check=True, capture_output=True)      # 2 x 2 accumulated
-    train.main([*common, "--out", f"{tmp_path}/one"])
-    assert_same(tmp_path / "one", tmp_path / "two", 1e-6)
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-5
+    # of midway the variance is of a micro-batch in the warm-up
+    change = dict(midway="--drop-path 0 --shift-warmup 0".split(), moog=["--micro-batch", "1"])
+    for name, flags in change.items():
+        args = [*FAMILIES[name][0], "--steps", "3", "--clip", "0.1", *flags, "--out"]
+        two = subprocess.Popen([*launch, HERE / "train.py", *args, tmp_path / f"{name}2",
+                                "--micro-batch", "1"], stderr=subprocess.DEVNULL)   # 2 x 2 passes
+        train.main([*args, str(tmp_path / name)])
+        assert two.wait() == 0
+        assert_same(tmp_path / name, tmp_path / f"{name}2", 1e-6)
+        for a, b in zip(log(tmp_path / name), log(tmp_path / f"{name}2"), strict=True):
+            assert abs(a["loss"] - b["loss"]) < 1e-5
 
 def test_sigkill_leaves_a_whole_checkpoint_and_until_then_no_second_run_starts(tmp_path, capsys):
     out = tmp_path / "\udcff"                           # a path that can't be printed
     args = [*TINY, "--steps", "100000", "--save-every", "2", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, TRAIN, *args], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *args], stdout=subprocess.PIPE,
+                               text=True)
     next(line for line in process.stdout if re.match("step ([5-9]|[1-9][0-9])", line))
-    assert "another run" in error_of(capsys, args, 1)
+    assert "another run" in error_of([*args, "--steps", "1"])
     process.kill()
     process.wait()
     step = checkpoint(out)["step"]
@@ -1300,19 +1285,18 @@ def test_sigkill_leaves_a_whole_checkpoint_and_until_then_no_second_run_starts(t
     assert checkpoint(tmp_path / "\udcff.1")["step"] == step + 1 and checkpoint(out)["step"] == 1
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_checkpoint_goes_on_after_any_learning_rate(name, tmp_path, capsys):
+def test_a_checkpoint_goes_on_after_any_learning_rate(name, tmp_path):
     args = [*FAMILIES[name][0], "--steps", "20", "--save-every", "1", "--out", tmp_path]
-    message = error_of(capsys, [*args, "--warmup", "0.3", "--lr", "1e6"], 1)
+    message = error_of([*args, "--warmup", "0.3", "--lr", "1e6"])
     step = checkpoint(tmp_path)["step"]
     assert re.search(rf"step {step + 2}: .* last good checkpoint: .*\(step {step}\)", message)
     train.main(["--resume", str(tmp_path), "--lr", "1e-4", "--steps", str(step + 2)])
     assert all(np.isfinite(line["loss"]) for line in log(tmp_path))
 
-def test_a_full_disk_spares_the_checkpoint_and_what_cannot_be_logged_stops_no_run(
+def test_a_full_disk_spares_the_checkpoint_and_a_log_that_fails_stops_no_run(
         tmp_path, monkeypatch, capsys):
     (tmp_path / "log.jsonl").mkdir()
-    args = [*TINY, "--save-every", "1", "--out", str(tmp_path)]
-    train.main([*args, "--steps", "1"])
+    train.main([*TINY, "--steps", "1", "--out", str(tmp_path)])
     assert "warning" in capsys.readouterr().err
 
     def full(content, file):
@@ -1320,8 +1304,7 @@ def test_a_full_disk_spares_the_checkpoint_and_what_cannot_be_logged_stops_no_ru
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert "No space" in error_of(capsys, ["--resume", tmp_path, "--steps", "3"], 1)
-    monkeypatch.undo()
+    assert "No space" in error_of(["--resume", tmp_path, "--steps", "3"])
     assert checkpoint(tmp_path)["step"] == 1
 
 @pytest.fixture(scope="module")
@@ -1331,51 +1314,40 @@ def small_run(tmp_path_factory):
     (out / "cut.pt").write_bytes((out / "ckpt.pt").read_bytes()[:-1000])
     return out
 
-CLI_ERRORS = [
-    ("", 2, "midway, moog, melomotion"),
-    ("--model midwya", 2, "midway, moog, melomotion"),
-    ("--model midway --batch-sise 3", 2, "did you mean --batch-size?"),
-    ("--model midway --preset huge", 2, "tiny, vit_s, vit_b"),
-    ("--model midway --betas 0.9", 2, "--betas"),
-    ("--model midway --betas 0.9 1", 1, "betas"),
-    ("--model midway --lr inf", 1, "lr"),
-    ("--model midway --scene-pan nan", 1, "pan"),
-    ("--model midway --workers 10000", 1, "workers"),
-    ("--model midway --scene-size 1000000", 1, "size"),
-    ("TINY --micro-batch 3", 1, "try 3"),
-    ("TINY --dtype float8", 1, "bfloat16"),
-    ("TINY --size 20", 1, "multiple"),
-    ("TINY --data OUT/nowhere", 1, "nowhere"),
-    ("--resume OUT/nowhere", 1, "no checkpoint at"),
-    ("--model moog --resume RUN", 1, "holds a midway model"),
-    ("SQUARES --init RUN", 1, "holds a midway model"),
-    ("SQUARES --data scenes", 1, "--data squares"),
-    ("TINY --dim 48 --init RUN", 1, "does not fit"),
-    ("--resume RUN --dim 48 --steps 3", 1, "does not fit"),
-    ("--resume RUN", 1, "--steps"),
-    ("--resume RUN --preset vit_s", 1, "preset tiny"),
-    ("--resume RUN/cut.pt", 1, "damaged"),
-]
-
-@pytest.mark.parametrize("args, status, word", CLI_ERRORS)
-def test_wrong_arguments_are_told_in_one_line(args, status, word, tmp_path, small_run, capsys):
-    args = args.replace("TINY", " ".join(TINY)).replace("SQUARES", " ".join(SQUARES))
-    args = args.replace("RUN", str(small_run)).replace("OUT", str(tmp_path)).split()
+@pytest.mark.parametrize("args, word", [
+    ("", "midway, moog, melomotion"),
+    ("--model midway --batch-sise 3", "did you mean --batch-size?"),
+    ("--model midway --preset huge", "tiny, vit_s, vit_b"),
+    ("--model midway --betas 0.9", "--betas"),
+    ("--model midway --lr nan", "lr"),
+    ("--model midway --workers 10000", "workers"),
+    ("--model midway --scene-size 1000000", "size"),
+    ("TINY --micro-batch 3", "try 3"),
+    ("TINY --dtype float8", "bfloat16"),
+    ("TINY --size 20", "multiple"),
+    ("TINY --data OUT/nowhere", "nowhere"),
+    ("--resume OUT/nowhere", "no checkpoint at"),
+    ("--model moog --resume RUN", "holds a midway model"),
+    ("--resume RUN --preset vit_s", "preset tiny"),
+    ("--model melomotion --init RUN", "does not fit"),
+    ("--model melomotion --data scenes", "--data squares"),
+    ("--resume RUN --dim 48 --steps 3", "does not fit"),
+    ("--resume RUN", "--steps"),
+    ("--resume RUN/cut.pt", "damaged")])
+def test_wrong_arguments_are_told_in_one_line(args, word, tmp_path, small_run):
+    args = args.replace("TINY", " ".join(TINY)).replace("RUN", str(small_run))
+    args = args.replace("OUT", str(tmp_path)).split()
     if "--model" in args:
         args += ["--out", f"{tmp_path}/never"]
-    assert word in error_of(capsys, args, status)
+    assert word in error_of(args)
     assert not (tmp_path / "never").exists()
 
-CHECKPOINT_ERRORS = [
+@pytest.mark.parametrize("place, value", [
     ("config", None), ("config/model", "os"), ("step", -1), ("config/options/lr", None),
-    ("config/options/log_every", (5,)), ("config/options/new", 1), ("config/scenes/radius", None),
-    ("config/videos", {}), ("config/config/levels", [1.5]), ("config/config/dim", 7),
-    ("config/config/heads", 0), ("model/new", 3), ("optimizer/state/0/exp_avg", torch.zeros(1)),
-    ("optimizer/state/0/step", torch.zeros(2)), ("optimizer/param_groups", [])]
-
-@pytest.mark.parametrize("place, value", CHECKPOINT_ERRORS)
-def test_what_does_not_fit_in_a_checkpoint_is_told_in_one_line(
-        place, value, small_run, tmp_path, capsys):
+    ("config/options/new", 1), ("config/config/dim", 7), ("config/config/heads", 0),
+    ("model/new", 3), ("optimizer/state/0/exp_avg", torch.zeros(1)),
+    ("optimizer/state/0/step", torch.zeros(2)), ("optimizer/param_groups", [])])
+def test_what_does_not_fit_in_a_checkpoint_is_told_in_one_line(place, value, small_run, tmp_path):
     ckpt = checkpoint(small_run)
     inner = ckpt
     *path, last = [int(key) if key.isdigit() else key for key in place.split("/")]
@@ -1383,50 +1355,47 @@ def test_what_does_not_fit_in_a_checkpoint_is_told_in_one_line(
         inner = inner[key]
     inner[last] = value
     torch.save(ckpt, tmp_path / "ckpt.pt")
-    assert "ckpt.pt" in error_of(capsys, ["--resume", tmp_path, "--steps", "3"], 1)
+    error = error_of(["--resume", tmp_path, "--steps", "3"])
+    assert "ckpt.pt" in error or last in error
 
-def test_only_bugs_have_a_traceback(monkeypatch, capsys, tmp_path):
+def test_only_bugs_have_a_traceback(monkeypatch, tmp_path):
     def fails(self, batch):
         raise error
     monkeypatch.setattr(Midway, "forward", fails)
     args = [*TINY, "--steps", "1", "--out", str(tmp_path / "run")]
     error = torch.OutOfMemoryError("CUDA out of memory")
-    assert "--micro-batch" in error_of(capsys, args, 1)
+    assert "--micro-batch" in error_of(args)
     error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes"):
         train.cli(args)
 
 def test_help_names_presets_and_the_defaults_that_count(capsys):
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit):
         train.cli("--model melomotion --preset fast --device cpu --help".split())
     said = capsys.readouterr().out
-    assert leaving.value.code == 0 and ", ".join(melomotion.PRESETS) in said
-    assert re.search(r"--steps int[^-]*\(188\)", said)
+    assert ", ".join(melomotion.PRESETS) in said and re.search(r"--steps int[^-]*\(188\)", said)
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bench_and_bfloat16_run(name, tmp_path, capsys):
     train.main([*FAMILIES[name][0], *f"--bench --dtype bfloat16 --out {tmp_path}/never".split()])
     said = capsys.readouterr().out
-    assert re.search(r"[\d.]+ ms a step .* [\d.]+ GFLOP a sample .* MFU nan", said)
+    assert re.search(r"[\d.]+ ms a step.* [\d.]+ GFLOP a sample.* MFU nan", said)
     assert "bfloat16" in said and not (tmp_path / "never").exists()
 
 def test_recomputing_activations_is_not_the_models_work():
     cfg = moog.Config(**moog.PRESETS["tiny"])
     batch = dict(video=torch.zeros(1, 4, 3, 64, 64))
-    plain, recomputed = (
-        train.count_flops(moog.MooG, replace(cfg, checkpoint=on), batch) for on in (False, True))
-    assert plain == recomputed > 0
+    recomputed = train.count_flops(moog.MooG, replace(cfg, checkpoint=True), batch)
+    assert train.count_flops(moog.MooG, cfg, batch) == recomputed > 0
 
-@pytest.mark.parametrize("name, workers", [("clip.mp4", "1"), ("frames", "0")])
-def test_training_on_videos_and_on_frames(name, workers, tmp_path):
-    encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
+def test_training_on_videos_and_on_frames(tmp_path):
+    path = encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
     write_frames(tmp_path / "frames", {f"drive_{n:04d}.png": 2 * n for n in range(0, 90, 15)})
-    flags = ["--data", f"{tmp_path}/{name}", "--workers", workers, "--steps", "2"]
-    train.main([*TINY, *flags, "--out", f"{tmp_path}/midway"])
-    train.main([*TINY_MOOG, *flags, "--stride", "2", "--out", f"{tmp_path}/moog"])
-    last = log(tmp_path / "midway")[-1]
-    assert last["step"] == 2 and "shuffled" in last["held_out"]["2-2cos, mean"]
-    assert log(tmp_path / "moog")[-1]["held_out"]["PSNR in dB, t >= 1"]["predicted"] > 3
+    flags = ["--steps", "2", "--out", str(tmp_path / "run"), "--data"]
+    train.main([*TINY, *flags, str(path), "--workers", "1"])
+    assert "shuffled" in log(tmp_path / "run")[-1]["held_out"]["2-2cos, mean"]
+    train.main([*FAMILIES["moog"][0], *flags, f"{tmp_path}/frames", "--stride", "2"])
+    assert log(tmp_path / "run")[-1]["held_out"]["PSNR in dB, t >= 1"]["predicted"] > 3
 
 def test_data_can_be_looked_at_and_timed(tmp_path, capsys):
     path = str(encode(tmp_path / "a.mp4", CONSTANT[:60], size=(256, 256)))
@@ -1437,17 +1406,15 @@ def test_data_can_be_looked_at_and_timed(tmp_path, capsys):
     assert float(re.search("a.mp4: (.*) CPU-seconds", capsys.readouterr().out)[1]) > 0
 
 def test_loader_start_methods_agree(tmp_path):
-    path = encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256))
+    path = str(encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256)))
     loaded = []
     for method, workers in ((None, 0), ("fork", 2), ("spawn", 1)):
-        loader = data.make_loader(str(path), SMALL.inputs, [[0, 1], [2, 3]], workers=workers)
+        loader = data.make_loader(path, SMALL.inputs, [[0, 1], [2, 3]], workers=workers)
         loader.loader.multiprocessing_context = method
         loaded.append(list(loader))
     for batches in zip(*loaded, strict=True):
         for name, x in batches[0].items():
             assert all(torch.equal(x, other[name]) for other in batches[1:])
-    with pytest.raises(ValueError, match="--workers 10000"):
-        data.make_loader(str(path), SMALL.inputs, [], workers=10000)
 
 @pytest.mark.parametrize("kind", ["grey", "deep", "alpha"])
 def test_images_of_other_kinds_are_read_right(tmp_path, kind):
@@ -1462,14 +1429,12 @@ def test_an_error_with_workers_running_still_ends():
     script = """if True:
         import data
         scenes = data.SceneOptions(textures=4)
-        inputs = dict(frames=2, size=16)
-        loader = data.make_loader("scenes", inputs, [range(2)] * 9, workers=1, scenes=scenes)
-        batches = iter(loader)
-        next(batches)
+        loader = data.make_loader("scenes", dict(frames=2, size=16), [range(2)] * 9, workers=1,
+                                  scenes=scenes)
+        next(iter(loader))
         raise RuntimeError("a bug")"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          timeout=60, cwd=HERE)
-    assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: a bug")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, cwd=HERE)
+    assert done.returncode == 1 and done.stderr.strip().endswith(b"RuntimeError: a bug")
 
 # ---- metrics and labelled data -------------------------------------------------------------------
 METRICS = np.load(HERE / "reference" / "metrics.npz")
@@ -2414,6 +2379,10 @@ def test_what_is_wrong_is_told_in_one_line(
 def squares(count=4, **options):
     return data.MovingSquares(**options).batch(range(count))
 
+def colours_of(batch):
+    """(B, N, 3), each object's in frame 0."""
+    return (batch["first_frame"][:, None] * batch["masks"][:, :, None]).flatten(3).amax(3)
+
 def test_every_row_of_table_1():
     parts = dict(MeloMotion(melomotion.Config()).named_children(), baseline=FlowBaseline())
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
@@ -2427,15 +2396,9 @@ def test_position_loss_is_the_velocity_error_of_rigid_labels():
     close(position_loss(v, d), error, 1e-5)
     close(position_loss(v, d, normalize=False), error * 1240 / 15, 1e-3)
 
-@pytest.mark.parametrize("normalize, ratio", [(True, 1), (False, 225)])
-def test_gradient_of_frame_15_over_that_of_frame_1(normalize, ratio):
-    d = torch.arange(1.0, 16)[:, None].repeat(1, 1, 1, 2).requires_grad_()      # v is off by 1
-    grad, = torch.autograd.grad(position_loss(torch.zeros(1, 1, 2), d, normalize), d)
-    close(15 * grad[0, 0, 14], ratio * grad[0, 0, 0], 1e-5)     # on v: t times as much
-
-@pytest.mark.parametrize("h, w", [(16, 16), (8, 12)])
-def test_place_equals_slicing_and_clips_at_the_border(h, w):
+def test_place_equals_slicing_and_clips_at_the_border():
     torch.manual_seed(0)
+    h, w = 8, 12
     layers = torch.randn(2, 3, 4, h, w)
     d = 2.4 * torch.rand(2, 3, 9, 2) - 1.2
     d[:, :, 0] = torch.tensor([0.5, 2.5]) / w                           # halves: to the even cell
@@ -2448,22 +2411,11 @@ def test_place_equals_slicing_and_clips_at_the_border(h, w):
         want[b, n, t, :, top:bottom, left:right] = block
     close(place(layers, d), want, 0)
 
-def test_warp_by_whole_cells_is_place():
-    x = torch.rand(3, 2, 16, 16)
-    d = torch.tensor([[1, 0], [-3, 5], [0, 20]]) / 16
-    placed = place(x[:, None], d[:, None, None])[:, 0, 0]
-    close(melomotion.warp(x, d[..., None, None]), placed, 1e-5)
-
 class CellColours(torch.nn.Module):
     """In the decoder's place: paints each cell in the colour that its latent has."""
 
     def forward(self, latents):
         return latents[:, :, 1:4].repeat_interleave(8, 3).repeat_interleave(8, 4)
-
-def cell_painter(**options):
-    model = MeloMotion(melomotion.Config(size=64, **options))
-    model.decoder = CellColours()
-    return model
 
 @pytest.mark.parametrize("phase", [0, 1, 2])
 def test_true_velocities_draw_the_true_frames(phase):
@@ -2471,24 +2423,18 @@ def test_true_velocities_draw_the_true_frames(phase):
     masks[0, 0, 24:32, 0:16] = 1
     masks[0, 1, 40:48, 40:48] = 1
     a, b = masks[0, :, None] * torch.rand(2, 3, 1, 1)                   # (3, H, W)
+    grey = 0.5 * (phase > 0)                                            # flow has no background
     v = torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]]) / 8                  # a cell a frame
-    frames = [a.roll(8 * t, 2) + b.roll((-8 * t, -8 * t), (1, 2)) for t in range(5)]
+    frames = [a.roll(8 * t, 2) + b.roll((-8 * t, -8 * t), (1, 2)) + grey for t in range(5)]
+    frames[0] -= grey * masks.sum(1)
     video = torch.stack(frames)[None]
-    model = cell_painter(frames=5, objects=2, phase=phase)
+    model = MeloMotion(melomotion.Config(size=64, frames=5, objects=2, phase=phase))
+    model.decoder = CellColours()
     draw = model.warped if phase == 0 else model.draw
     close(draw(video[:, 0], masks, v, torch.tensor([[3, 1]])), video[:, [3, 1]], 1e-5)
     batch = dict(first_frame=video[:, 0], masks=masks, video=video)
     assert model.l1(batch, v) < 1e-5 and model.l1(batch, v, one=True) < 1e-5
     assert model.l1(batch | dict(video=video.roll(1, 1)), v) > 1e-3
-
-def test_what_an_object_leaves_behind_looks_like_the_rest():
-    image = torch.full((1, 3, 64, 64), 0.5)
-    masks = torch.zeros(1, 1, 64, 64)
-    masks[..., 8:16, 8:16] = 1
-    v = torch.tensor([[[0.25, 0.0]]])
-    frame = cell_painter(objects=1).draw(image, masks, v, torch.tensor([[1]]))
-    frame[..., 8:16, 24:32] -= 0.5                                      # where it has gone, on top
-    close(frame[0, 0], image[0], 1e-6)
 
 def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
     image = torch.rand(2, 3, 16, 24)
@@ -2499,19 +2445,13 @@ def test_latent_keeps_means_over_4_pixels_and_has_colours_in_channels_1_to_3():
     blocks = torch.eye(16).view(16, 4, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert torch.linalg.matrix_rank(encode_latent(blocks[:, 1:], blocks[:, :1]).view(16, 16)) == 16
 
-def test_colours_are_read_off_exactly_wherever_the_object_lies():
-    batch = squares(32, shape="any")
-    model = MeloMotion(melomotion.Config())
-    layers = model.extract(batch["first_frame"], batch["masks"])
-    close(model.pool(layers), colours_of(batch) / 255, 1e-5)
-
 @pytest.mark.parametrize("change", [
     {}, dict(shared_predictor=True, object_index=True), dict(normalize=False), dict(pooling="avg"),
-    dict(pooling="max"), dict(pooling="full", shared_predictor=True), dict(phase=0), dict(phase=2),
-    dict(frames=4, objects=2)], ids=str)
+    dict(pooling="max"), dict(pooling="full", shared_predictor=True),
+    dict(phase=0, pos_weight=0.0), dict(phase=2, pos_weight=0.0), dict(frames=4, objects=2)])
 def test_every_variant_trains_what_it_should(change):
     torch.manual_seed(0)
-    cfg = melomotion.Config(**change, pos_weight=0.0 if "phase" in change else 10.0)
+    cfg = melomotion.Config(**change)
     model = MeloMotion(cfg)
     batch = squares(2, frames=cfg.frames, **cfg.inputs["squares"])
     loss, logs = model(batch)
@@ -2521,24 +2461,21 @@ def test_every_variant_trains_what_it_should(change):
     for name, p in model.named_parameters():            # or else DDP would wait for ever
         assert (p.grad is not None) == (name.split(".")[0] in trained[cfg.phase]), name
     assert (logs.get("spread") == 0) == (cfg.pooling == "full")         # one feature for all
+    assert ("l1" in logs) == (cfg.phase != 1)
     if cfg.phase == 1:
         want = position_loss(model.motion(batch), batch["displacements"], cfg.normalize)
         close(loss, 10 * want, 1e-6)
     if cfg.phase == 2:              # L1 alone: placing rounds, so velocities get nothing from it
         assert all(p.grad.abs().max() == 0 for p in model.predictors.parameters())
         assert all(p.grad.abs().max() > 0 for p in model.decoder.parameters())
-    assert ("l1" in logs) == (cfg.phase != 1)
-    assert not any(value.requires_grad for value in logs.values())
     video = model.render(batch["first_frame"], batch["masks"], frames=3)
     assert video.shape == (2, 3, 3, 128, 128) and 0 <= video.min() and video.max() <= 1
     assert all(row["model"].isfinite() for row in model.report(batch).values())
 
-@pytest.mark.parametrize("change, objects, height, exception, word", [
-    (dict(pooling="mean"), 3, 128, AssertionError, "rgb"), (dict(phase=3), 3, 128, KeyError, "3"),
-    (dict(object_index=True, pooling="avg"), 3, 128, RuntimeError, "shapes"),
-    ({}, 5, 128, AssertionError, "5 objects"), ({}, 3, 100, AssertionError, "100x128")])
-def test_what_does_not_fit_melomotion_is_refused(change, objects, height, exception, word):
-    with pytest.raises(exception, match=word):
+@pytest.mark.parametrize("change, objects, height, word", [
+    (dict(pooling="mean"), 3, 128, "rgb"), ({}, 5, 128, "5 objects"), ({}, 3, 100, "100x128")])
+def test_what_does_not_fit_melomotion_is_refused(change, objects, height, word):
+    with pytest.raises(AssertionError, match=word):
         model = MeloMotion(melomotion.Config(**change))
         model.render(torch.rand(1, 3, height, 128), torch.ones(1, objects, height, 128))
 
@@ -2573,16 +2510,14 @@ def test_squares_depend_on_their_number_alone():
     other = data.MovingSquares(shape="any", split="eval")[5]
     assert not torch.equal(other["first_frame"], together["first_frame"][0])
 
-def colours_of(batch):
-    """(B, N, 3), each object's in frame 0."""
-    return (batch["first_frame"][:, None] * batch["masks"][:, :, None]).flatten(3).amax(3)
-
 @pytest.mark.parametrize("mode, share", [
     ("differentiated", [1, 0, 0]), ("all-move", [1, 1, 1]),
     ("random-mover", [1 / 3, 1 / 3, 1 / 3]), ("colour-mover", [1, 0, 0])])
-def test_red_is_speed_to_the_right_and_green_down(mode, share):
-    batch = squares(100, mode=mode, frames=5)
+def test_red_is_speed_to_the_right_and_green_down_and_read_off_exactly(mode, share):
+    batch = squares(100, mode=mode, frames=5, shape="any")
     colours = colours_of(batch)
+    model = MeloMotion(melomotion.Config())
+    close(model.pool(model.extract(batch["first_frame"], batch["masks"])), colours / 255, 1e-5)
     v = 0.1 * (colours[..., :2].double() - 128) / 255
     moves = batch["displacements"].flatten(2).any(-1)                                   # (B, N)
     path = v[:, :, None] * torch.arange(1, 5)[:, None] * moves[..., None, None]
@@ -2593,9 +2528,8 @@ def test_red_is_speed_to_the_right_and_green_down(mode, share):
     assert mode == "all-move" or (moves.sum(1) == 1).all()
     assert (mode == "colour-mover") == (not v[:, 1:].any())             # known by their colours
 
-@pytest.mark.parametrize("mode", ["differentiated", "all-move"])
-def test_squares_are_painted_where_the_labels_say(mode):
-    batch = squares(6, mode=mode, shape="any", frames=24)
+def test_squares_are_painted_where_the_labels_say_and_share_no_cell():
+    batch = squares(6, mode="all-move", shape="any", frames=24)
     steps = (128 * batch["displacements"].double()).round().long()      # (B, N, T - 1, 2)
     colours = colours_of(batch)
     for b, t in np.ndindex(6, 24):
@@ -2609,12 +2543,9 @@ def test_squares_are_painted_where_the_labels_say(mode):
             assert inside.all() or t > 15                               # nobody leaves in 16 frames
             canvas[:, y[inside], x[inside]] = colours[b, n, :, None]
         assert torch.equal(canvas, batch["video"][b, t])
-    assert torch.equal(batch["first_frame"], batch["video"][:, 0])
-
-@pytest.mark.parametrize("options", [dict(), dict(mode="all-move"), dict(objects=5, side=16)])
-def test_no_two_objects_share_a_latent_cell(options):
-    cells = F.max_pool2d(squares(200, video=False, **options)["masks"].float(), 8)
-    assert cells.sum(1).max() == 1
+    for options in (dict(), dict(mode="all-move"), dict(objects=5, side=16)):
+        cells = F.max_pool2d(squares(200, video=False, **options)["masks"].float(), 8)
+        assert cells.sum(1).max() == 1
 
 # ---- MeloMotion: what it learns ------------------------------------------------------------------
 def learnt(mode, lr=1e-2, **change):
@@ -2631,15 +2562,12 @@ def test_decoupled_predictors_tell_objects_apart_and_a_shared_one_does_not():
     assert decoupled["object 0, slope of v on truth"] > 0.8
     assert decoupled["POS, objects permuted"] > decoupled["POS, nothing moves"]
     shared = learnt("differentiated", shared_predictor=True)
-    assert shared["POS"] > 3e-4 and shared["dead units"] > 0.8      # most seeds lose all
+    assert shared["POS"] > 3e-4 and shared["dead units"] > 0.8          # most seeds lose all
     # at a gentler rate it gives a third of each colour's velocity: right on average, and useless
     gentle = learnt("differentiated", 3e-3, shared_predictor=True)
     assert gentle["POS"] > 3e-4 and gentle["outputs differ"] == 1 and gentle["dead units"] < 1
     assert 0.15 < gentle["object 0, slope of v on truth"] < 0.5
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_mover_that_nothing_tells_is_found_by_nobody(shared):
-    assert learnt("random-mover", shared_predictor=shared)["POS"] > 3e-4
+    assert learnt("random-mover")["POS"] > 3e-4                         # nothing tells it
 
 @pytest.mark.parametrize("how", ["ADAMW", "SGD"])
 def test_many_trainings_at_once_equal_one_by_one(how, monkeypatch):
@@ -2666,15 +2594,9 @@ def fast_run(tmp_path_factory):
     train.main(["--model", "melomotion", "--preset", "fast", "--device", "cpu", "--out", str(out)])
     return out
 
-def test_fast_preset_learns_the_law(fast_run):
-    lines = log(fast_run)
-    error = lines[-1]["held_out"]["POS: squared error of v"]
+def test_fast_preset_learns_the_law_and_the_decoder_goes_on_from_it(fast_run, tmp_path):
+    error = log(fast_run)[-1]["held_out"]["POS: squared error of v"]
     assert error["model"] < 5e-6 and error["zero"] > 4e-4
-    assert all({"step", "loss", "lr", "pos", "spread"} <= line.keys() for line in lines)
-
-PHASE_2 = "--model melomotion --preset phase2 --device cpu --batch-size 2".split()
-
-def test_decoder_learns_from_the_weights_of_phase_1(fast_run, tmp_path):
     train.main([*"--model melomotion --preset phase2 --device cpu --batch-size 2 --steps 3".split(),
                 "--init", str(fast_run), "--min-lr", "2e-3", "--out", str(tmp_path)])
     first = weights(fast_run)
