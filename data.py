@@ -30,12 +30,18 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from os.path import expanduser
 from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+def warn(text):
+    """One line on stderr, whatever the names of files in it."""
+    line = text.replace("\n", " ").encode("utf-8", "backslashreplace").decode()
+    print(line, file=sys.stderr, flush=True)
 
 # ---- synthetic scenes ----------------------------------------------------------------------------
 EVAL = 10**9        # added to the seed of evaluation data; those of training lie below
@@ -80,11 +86,9 @@ def make_textures(rng, n, size, grain):
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))      # cycles per pixel
     f[0, 0] = np.inf
     damp = 1 - np.exp(-(4 * grain * f) ** 2)            # our choice: little above 4 grains
-
     def noise(channels, slope):
         waves = np.fft.rfft2(rng.normal(size=(n, channels, size, size)))
         return np.fft.irfft2(waves * damp / f**slope, (size, size))
-
     clouds = noise(3, rng.uniform(1.2, 2.4, (n, 1, 1, 1)))
     clouds = clouds[:, :1] + 0.5 * clouds
     clouds = clouds / clouds.std((1, 2, 3), keepdims=True)
@@ -120,8 +124,7 @@ def similarity(scale, shift, layers, points):
     return (scale * points).add_(shift)                         # in place: several times faster
 
 class Scenes:
-    """
-    Synthetic video: textured sprites fly before an endless background, seen by a moving camera.
+    """Synthetic video: textured sprites fly before an endless background, seen by a moving camera.
 
     Layer l (0 the background, 1..K the sprites, far to near) moves by a similarity, in complex
     numbers x + i y: p = a_l(t) q + b_l(t). Its silhouette and colours depend on q only. So all
@@ -137,9 +140,7 @@ class Scenes:
     depth     (B, T, H, W)       1 background, 0.4 to 0.9 sprites (no unit; parallax is 1 / depth)
     boxes     (B, T, K, 4)       x1 y1 x2 y2 in pixels around the whole silhouette, seen or hidden
     tracks    (B, T, P, 2)       (x, y) in pixels of P points, at random pixels of frame 0
-    visible   (B, T, P)          bool
-    """
-
+    visible   (B, T, P)          bool"""
     def __init__(self, frames=8, seed=0, split="train", **options):
         self.options = SceneOptions(**options)
         self.frames = frames
@@ -168,7 +169,6 @@ class Scenes:
         radius = self.size * (o.radius[0] + (o.radius[1] - o.radius[0]) * radius)
         kind = 1 + (kind * len(SHAPES)).astype(int)
         kind[:, 0] = 0
-
         # The background has no motion of its own; what is drawn for it is the camera's. Paths are
         # quadratic: from end to end of a clip the velocity changes by up to `fastest`.
         first = np.arange(o.sprites + 1) == 0
@@ -249,7 +249,6 @@ class Scenes:
         video = video.transpose(1, 2).contiguous()
         if not truth:
             return dict(video=video)
-
         owner = owner.view(B, T, S * S)
         start = owner[:, :-1].flatten(0, 1)
         flow, seen = self._move(world, slice(-1), slice(1, None), start, self.pixels)
@@ -281,8 +280,7 @@ GAP = 8             # least pixels between two objects in frame 0: no latent cel
 
 @dataclass(eq=False)
 class MovingSquares:
-    """
-    The data of the MeloMotion report: coloured squares on black; colours tell the velocities.
+    """The data of the MeloMotion report: coloured squares on black; colours tell the velocities.
 
     A mover goes v = SPEED * (red - 1/2, green - 1/2) frame widths per frame; blue, 1/2 to 1, only
     keeps it visible. Who moves: `differentiated` object 0, whatever colours the others have;
@@ -295,9 +293,7 @@ class MovingSquares:
     masks          (B, N, H, W)     bool, each object's pixels in frame 0
     displacements  (B, N, T-1, 2)   (x, y) since frame 0 in frame widths: exactly t v, not rounded
     video          (B, T, 3, H, W)  uint8, if `video`
-    our choice: 128 of 255 counts as 1/2, so that 8 bits hold the colours, and the law, exactly.
-    """
-
+    our choice: 128 of 255 counts as 1/2, so that 8 bits hold the colours, and the law, exactly."""
     size: int = 128                 # pixels: frames are size x size
     frames: int = 16                # T
     objects: int = 3                # N
@@ -370,21 +366,13 @@ class MovingSquares:
 VIDEO_TYPES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 TINY = Fraction(1, 10**12)              # s: what is later than a frame by this is the next frame
-RECENT = 32                             # decoded frames that are kept: samples overlap
+RECENT = 32                             # decoded frames that a Reader keeps: samples overlap
 TRIES = 10                              # moments drawn in a file, and files drawn in a row
 
-def expand(path):
-    return os.path.expanduser(os.fspath(path))
-
-def warn(text):
-    """One line on stderr, whatever the names of files in it."""
-    line = text.replace("\n", " ").encode("utf-8", "backslashreplace").decode()
-    print(line, file=sys.stderr, flush=True)
-
 def walk(root):
-    """Sorted paths of the regular files in a folder, at any depth, through links, but not hidden
-    ones; of a file itself."""
-    root = expand(root)
+    """Sorted paths of the regular files in a folder, at any depth, through links but not hidden; or
+    that of the file itself."""
+    root = expanduser(root)
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
@@ -393,12 +381,10 @@ def walk(root):
     seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:                    # a link to a folder above would never end
-            below.clear()
-            continue
+        below[:] = sorted(name for name in below if name[0] != "." and real not in seen)
+        if real not in seen:                # a link to a folder above would never end
+            found += [os.path.join(folder, name) for name in names if name[0] != "."]
         seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     return sorted(filter(os.path.isfile, found))
 
 def rank(stream):
@@ -407,15 +393,12 @@ def rank(stream):
     return "attached_pic" not in flags, "default" in flags, stream.width * stream.height
 
 class Reader:
-    """A video and its decoder. Times are Fractions of a second after the first frame.
-
-    Not imageio's own reader: it returns wrong frames of variable-rate mp4, ignores the turn that
-    phones write, and costs twice as much."""
-
+    """A video and its decoder. Times are Fractions of a second after the first frame. (imageio's
+    own reader returns wrong frames of variable-rate mp4 and ignores the turn that phones write.)"""
     step = None                             # of a FrameFolder: seconds between two frames
 
     def __init__(self, path):
-        self.path = expand(path)
+        self.path = expanduser(path)
         if not os.path.isfile(self.path):               # opening a FIFO would wait without end
             raise FileNotFoundError(f"{self.path}: no such file")
         self.end = None                                 # time of the last frame, once it is known
@@ -458,7 +441,7 @@ class Reader:
         """The first frame at or after t -> (frame, its time), or None behind the last."""
         if self.end is not None and t > self.end:
             return None
-        if t < self.recent[0][1] or t > self.recent[-1][1] and self.keyframe_before(t):
+        if not self.recent[0][1] <= t <= self.recent[-1][1] + 2:    # s: a usual way to a keyframe
             self.seek(t)
         while self.recent[-1][1] < t:
             frame = self.decode()
@@ -467,16 +450,6 @@ class Reader:
                 return None
             self.keep(frame)
         return next(found for found in self.recent if found[1] >= t)
-
-    def keyframe_before(self, t):
-        """Is there one between the decoder and t? Else a seek would repeat work."""
-        now = self.recent[-1][1]
-        index = self.stream.index_entries
-        wanted = self.start + math.floor(t / self.tick)
-        if len(index) and index[-1].timestamp >= wanted:
-            key = index.search_timestamp(wanted)
-            return key >= 0 and (index[key].timestamp - self.start) * self.tick > now
-        return t > now + 2              # mkv reads its index piece by piece: go by a usual distance
 
     def seek(self, t):
         """To a keyframe at or before t. Frames shown before it are left out: they may need earlier
@@ -502,8 +475,7 @@ class Reader:
             raise ValueError(f"{self.path}: no duration; remux: ffmpeg -i in -c copy out.mkv")
         if not exact:
             return length - 1 / self.rate
-        for _ in frames_from(self, length):
-            pass                                        # at() notes the end
+        list(frames_from(self, length))                 # behind the last one at() knows the end
         return self.end
 
     def image(self, frame):
@@ -521,7 +493,6 @@ class Reader:
 class FrameFolder:
     """Image files {number: path} with Reader's interface: number n stands n / fps seconds after the
     first. Numbers may be nanoseconds: they stay whole."""
-
     def __init__(self, paths, fps):
         self.paths = paths
         self.numbers = sorted(paths)
@@ -556,10 +527,9 @@ def read_video(path):
     return np.stack([reader.image(frame) for frame, _ in frames_from(reader, 0)])
 
 def read_frames(path, times):
-    """The first frames at or after `times`, in seconds after the first frame; cheap if they ascend.
-
-    Returns (list of uint8 (H, W, 3) arrays, list of their true times). Raises ValueError if the
-    file ends before, av.error.FFmpegError if it is damaged."""
+    """The first frames at or after `times`, in seconds after the first frame; cheap if they ascend:
+    (list of uint8 (H, W, 3) arrays, list of their true times). Raises ValueError if the file ends
+    before, av.error.FFmpegError if it is damaged."""
     reader = Reader(path)
     slack = 0.5 * min(reader.tick, 1e-3) + 1e-6     # clocks round: in mkv 1/30 s is 0.033
     found = [reader.at(max(t - slack, 0)) for t in times]
@@ -587,15 +557,10 @@ def as_video(images, rng):
     return dict(video=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
 
 class Videos(torch.utils.data.Dataset):
-    """Frame pairs (frames=2), `gap` seconds apart, or clips of every `stride`-th frame.
-
-        videos/any/depth/a.mp4  b.MOV ...           files (or the path of a single one)
-        frames/drive1/0001.jpg  0002.jpg ...        or, where no video is, frames: one sequence,
-        frames/drive2_0001.png  drive2_0002.png     and another
-
-    The digits that end the name of a frame count `fps` a second; what stands before them, with the
-    folder, is its sequence. Pairs lie in the gap to half a frame, at variable rates too; clips do
-    not cross holes in the numbers of frames.
+    """Frame pairs (frames=2), `gap` seconds apart to half a frame, at variable rates too, or clips
+    of every `stride`-th frame. `root` is a video, a folder of them at any depth, or, if none is in
+    it, of images: the digits that end their names count `fps` a second, what stands before them,
+    with the folder, names the sequence. Clips do not cross holes in the numbers.
 
     Sample i, for any i >= 0, depends on (seed, i) alone. A pass takes the files in a new order,
     with `repeat` samples from each opening (of images one, and as many as there are in a pass). It
@@ -603,14 +568,12 @@ class Videos(torch.utils.data.Dataset):
 
     Broken, too short and too sparse files are named once, counted in `broken` and replaced. Raises
     FileNotFoundError (no root), ValueError (nothing in it fits), OSError (ten in a row fail)."""
-
     def __init__(self, root, frames=2, gap=(0.5, 1.0), stride=1, repeat=5, fps=30.0, seed=0,
                  transform=as_video):
-        if not 0 < gap[0] <= gap[1] < math.inf:
-            raise ValueError(f"{gap=}: want two rising numbers above 0")
         self.root = root
         self.frames = frames
-        self.gap = Fraction(gap[0]), Fraction(gap[1])
+        self.low = Fraction(gap[0])
+        self.high = Fraction(gap[1])
         self.stride = stride
         self.repeat = repeat
         self.seed = seed
@@ -624,10 +587,10 @@ class Videos(torch.utils.data.Dataset):
             self.sources = self.find_sequences(paths, fps)
             lengths = [len(source.numbers) for source in self.sources]
             self.starts = np.repeat(np.arange(len(lengths)), lengths)
-        left_out = sorted({*paths} - {*self.files})
-        if left_out:
-            kinds = " ".join(sorted({os.path.splitext(path)[1] for path in left_out}))
-            warn(f"{root}: left out {len(left_out)} files ({kinds}), such as {left_out[0]}")
+        other = sorted({*paths} - {*self.files})
+        if other:
+            kinds = " ".join(sorted({os.path.splitext(path)[1] for path in other}))
+            warn(f"{root}: left out {len(other)} files ({kinds}), such as {other[0]}")
         # Shared memory: the workers of a loader count together and name each broken file once.
         self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
         self.order = -1, None                           # a pass, and the order of `starts` in it
@@ -664,30 +627,30 @@ class Videos(torch.utils.data.Dataset):
         samples = []
         reader = None
         for i in map(int, indices):
-            images, reader = self.sample(i, reader)
+            images, reader = self.read(i, reader)
             samples.append(self.transform(images, np.random.default_rng((self.seed, i, 1))))
         return samples
 
-    def sample(self, i, reader=None):
+    def read(self, i, reader=None):
         """The T images of sample i, and their Reader: `reader`, if that has the right file open."""
         n = len(self.starts)
         k, pick = divmod(i, self.repeat)                # the k-th opening of the run
         turn, place = divmod(k, n)
         if self.order[0] != turn:
             self.order = turn, np.random.default_rng((self.seed, turn)).permutation(n)
-        step = 7919 if n % 7919 else 1      # a prime, so that the tries meet different files
         for attempt in range(TRIES):  # another file, and where there are few, other moments of them
-            source = self.sources[self.starts[(self.order[1][place] + attempt * step) % n]]
+            start = self.order[1][(place + attempt) % n]
+            source = self.sources[self.starts[start]]
             known = reader and source in (reader, reader.path)
             try:
                 if not known:
                     reader = Reader(source) if isinstance(source, str) else source
-                return self.read(reader, (self.seed, k, attempt, pick + 1)), reader
+                return self.images(reader, pick, (self.seed, k, attempt, pick + 1)), reader
             except Exception as error:      # a damaged file can raise anything
                 path = source if isinstance(source, str) else source.path
                 why = str(error).removeprefix(f"{path}: ") or type(error).__name__
             if known:                       # half a file may be good: decide as if asked alone
-                return self.sample(i)
+                return self.read(i)
             reader = None
             file = self.files.index(path)
             if not self.broken[file]:
@@ -695,15 +658,14 @@ class Videos(torch.utils.data.Dataset):
                 warn(f"skipped broken file {path}: {why} ({int(self.broken.sum())} so far)")
         raise OSError(f"{self.root}: ten files in a row give no sample; the last: {path}: {why}")
 
-    def read(self, reader, key):
-        """One sample of a file or sequence, drawn with `key`, whose last number is from 1 to
-        `repeat` -> a list of T images."""
+    def images(self, reader, pick, key):
+        """The images of sample number `pick` of an opening, drawn with `key`."""
         rng = np.random.default_rng(key)
-        begin = (key[-1] - rng.random()) / self.repeat          # in order of time: few seeks back
+        begin = (pick + 1 - rng.random()) / self.repeat         # in order of time: few seeks back
         frames = self.draw(reader, begin, rng)
         if frames is None:
-            raise ValueError(f"is too short or too sparse, with {float(reader.last(exact=True)):.2f} "
-                             f"s at {float(reader.rate):.3g} frames a second")
+            raise ValueError(f"{float(reader.last(exact=True)):.2f} s at {float(reader.rate):.3g} "
+                             "frames a second are too short or too sparse for --gap or --stride")
         images = [reader.image(frame) for frame in frames]
         if len({image.shape for image in images}) > 1:
             raise ValueError("its frames change size")
@@ -713,11 +675,11 @@ class Videos(torch.utils.data.Dataset):
         """A pair or clip that begins at about the share `begin` of the file, or None. What does not
         fit is drawn again, the tenth time from the start. After a miss the file's true end counts.
         (Not before: a sample depends on its number alone, not on what others have found.)"""
-        low, high = self.gap
         frame = 1 / reader.rate
         length = (self.frames - 1) * self.stride * frame
         if self.frames == 2:
-            length = low + rng.random() * max(min(high, reader.last(exact=False)) - low, 0)
+            most = min(self.high, reader.last(exact=False))
+            length = self.low + rng.random() * max(most - self.low, 0)
         for attempt in range(TRIES):
             room = max(reader.last(exact=attempt > 0) - length, 0) + frame
             start = max(begin * room - frame, 0)
@@ -732,12 +694,12 @@ class Videos(torch.utils.data.Dataset):
         """The frame `first` and the one nearest to `gap` after it, of those within the bounds of
         the gap to half a local frame, or None."""
         frame = 1 / reader.rate
-        distance = max(self.gap[0] - Fraction(3, 2) * frame, 0)
+        distance = max(self.low - Fraction(3, 2) * frame, 0)
         misses = {}                                             # {how far from `gap`: frame}
         for found, time in frames_from(reader, first[1] + distance + TINY):
             half = min(frame, time - first[1] - distance) / 2
             distance = time - first[1]
-            if self.gap[0] - half <= distance <= self.gap[1] + half:
+            if self.low - half <= distance <= self.high + half:
                 misses.setdefault(abs(distance - gap), found)
             if distance >= gap:
                 break
@@ -821,17 +783,12 @@ JITTER = ("brightness", "contrast", "saturation", "hue")
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)          # factors that change nothing
 
 def photometric(x, params):
-    """
-    Colour jitter, grayscale, blur, solarise with torchvision's and PIL's meaning, of those crops
-    that need it. x (N, 3, S, S) float in [0, 1] on any device; params on the CPU, so that the
-    device is never waited for:
+    """Colour jitter, grayscale, blur, solarise with torchvision's and PIL's meaning, of those of the
+    crops x (N, 3, S, S) in [0, 1] that need it. params, on the CPU: the device is never waited for:
 
     order     (N, 4)  the first to the last operation of jitter, numbers of JITTER
     factors   (N, 4)  of brightness, contrast, saturation; turns of hue. NEUTRAL: not at all
-    gray      (N,)    bool
-    blur      (N,)    sigma in pixels; 0: not at all
-    solarize  (N,)    bool
-    """
+    gray, solarize    (N,) bool;   blur (N,)  sigma in pixels; 0: not at all"""
     x = x.clone()
 
     def apply(name, chosen, amounts):
@@ -850,22 +807,18 @@ def photometric(x, params):
     return x
 
 class MultiCrop:
-    """
-    The crops of a frame pair (paper: Sec. 4.1, B.1; what the paper leaves out: as released).
+    """The crops of a frame pair (paper: Sec. 4.1, B.1; what the paper leaves out: as released).
 
     motion   (2, 3, S, S)     one box (area 0.2-0.4 of the frame) in both frames, never flipped;
                               frame 1 gets colours T1, frame 2 T2
-    globals  (2, 2, 3, S, S)  [frame, box]: two boxes (area 0.4-1) inside one initial crop (area
-                              0.05-0.2 of the frame), each the same in both frames and flipped with
-                              probability 0.5; box 1 gets T1, box 2 T2
+    globals  (2, 2, 3, S, S)  [frame, box]: two boxes (area 0.4-1 of an initial crop, of 0.05-0.2 of
+                              the frame), alike in both frames, half of them flipped; T1 and T2
     locals   (2, n, 3, s, s)  [frame, box]: n boxes per frame, all independent (area 0.05-0.4 of the
                               initial crop), flipped, T3
 
     blur: the largest sigma in pixels of the crop. colours=False: none at all (held-out tables).
     motion_colours of the two motion crops: "shared": frame 1's for both; "none"; our choice:
-    "independent", as released, while the paper is silent.
-    """
-
+    "independent", as released, while the paper is silent."""
     def __init__(self, size, local_size, local_crops, blur=2.0, colours=True,
                  motion_colours="independent"):
         if motion_colours not in ("independent", "shared", "none"):
@@ -895,7 +848,6 @@ class MultiCrop:
         flips = rng.random(len(boxes)) < 0.5
         flips[:2] = False
         flips[4:6] = flips[2:4]
-
         shape = len(boxes), 4
         chosen = rng.random(shape) < self.chances
         order = rng.random(shape).argsort(1)
@@ -956,23 +908,19 @@ def error_prefix(path):
     try:
         yield
     except Exception as error:              # a damaged file can raise anything, SyntaxError too
-        why = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        why = " ".join(str(error).split())
         why = why if type(error) is ValueError else f"can't be read, is it damaged? ({why})"
         raise ValueError(f"{path}: {why}") from None
-
-def read_bytes(path):
-    with error_prefix(path), open(path, "rb") as file:
-        return file.read()
 
 def read_one_channel(path, modes=("L", "P", "1")):
     """The numbers in an image file (H, W), of 8 bits unless Pillow's modes say so; of a palette the
     places, not the colours."""
-    with error_prefix(path):
+    with error_prefix(path), open(path, "rb") as file:
+        head = file.read(26)
         mode = iio.immeta(path, plugin="pillow", exclude_applied=False)["mode"]
         if mode not in modes:
             raise ValueError(f"must have one channel ({', '.join(modes)}), but is {mode}")
         numbers = iio.imread(path, plugin="pillow", index=0, mode=mode)
-    head = read_bytes(path)[:26]
     if mode == "L" and head[:4] == b"\x89PNG" and head[24] < 8:     # 2 or 4 bits come spread to 255
         numbers = numbers // (255 // (2 ** head[24] - 1))
     return numbers.astype(np.uint16 if "I" in mode else np.uint8)
@@ -982,10 +930,10 @@ def read_clip(paths):
     images = []
     for path in paths:
         with error_prefix(path):
+            images.append(read_image(path))
             meta = iio.immeta(path, plugin="pillow", exclude_applied=False)
             if meta.get("Orientation", 1) != 1:
                 raise ValueError("is turned by an EXIF tag, its labels are not: store it turned")
-            images.append(read_image(path))
             if images[-1].shape != images[0].shape:
                 raise ValueError("is not of the size of the first image")
     return np.stack(images)
@@ -998,51 +946,50 @@ def numbered(folder, pattern):
 
 def relative_paths(root):
     """{path below root, with /: path} of the files in a folder."""
-    root = expand(root)
+    root = expanduser(root)
     return {os.path.relpath(path, root).replace(os.sep, "/"): path for path in walk(root)}
 
 def clip_folders(root, file):
     """{name of a folder: path of the file} of the folders at any depth with a file of this name."""
-    here = os.path.basename(os.path.abspath(expand(root)))
+    here = os.path.basename(os.path.abspath(expanduser(root)))
     return {os.path.dirname(name) or here: path for name, path in relative_paths(root).items()
             if os.path.basename(name) == file}
 
 def read_flo(path):
     """Middlebury's .flo -> flow (H, W, 2) float32, (x, y) in pixels, above 1e9 where unknown."""
-    raw = read_bytes(path)
-    with error_prefix(path):
-        if raw[:4] != b"PIEH":                                  # the bytes of float32 202021.25
-            raise ValueError("does not begin as a .flo file does")
-        width, height = np.frombuffer(raw, "<u4", 2, 4).tolist()
-        return np.frombuffer(raw, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
+    numbers = np.fromfile(expanduser(path), "<f4")
+    if numbers[0] != 202021.25:
+        raise ValueError("does not begin as a .flo file does")
+    width, height = numbers[1:3].view("<u4").tolist()
+    return numbers[3:].reshape(height, width, 2)
 
 def write_flo(path, flow):
     """Flow (H, W, 2) in pixels -> Middlebury's .flo."""
     height, width, _ = np.shape(flow)
-    head = b"PIEH" + np.array([width, height], "<i4").tobytes()
-    with open(expand(path), "wb") as file:
-        file.write(head + np.asarray(flow, "<f4").tobytes())
+    with open(expanduser(path), "wb") as file:
+        file.write(b"PIEH" + np.array([width, height], "<u4").tobytes())    # float32 202021.25
+        file.write(np.asarray(flow, "<f4").tobytes())
 
 def read_pfm(path):
     """FlyingThings3D's .pfm of three channels -> flow (H, W, 2) float32, (x, y) in pixels."""
-    raw = read_bytes(path)
-    with error_prefix(path):
-        header = re.match(rb"PF\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", raw)   # a minus: little endian
-        if not header:
-            raise ValueError("does not begin as a .pfm file of three channels does")
-        numbers = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end())
-        rows = numbers.reshape(int(header[2]), int(header[1]), 3)
+    with open(path, "rb") as file:
+        raw = file.read()
+    header = re.match(rb"PF\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", raw)       # a minus: little endian
+    if not header:
+        raise ValueError("does not begin as a .pfm file of three channels does")
+    numbers = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end())
+    rows = numbers.reshape(int(header[2]), int(header[1]), 3)
     return rows[::-1, :, :2].astype(np.float32)             # stored from the bottom up
 
 def read_kitti_flow(path):
     """KITTI's PNG -> flow (H, W, 2) float32 in pixels, 0 where unknown, and valid (H, W) bool."""
-    import av
-    raw = read_bytes(path)
-    with error_prefix(path):               # not by Pillow, which loses the low bytes without a word
-        if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[24:26] != b"\x10\x02" or b"IEND" not in raw[-12:]:
-            raise ValueError("must be a whole PNG of three channels of 16 bits, as KITTI's flow is")
-        with av.open(io.BytesIO(raw), format="png_pipe") as file:
-            pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)  # (H, W, 3)
+    import av                               # Pillow loses the low bytes without a word
+    with open(path, "rb") as file:
+        raw = file.read()
+    if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[24:26] != b"\x10\x02" or b"IEND" not in raw[-12:]:
+        raise ValueError("must be a whole PNG of three channels of 16 bits, as KITTI's flow is")
+    with av.open(io.BytesIO(raw), format="png_pipe") as file:
+        pixels = next(file.decode(video=0)).to_ndarray(format="rgb48le", threads=1)     # (H, W, 3)
     valid = pixels[..., 2] > 0
     flow = (pixels[..., :2].astype(np.float32) - 2**15) / 64
     return np.where(valid[..., None], flow, 0), valid
@@ -1051,40 +998,34 @@ SINTEL = r"(.*)flow/([^/]+)/frame_(?P<n>\d+)\.flo"
 THINGS = r"(.*)optical_flow/(.+)/into_future/left/OpticalFlowIntoFuture_(?P<n>\d+)_L\.pfm"
 KITTI = r"(.*)flow_occ/(\d+)_(?P<n>10)\.png"
 FLOW_LAYOUTS = (    # path of a flow; of frames n and n + 1 (else 1 and 2), without suffix; val split
-    (SINTEL, "{0}clean/{1}/frame_{n:04d}", "/temple_[23]/"),
+    (SINTEL, "{0}clean/{1}/frame_{n:04d}", "/temple_[23]/"),            # as in CroCo v2
     (SINTEL, "{0}final/{1}/frame_{n:04d}", "/temple_[23]/"),
     (THINGS, "{0}frames_cleanpass/{1}/left/{n:04d}", "/TEST/"),
     (THINGS, "{0}frames_finalpass/{1}/left/{n:04d}", "/TEST/"),
     (KITTI, "{0}image_2/{1}_{n}", None),
     (KITTI, "{0}colored_0/{1}_{n}", None),
-    (r"(.*?)(\d+)_flow\.flo", "{0}{1}_img{n}", None),                               # FlyingChairs
-    (r"(.*?)flow\.(flo|png)", "{0}frame{n}", None))                                 # yours
+    (r"(.*?)(\d+)_flow\.flo", "{0}{1}_img{n}", None),                   # FlyingChairs
+    (r"(.*?)flow\.(flo|png)", "{0}frame{n}", None))                     # yours
 
 class FlowPairs(torch.utils.data.Dataset):
     """Pairs of frames with the true flow between them. `root` holds, at any depth, Sintel,
     FlyingChairs, FlyingThings3D or KITTI as unpacked, or your folders NAME/frame1.png frame2.png
-    flow.flo (or flow.png, of KITTI's kind).
-
-    split: "train", "val" (of Sintel temple_2 and temple_3, as in CroCo v2) or "all"; KITTI, yours
-    and Chairs without FlyingChairs_train_val.txt have no splits: each is everything. [i] is
+    flow.flo (or flow.png, of KITTI's kind). split: "train", "val" or "all"; KITTI, yours and Chairs
+    without FlyingChairs_train_val.txt have no splits: each is everything. [i] is
 
     frames    (2, H, W, 3)  uint8
     flow      (2, H, W)     float32, (x, y) in pixels, from the first frame on; 0 where unknown
-    valid     (H, W)        bool: the flow is known; not where Sintel's `invalid` says so
-    """
-
+    valid     (H, W)        bool: the flow is known; not where Sintel's `invalid` says so"""
     def __init__(self, root, split="val"):
         self.files = relative_paths(root)
-        images = {}
-        chairs = None
-        for name, path in self.files.items():
-            stem, kind = os.path.splitext(name)
-            if kind.lower() in (*IMAGE_TYPES, ".ppm", ".webp"):
-                images[stem] = path
-            if name.endswith("FlyingChairs_train_val.txt"):
-                chairs = read_bytes(path).split()
+        stems = {os.path.splitext(name)[0]: path for name, path in self.files.items()
+                 if name.lower().endswith((*IMAGE_TYPES, ".ppm", ".webp"))}
+        chairs = []                             # 1 where a pair is for training
+        for path in self.files.values():
+            if path.endswith("FlyingChairs_train_val.txt"):
+                chairs = np.loadtxt(path, int, ndmin=1)
         self.names = []
-        self.items = []                     # (path of a flow, paths of the two frames)
+        self.items = []                         # (name of a flow's file, paths of its two frames)
         for flow, (pattern, frame, val) in itertools.product(self.files, FLOW_LAYOUTS):
             match = re.fullmatch(pattern, flow)
             if not match:
@@ -1095,15 +1036,14 @@ class FlowPairs(torch.utils.data.Dataset):
             part = split
             if val:
                 part = "val" if re.search(val, flow) else "train"
-            elif chairs and flow.endswith("_flow.flo"):
-                part = "train" if chairs[int(match[2]) - 1] == b"1" else "val"
-            if first in images and second in images and split in (part, "all"):
+            elif flow.endswith("_flow.flo") and len(chairs):
+                part = "train" if chairs[int(match[2]) - 1] == 1 else "val"
+            if first in stems and second in stems and split in (part, "all"):
                 self.names.append(first.removesuffix("/frame1"))
-                self.items.append((flow, (images[first], images[second])))
+                self.items.append((flow, [stems[first], stems[second]]))
         if not self.items:
             raise ValueError(f"{root}: no flow with its two frames of split {split!r}: want NAME/"
-                             "frame1.png, frame2.png, flow.flo, or Sintel, FlyingChairs, "
-                             "FlyingThings3D or KITTI as unpacked")
+                             "frame1.png, frame2.png, flow.flo or a known data set as unpacked")
 
     def __len__(self):
         return len(self.items)
@@ -1112,24 +1052,23 @@ class FlowPairs(torch.utils.data.Dataset):
         name, paths = self.items[i]
         path = self.files[name]
         frames = read_clip(paths)                                               # (2, H, W, 3)
-        if path.endswith(".png"):
-            flow, valid = read_kitti_flow(path)
-        else:
-            flow = read_pfm(path) if path.endswith(".pfm") else read_flo(path)
-            valid = (abs(flow) <= 1e9).all(-1)                                  # nan is not
-        mask = self.files.get(re.sub(r"(^|/)flow/(.*)\.flo", r"\1invalid/\2.png", name))
-        if mask and mask != path:
-            valid &= read_one_channel(mask) == 0
-        if frames.shape[1:3] != valid.shape:
-            raise ValueError(f"{path}: the flow is {valid.shape}, its frames {frames.shape[1:3]}")
+        with error_prefix(path):
+            if path.endswith(".png"):
+                flow, valid = read_kitti_flow(path)
+            else:
+                flow = read_pfm(path) if path.endswith(".pfm") else read_flo(path)
+                valid = (abs(flow) <= 1e9).all(-1)                              # nan is not
+            if frames.shape[1:3] != valid.shape:
+                raise ValueError(f"the flow is {valid.shape}, its frames {frames.shape[1:3]}")
+        invalid = re.sub(r"(^|/)flow/(.*)\.flo", r"\1invalid/\2.png", name)
+        if invalid != name and invalid in self.files:
+            valid &= read_one_channel(self.files[invalid]) == 0
         flow = np.where(valid[..., None], flow, 0).transpose(2, 0, 1)           # (2, H, W)
         return dict(frames=frames, flow=np.ascontiguousarray(flow), valid=valid)
 
-CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
-          "pedestrian", "bicyclist")
-CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
-              "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
-              "bus", "train", "motorcycle", "bicycle")
+CAMVID = "sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist"
+CITYSCAPES = ("road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, "
+              "vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle")
 SEGMENTATION_LAYOUTS = (    # image without suffix, label; classes, first value, value ignored, names
     ("<split>/<name>", "{split}annot/{name}.png", 11, 0, 11, CAMVID),                   # SegNet's
     ("leftImg8bit/<split>/<name>_leftImg8bit", "gtFine/{split}/{name}_gtFine_labelTrainIds.png",
@@ -1142,9 +1081,8 @@ SEGMENTATION_LAYOUTS = (    # image without suffix, label; classes, first value,
 
 class Segmentation(torch.utils.data.Dataset):
     """Images with a class for each pixel. `root` is the folder of CamVid (SegNet's), Cityscapes
-    (with labelTrainIds.png), BDD100K or ADE20K as unpacked, or yours: images/train/ANY/NAME.jpg
-    labels/train/ANY/NAME.png; or images/ANY/NAME.jpg labels/ANY/NAME.png, of which every fifth by
-    name is val, the rest train.
+    (with labelTrainIds.png), BDD100K or ADE20K, or yours: images/train/ANY/NAME.jpg
+    labels/train/ANY/NAME.png; without splits every fifth image by name is val, the rest train.
 
     Labels are PNGs of one channel of at most 8 bits, or of a palette. split: "train", "val" or
     "test". num_classes (2 at least) and ignore_index, the value of no class, are by default what
@@ -1153,45 +1091,40 @@ class Segmentation(torch.utils.data.Dataset):
     image     (H, W, 3)  uint8
     classes   (H, W)     int64: 0 .. num_classes - 1, and 255 where ignored
 
-    `names` of the classes or None; `files`: (path of the image, of its label).
-    """
-
+    `names` of the classes or None; `files`: (path of the image, of its label)."""
     def __init__(self, root, split="train", num_classes=None, ignore_index=None):
         files = relative_paths(root)
         for image, label, classes, first, ignored, names in SEGMENTATION_LAYOUTS:
             splits = self.pairs(files, image, label)
             if splits:
                 break
-        if "all" in splits:
-            val = splits["all"][4::5]
-            splits = dict(val=val, tra=[pair for pair in splits["all"] if pair not in val])
+        if None in splits:
+            pairs = splits[None]
+            splits = dict(val=pairs[4::5], tra=[pair for i, pair in enumerate(pairs) if i % 5 < 4])
         self.files = splits.get(split[:3])
         if not self.files:
-            raise ValueError(f"{root}: no labelled images of split {split!r} in a known layout: "
-                             f"want images/{split}/A.jpg with labels/{split}/A.png, or CamVid, "
-                             "Cityscapes with labelTrainIds.png, BDD100K, ADE20K as unpacked")
+            raise ValueError(f"{root}: no labelled images of split {split!r}: want images/{split}/"
+                             f"A.jpg and labels/{split}/A.png, or a known data set as unpacked")
         self.first = first
         self.ignore_index = ignored if ignore_index is None else ignore_index
-        self.num_classes = num_classes or classes
-        labels = [label for pairs in splits.values() for _, label in pairs]
         if classes is None:
-            seen = self.count_classes(labels)
-            self.num_classes = num_classes or seen
-        self.names = list(names) if names and len(names) == self.num_classes else None
+            classes = self.count_classes([label for pairs in splits.values() for _, label in pairs])
+        self.num_classes = num_classes or classes
         if not 2 <= self.num_classes <= 255:
             raise ValueError(f"--classes {self.num_classes}: want 2 to 255")
+        self.names = names.split(", ") if names and self.num_classes == classes else None
 
     def pairs(self, files, image, label):
-        """{start of a split's name: [(path of an image, of its label)]} of a layout."""
+        """{start of a split's name, or None: [(path of an image, of its label)]} of a layout."""
         splits = "(?P<split>train(ing)?|val(idation)?|test(ing)?)"
         pattern = image.replace("<split>", splits).replace("<name>", "(?P<name>.+)")
         found = {}
         left_out = 0
         for path in files:
-            match = re.fullmatch(pattern + r"\.(jpg|jpeg|png)", path, re.I)
+            match = re.fullmatch(pattern + r"\.(jpg|jpeg|png)", path, re.IGNORECASE)
             truth = match and label.format(**match.groupdict())
             if truth in files:
-                split = match.groupdict().get("split", "all")[:3]
+                split = match["split"][:3] if "<split>" in image else None
                 found.setdefault(split, []).append((files[path], files[truth]))
             elif match:
                 left_out += 1
@@ -1206,9 +1139,8 @@ class Segmentation(torch.utils.data.Dataset):
             seen.update(np.unique(read_one_channel(label)).tolist())
         seen.discard(self.ignore_index)
         if len(seen) < 2:                   # one class would be found by everybody: mIoU 100
-            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, ignored, only "
-                             f"{seen}: want two classes. Store masks of 0 and 255 as 0 and 1, or "
-                             "set --ignore-index")
+            raise ValueError(f"{labels[0]}, ...: beside {self.ignore_index}, ignored, only {seen}: "
+                             "want two classes. Store 0 and 255 as 0 and 1, or --ignore-index")
         return max(seen) + 1
 
     def __len__(self):
@@ -1225,15 +1157,13 @@ class Segmentation(torch.utils.data.Dataset):
             raise ValueError(f"{label}: is {values.shape}, its image {picture.shape[:2]}")
         classes = table[values]                                 # (H, W)
         if classes.min() < 0:
-            raise ValueError(
-                f"{label}: value {values[classes < 0].max()} is neither one of {self.num_classes} "
-                f"classes nor {self.ignore_index}, to be ignored: set --classes / --ignore-index")
+            raise ValueError(f"{label}: value {values[classes < 0].max()} is none of {self.num_classes}"
+                             f" classes, nor {self.ignore_index}: set --classes / --ignore-index")
         return dict(image=picture, classes=classes)
 
 class Pickled:
     """Stands for an array or a dtype of a pickle, which would call a function to rebuild it: keeps
     (bytes, dtype, shape, order). np.asarray() makes it an array, if it is of numbers."""
-
     def __init__(self, *args):
         self.args = args
 
@@ -1254,7 +1184,6 @@ class Pickled:
 class NumpyOnly(pickle.Unpickler):
     """Reads plain containers and arrays of numbers or bytes. A pickle may name any function to be
     called: here it gets stand-ins for those that rebuild arrays, and else an error."""
-
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"):             # how protocol 2 writes bytes
             return lambda text, encoding: text.encode("latin1")
@@ -1263,14 +1192,10 @@ class NumpyOnly(pickle.Unpickler):
             return Pickled
         raise ValueError(f"wants {module}.{name} to be called: refused, arrays have no need of it")
 
-def point_clip(video, tracks, visible, valid, query=None, **more):
+def point_clip(video, tracks, visible, valid, query, **more):
     """What PointTracks returns, of points (P, T) that are checked against their video."""
     if tracks.shape != (len(visible), len(video), 2):
         raise ValueError(f"tracks (P, T, 2) {tracks.shape} do not fit {len(video)} frames")
-    if query is None:
-        seen = visible.any(1)
-        tracks, visible, valid = tracks[seen], visible[seen], valid[seen]
-        query = visible.argmax(1)
     tracks = np.where(visible[..., None], tracks, 0).astype(np.float32)
     return dict(
         video=video,
@@ -1282,10 +1207,9 @@ def point_clip(video, tracks, visible, valid, query=None, **more):
     )
 
 def read_rgbd(path):
-    folder = os.path.dirname(path)
     arrays = np.load(path, allow_pickle=False)
-    images = numbered(folder, r"rgb_(\d+)\.(?:jpg|jpeg|png)")
-    depths = numbered(folder, r"depth_(\d+)\.png")
+    images = numbered(os.path.dirname(path), r"rgb_(\d+)\.(?:jpg|jpeg|png)")
+    depths = numbered(os.path.dirname(path), r"depth_(\d+)\.png")
     video = read_clip(images.values())
     more = {}
     if depths:
@@ -1293,47 +1217,39 @@ def read_rgbd(path):
         more["depth"] = np.stack(maps).astype(np.float32) / 1000
         if depths.keys() != images.keys() or more["depth"].shape != video.shape[:3]:
             raise ValueError("each rgb_00.jpg wants a depth_00.png of its size")
-    status, query = arrays["status"], arrays["query_frame"]
+    status = arrays["status"]
+    query = arrays["query_frame"]
     valid = (status != 2) & (np.arange(status.shape[1]) >= query[:, None])
     return point_clip(video, arrays["tracks"], (status == 0) & valid, valid, query, **more)
 
 def read_tapvid(clip):
     video = clip["video"] if isinstance(clip["video"], list) else np.asarray(clip["video"])
-    frames = [read_image(frame) if isinstance(frame, bytes) else frame for frame in video]
+    video = np.stack([read_image(frame) if isinstance(frame, bytes) else frame for frame in video])
     visible = ~np.asarray(clip["occluded"]).astype(bool)
     # Their (0, 0) is the upper left corner of the first pixel, ours its centre.
-    size = np.array([frames[0].shape[1], frames[0].shape[0]])
-    tracks = np.asarray(clip["points"]) * size - 0.5
-    return point_clip(np.stack(frames), tracks, visible, np.ones_like(visible))
-
-def read_joints(path, video):
-    arrays = np.load(path, allow_pickle=False)
-    annotated = arrays["annotated"]
-    return point_clip(read_video(video), arrays["tracks"], annotated, annotated)
+    tracks = np.asarray(clip["points"]) * np.array(video.shape[2:0:-1]) - 0.5
+    seen = visible.any(1)
+    visible = visible[seen]
+    return point_clip(video, tracks[seen], visible, np.ones_like(visible), visible.argmax(1))
 
 class PointTracks(torch.utils.data.Dataset):
     """Videos with the paths of points. `path` is
 
         FOLDER/tracks.npz rgb_00.jpg ... depth_00.png ...       RGB-D clips at any depth, or one
         tapvid_davis.pkl; FOLDER/0000_of_0010.pkl ...           TAP-Vid; of Kinetics all, or one
-        joints.npz, with `video`, the path of its clip          joints that people marked
 
     RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,);
-    depth of 16 bits in millimetres. Joints: tracks (P, T, 2), annotated (P, T). Points that are
-    never visible are left out, but not of RGB-D. [i] is
+    depth of 16 bits in millimetres. TAP-Vid's points that are never visible are left out. [i] is
 
     video          (T, H, W, 3)  uint8
     tracks         (T, P, 2)     float32, (x, y) in pixels, centres at integers; 0 unless visible
     visible        (T, P)        bool
     valid          (T, P)        bool: it is known whether the point is visible
-    query_frames   (P,)          int64, where each point is given: by default where first visible
+    query_frames   (P,)          int64, where each point is given; of TAP-Vid where first visible
     depth          (T, H, W)     float32 in metres, 0 where not measured; only of clips that have it
 
-    `names` are those of the clips. RGB-D and joints are read when asked for, a .pkl as a whole.
-    """
-
-    def __init__(self, path, video=None):
-        path = expand(path)
+    `names` are those of the clips. RGB-D is read when asked for, a .pkl as a whole."""
+    def __init__(self, path):
         rgbd = clip_folders(path, "tracks.npz")
         self.names = list(rgbd)
         self.items = [(file, read_rgbd, file) for file in rgbd.values()]
@@ -1345,12 +1261,9 @@ class PointTracks(torch.utils.data.Dataset):
                         clips = dict(enumerate(clips, len(self.items)))
                 self.names += map(str, clips)
                 self.items += [(shard, read_tapvid, clip) for clip in clips.values()]
-        if video:
-            self.names = [os.path.basename(path).removesuffix(".npz")]
-            self.items = [(path, functools.partial(read_joints, video=video), path)]
         if not self.items:
-            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz with rgb_00.jpg, ..., "
-                             ".pkl files of TAP-Vid, or joints.npz with the path of their video")
+            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz with rgb_00.jpg, ..., or "
+                             ".pkl files of TAP-Vid")
 
     def __len__(self):
         return len(self.items)
@@ -1361,18 +1274,14 @@ class PointTracks(torch.utils.data.Dataset):
             return read(clip)
 
 class BoxTracks(torch.utils.data.Dataset):
-    """Clips with the box of one thing: a folder of numbered images (0001.jpg, ...) and
-    boxes_xyxy.txt, whose lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each
-    image; or such folders, at any depth.
-
-    [i] is dict(video=(T, H, W, 3) uint8, boxes=(T, 4) float32); `names` are those of the folders.
-    """
-
+    """Clips with the box of one thing: folders, at any depth, of numbered images (0001.jpg, ...)
+    and boxes_xyxy.txt, whose lines are x1 y1 x2 y2 in pixels, with commas or blanks, one for each
+    image. [i] is dict(video=(T, H, W, 3) uint8, boxes=(T, 4) float32); `names` are the folders'."""
     def __init__(self, root):
         found = clip_folders(root, "boxes_xyxy.txt")
         self.names = list(found)
         self.items = list(found.values())
-        if not self.items:
+        if not found:
             raise ValueError(f"{root}: no boxes_xyxy.txt in it or below, beside images")
 
     def __len__(self):
@@ -1381,9 +1290,9 @@ class BoxTracks(torch.utils.data.Dataset):
     def __getitem__(self, i):
         path = self.items[i]
         images = numbered(os.path.dirname(path), r"[^.]*?(\d+)\.(?i:jpg|jpeg|png)")
-        text = read_bytes(path).decode().replace(",", " ")
-        with error_prefix(path):
-            boxes = np.loadtxt(text.splitlines(), np.float32, ndmin=2)
+        with error_prefix(path), open(path) as file:
+            lines = file.read().replace(",", " ").splitlines()
+            boxes = np.loadtxt(lines, np.float32, ndmin=2)
             if boxes.shape != (len(images), 4) or not (boxes[:, :2] <= boxes[:, 2:]).all():
                 raise ValueError(f"want x1 y1 x2 y2, rising, for each of {len(images)} images")
         return dict(video=read_clip(images.values()), boxes=boxes)
@@ -1391,7 +1300,6 @@ class BoxTracks(torch.utils.data.Dataset):
 # ---- loader --------------------------------------------------------------------------------------
 class SquareClip:
     """Frames (H, W, 3) -> `video` (T, 3, size, size) uint8: a random square of the short side."""
-
     def __init__(self, size):
         self.size = size
 
@@ -1404,7 +1312,6 @@ class SquareClip:
 
 class Batches(torch.utils.data.Dataset):
     """A list of sample numbers in, their collated batch out: what DataLoader's workers run."""
-
     def __init__(self, source, crops, seed, one_frame=0):
         self.source = source
         self.crops = crops
@@ -1426,54 +1333,8 @@ class Batches(torch.utils.data.Dataset):
             samples.append(self.crops(frames, np.random.default_rng((self.seed, i, 1))))
         return torch.utils.data.default_collate(samples)
 
-def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train",
-                scenes=None, videos=None, colours=True, motion_colours="independent",
-                one_frame=0):
-    """Batches on the device, in order; to be iterated over once.
-
-    source    "scenes", "squares", or the path of a video, of a folder of videos, or of frames
-    inputs    what the model expects: dict(frames=T, size=S), with crops=dict(local_size=,
-              local_crops=) for pairs cut into crops, squares=dict(...) for MovingSquares' options
-    batches   iterable of lists of sample numbers
-    workers   processes that prepare batches; 0: in this one; -1: choose
-    split     "train" or "eval": other clips; of videos other draws from the same files
-    scenes    SceneOptions, whose size counts only if there are crops; by default twice the model's
-    videos    VideoOptions;   colours, motion_colours: of MultiCrop
-    one_frame the first samples, so many, have motion crops of one frame, and `shift`
-    Raises FileNotFoundError or ValueError with what to do if the source can't be read."""
-    if "squares" in inputs and source != "squares":
-        raise ValueError(f"--data {source}: this model needs masks and displacements, which only "
-                         "--data squares has")
-    device = torch.device(device)
-    size = inputs["size"]
-    frames = inputs["frames"]
-    own_seed = split_seed(seed, split)
-    crops = None
-    if "crops" in inputs:
-        crops = MultiCrop(size, **inputs["crops"], colours=colours, motion_colours=motion_colours)
-    if source == "squares":
-        squares = inputs.get("squares", {})
-        canvas = 2 * size if crops else size
-        dataset = MovingSquares(canvas, frames, seed=seed, split=split, **squares)
-    elif source == "scenes":
-        options = scenes or SceneOptions(size=2 * size)
-        options = options if crops else replace(options, size=size)
-        dataset = Scenes(frames=frames, seed=seed, split=split, **asdict(options))
-    else:
-        dataset = Videos(source, frames, seed=own_seed, transform=crops or SquareClip(size),
-                         **asdict(videos or VideoOptions()))
-    return DeviceLoader(Batches(dataset, crops, own_seed, one_frame), device, crops,
-                        num_workers=count_workers(workers, source, device),
-                        batch_size=None, sampler=batches)
-
-def sample_loader(dataset, batches, device="cpu"):
-    """A dataset's samples in batches of numbers, in order."""
-    workers = min(8, max(1, cores() - 1))
-    return DeviceLoader(dataset, torch.device(device), num_workers=workers, batch_sampler=batches)
-
 class DeviceLoader:
-    """Iterates over a loader's batches on the device, colours applied there."""
-
+    """Iterates over a DataLoader's batches on the device, colours applied there."""
     def __init__(self, dataset, device, crops=None, **options):
         atexit.register(end_workers)
         self.loader = torch.utils.data.DataLoader(
@@ -1487,20 +1348,57 @@ class DeviceLoader:
                 batch[name] = batch[name].to(self.device, non_blocking=True)
             yield self.crops.finish(batch) if self.crops else batch
 
+def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split="train",
+                scenes=None, videos=None, colours=True, motion_colours="independent", one_frame=0):
+    """Batches on the device, in order; to be iterated over once.
+
+    source    "scenes", "squares", or the path of a video, of a folder of videos, or of frames
+    inputs    what the model expects: dict(frames=T, size=S), with crops=dict(local_size=,
+              local_crops=) for pairs cut into crops, squares=dict(...) for MovingSquares' options
+    batches   iterable of lists of sample numbers
+    workers   processes that prepare batches; 0: in this one; -1: as many as there are cores for
+              each process; none for squares; one for scenes on a CPU, which training keeps busy
+    split     "train" or "eval": other clips; of videos other draws from the same files
+    scenes    SceneOptions, whose size counts only if there are crops; by default twice the model's
+    videos    VideoOptions;   colours, motion_colours: of MultiCrop
+    one_frame the first samples, so many, have motion crops of one frame, and `shift`
+    Raises FileNotFoundError or ValueError with what to do if the source can't be read."""
+    if "squares" in inputs and source != "squares":
+        raise ValueError(f"--data {source}: this model needs --data squares")
+    if workers > 8 * cores():
+        raise ValueError(f"--workers {workers}: at most {8 * cores()} on {cores()} cores")
+    device = torch.device(device)
+    size = inputs["size"]
+    frames = inputs["frames"]
+    own_seed = split_seed(seed, split)
+    share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    crops = None
+    if "crops" in inputs:
+        crops = MultiCrop(size, **inputs["crops"], colours=colours, motion_colours=motion_colours)
+    if source == "squares":
+        share = 0
+        canvas = 2 * size if crops else size
+        dataset = MovingSquares(canvas, frames, seed=seed, split=split, **inputs.get("squares", {}))
+    elif source == "scenes":
+        share = 1 if device.type == "cpu" else share
+        options = scenes or SceneOptions(size=2 * size)
+        options = options if crops else replace(options, size=size)
+        dataset = Scenes(frames=frames, seed=seed, split=split, **asdict(options))
+    else:
+        dataset = Videos(source, frames, seed=own_seed, transform=crops or SquareClip(size),
+                         **asdict(videos or VideoOptions()))
+    return DeviceLoader(Batches(dataset, crops, own_seed, one_frame), device, crops,
+                        num_workers=share if workers < 0 else workers,
+                        batch_size=None, sampler=batches)
+
+def sample_loader(dataset, batches, device="cpu"):
+    """A dataset's samples in batches of numbers, in order."""
+    workers = min(8, max(1, cores() - 1))
+    return DeviceLoader(dataset, torch.device(device), num_workers=workers, batch_sampler=batches)
+
 def cores():
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-def count_workers(workers, source, device):
-    """-1: as many as there are cores for each process; squares are drawn sooner than they are sent,
-    and on a CPU, which training keeps busy, one process renders scenes."""
-    if workers > 8 * cores():
-        raise ValueError(f"--workers {workers}: at most {8 * cores()} on {cores()} cores")
-    if workers >= 0:
-        return workers
-    share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    cheap = {"squares": 0, "scenes": 1 if device.type == "cpu" else share}
-    return cheap.get(source, share)
 
 def start_worker(number):
     torch.set_num_threads(1)                # workers are the parallelism
@@ -1516,37 +1414,32 @@ def end_workers():
 
 # ---- look at your data ---------------------------------------------------------------------------
 def show(source, path, videos=None):
-    """Writes a picture: scenes with their truth (not of videos), and crops as in training."""
+    """Writes a picture: a scene with its truth, if it is one, and crops as in training."""
     import matplotlib.pyplot as plt
     plt.switch_backend("agg")
     rows = []                               # of {title: image}
-    for b in range(2 if source == "scenes" else 0):
-        scenes = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3))
-        clip = {name: x[0] for name, x in scenes.batch([b], truth=True).items()}
-        first, second = clip["video"].permute(0, 2, 3, 1)
-        right, down = clip["flow"][0]
-        rows.append({"frame 0": first, "frame 1": second, "flow, right": right, "flow, down": down,
-                     "class": clip["classes"][0], "occluded in frame 1": clip["occluded"][0],
-                     "depth": clip["depth"][0]})
+    if source == "scenes":
+        clip = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3)).batch([0], truth=True)
+        first, second = clip["video"][0].permute(0, 2, 3, 1)
+        rows.append({"frame 0": first, "frame 1": second, "flow, x": clip["flow"][0, 0, 0]})
+        rows[0] |= {name: clip[name][0, 0] for name in ("classes", "ids", "depth", "occluded")}
     inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
-    loader = make_loader(source, inputs, [range(2)], workers=0, videos=videos,
-                         scenes=SceneOptions(size=192, pan=12.0))
+    scenes = SceneOptions(size=192, pan=12.0)
+    loader = make_loader(source, inputs, [range(4)], workers=0, videos=videos, scenes=scenes)
     for motion, boxes, small in zip(*next(iter(loader)).values()):
         row = {}
-        for f in range(2):
-            for name, image in zip(("motion", "global 1", "global 2", "local"),
-                                   (motion[f], *boxes[f], small[f, 0])):
-                row[f"{name}, frame {f}"] = image.permute(1, 2, 0).clamp(0, 1)
+        for t in range(2):
+            for name, crops in dict(motion=motion[t:t + 1], globals=boxes[t], local=small[t, :1]).items():
+                row |= {f"{name} {n}, frame {t}": x.permute(1, 2, 0) for n, x in enumerate(crops)}
         rows.append(row)
     figure, axes = plt.subplots(len(rows), 8, figsize=(12.4, 1.75 * len(rows)), layout="constrained")
     for row, line in zip(rows, axes):
-        for axis, (title, image) in zip(line, row.items()):
+        for (title, image), axis in zip(row.items(), line):
             axis.imshow(image)
             axis.set_title(title, fontsize=8)
-        for axis in line:
-            axis.axis("off")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=90)
+    print(f"written: {path}")
 
 def bench(source):
     """Prints what clips of scenes, or pairs of frames from videos, cost in CPU time."""
@@ -1571,6 +1464,5 @@ if __name__ == "__main__":
             bench(args.data)
         else:
             show(args.data, "out/data.png", VideoOptions(gap=args.gap, fps=args.fps))
-            print("written: out/data.png")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: error: {error}")
