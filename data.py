@@ -783,8 +783,8 @@ JITTER = ("brightness", "contrast", "saturation", "hue")
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)          # factors that change nothing
 
 def photometric(x, params):
-    """Colour jitter, grayscale, blur, solarise with torchvision's and PIL's meaning, of those of the
-    crops x (N, 3, S, S) in [0, 1] that need it. params, on the CPU: the device is never waited for:
+    """Colour jitter, grayscale, blur, solarise with torchvision's and PIL's meaning, of those crops
+    x (N, 3, S, S) in [0, 1] that need it. params, on the CPU: the device is never waited for:
 
     order     (N, 4)  the first to the last operation of jitter, numbers of JITTER
     factors   (N, 4)  of brightness, contrast, saturation; turns of hue. NEUTRAL: not at all
@@ -970,17 +970,6 @@ def write_flo(path, flow):
         file.write(b"PIEH" + np.array([width, height], "<u4").tobytes())    # float32 202021.25
         file.write(np.asarray(flow, "<f4").tobytes())
 
-def read_pfm(path):
-    """FlyingThings3D's .pfm of three channels -> flow (H, W, 2) float32, (x, y) in pixels."""
-    with open(path, "rb") as file:
-        raw = file.read()
-    header = re.match(rb"PF\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", raw)       # a minus: little endian
-    if not header:
-        raise ValueError("does not begin as a .pfm file of three channels does")
-    numbers = np.frombuffer(raw, "<f4" if header[3] else ">f4", offset=header.end())
-    rows = numbers.reshape(int(header[2]), int(header[1]), 3)
-    return rows[::-1, :, :2].astype(np.float32)             # stored from the bottom up
-
 def read_kitti_flow(path):
     """KITTI's PNG -> flow (H, W, 2) float32 in pixels, 0 where unknown, and valid (H, W) bool."""
     import av                               # Pillow loses the low bytes without a word
@@ -995,13 +984,10 @@ def read_kitti_flow(path):
     return np.where(valid[..., None], flow, 0), valid
 
 SINTEL = r"(.*)flow/([^/]+)/frame_(?P<n>\d+)\.flo"
-THINGS = r"(.*)optical_flow/(.+)/into_future/left/OpticalFlowIntoFuture_(?P<n>\d+)_L\.pfm"
 KITTI = r"(.*)flow_occ/(\d+)_(?P<n>10)\.png"
-FLOW_LAYOUTS = (    # path of a flow; of frames n and n + 1 (else 1 and 2), without suffix; val split
+FLOW_LAYOUTS = (    # path of a flow; of frames n and n + 1, or 1 and 2, without suffix; val split
     (SINTEL, "{0}clean/{1}/frame_{n:04d}", "/temple_[23]/"),            # as in CroCo v2
     (SINTEL, "{0}final/{1}/frame_{n:04d}", "/temple_[23]/"),
-    (THINGS, "{0}frames_cleanpass/{1}/left/{n:04d}", "/TEST/"),
-    (THINGS, "{0}frames_finalpass/{1}/left/{n:04d}", "/TEST/"),
     (KITTI, "{0}image_2/{1}_{n}", None),
     (KITTI, "{0}colored_0/{1}_{n}", None),
     (r"(.*?)(\d+)_flow\.flo", "{0}{1}_img{n}", None),                   # FlyingChairs
@@ -1009,9 +995,9 @@ FLOW_LAYOUTS = (    # path of a flow; of frames n and n + 1 (else 1 and 2), with
 
 class FlowPairs(torch.utils.data.Dataset):
     """Pairs of frames with the true flow between them. `root` holds, at any depth, Sintel,
-    FlyingChairs, FlyingThings3D or KITTI as unpacked, or your folders NAME/frame1.png frame2.png
-    flow.flo (or flow.png, of KITTI's kind). split: "train", "val" or "all"; KITTI, yours and Chairs
-    without FlyingChairs_train_val.txt have no splits: each is everything. [i] is
+    FlyingChairs or KITTI as unpacked, or your folders NAME/frame1.png frame2.png flow.flo (or
+    flow.png, of KITTI's kind). split: "train", "val" or "all"; KITTI, yours and Chairs without
+    FlyingChairs_train_val.txt have no splits: each is everything. [i] is
 
     frames    (2, H, W, 3)  uint8
     flow      (2, H, W)     float32, (x, y) in pixels, from the first frame on; 0 where unknown
@@ -1033,30 +1019,21 @@ class FlowPairs(torch.utils.data.Dataset):
             n = int(match.groupdict().get("n", 1))
             first = frame.format(*match.groups(), n=n)
             second = frame.format(*match.groups(), n=n + 1)
+            if first not in stems or second not in stems:
+                continue
             part = split
             if val:
                 part = "val" if re.search(val, flow) else "train"
             elif flow.endswith("_flow.flo") and len(chairs):
                 part = "train" if chairs[int(match[2]) - 1] == 1 else "val"
-            if first in stems and second in stems and split in (part, "all"):
+            if split in (part, "all"):
                 self.names.append(first.removesuffix("/frame1"))
                 self.items.append((flow, [stems[first], stems[second]]))
-        if not self.items:
-            raise ValueError(f"{root}: no flow with its two frames of split {split!r}: want NAME/"
-                             "frame1.png, frame2.png, flow.flo or a known data set as unpacked")
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        name, paths = self.items[i]
-        path = self.files[name]
-        frames = read_clip(paths)                                               # (2, H, W, 3)
-        with error_prefix(path):
+ith error_prefix(path):
             if path.endswith(".png"):
                 flow, valid = read_kitti_flow(path)
             else:
-                flow = read_pfm(path) if path.endswith(".pfm") else read_flo(path)
+                flow = read_flo(path)
                 valid = (abs(flow) <= 1e9).all(-1)                              # nan is not
             if frames.shape[1:3] != valid.shape:
                 raise ValueError(f"the flow is {valid.shape}, its frames {frames.shape[1:3]}")
@@ -1068,8 +1045,9 @@ class FlowPairs(torch.utils.data.Dataset):
 
 CAMVID = "sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist"
 CITYSCAPES = ("road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, "
-              "vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle")
-SEGMENTATION_LAYOUTS = (    # image without suffix, label; classes, first value, value ignored, names
+              "vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, "
+              "bicycle")
+SEGMENTATION_LAYOUTS = (    # image without suffix, label; classes, first and ignored values, names
     ("<split>/<name>", "{split}annot/{name}.png", 11, 0, 11, CAMVID),                   # SegNet's
     ("leftImg8bit/<split>/<name>_leftImg8bit", "gtFine/{split}/{name}_gtFine_labelTrainIds.png",
      19, 0, 255, CITYSCAPES),
@@ -1157,8 +1135,8 @@ class Segmentation(torch.utils.data.Dataset):
             raise ValueError(f"{label}: is {values.shape}, its image {picture.shape[:2]}")
         classes = table[values]                                 # (H, W)
         if classes.min() < 0:
-            raise ValueError(f"{label}: value {values[classes < 0].max()} is none of {self.num_classes}"
-                             f" classes, nor {self.ignore_index}: set --classes / --ignore-index")
+            raise ValueError(f"{label}: value {values[classes < 0].max()} is no class and not "
+                             f"{self.ignore_index}, to be ignored: set --classes / --ignore-index")
         return dict(image=picture, classes=classes)
 
 class Pickled:
@@ -1262,8 +1240,7 @@ class PointTracks(torch.utils.data.Dataset):
                 self.names += map(str, clips)
                 self.items += [(shard, read_tapvid, clip) for clip in clips.values()]
         if not self.items:
-            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz with rgb_00.jpg, ..., or "
-                             ".pkl files of TAP-Vid")
+            raise ValueError(f"{path}: no clip in it: want CLIP/tracks.npz or TAP-Vid's .pkl")
 
     def __len__(self):
         return len(self.items)
@@ -1417,22 +1394,21 @@ def show(source, path, videos=None):
     """Writes a picture: a scene with its truth, if it is one, and crops as in training."""
     import matplotlib.pyplot as plt
     plt.switch_backend("agg")
-    rows = []                               # of {title: image}
+    inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
+    scenes = SceneOptions(size=192, pan=12.0)
+    loader = make_loader(source, inputs, [range(3)], workers=0, videos=videos, scenes=scenes)
+    rows = [{}, {}, {}]                     # of {title: image}
+    for name, crops in next(iter(loader)).items():
+        for row, images in zip(rows, crops.flatten(1, -4)):
+            for n, image in enumerate(images):
+                row[f"{name} {n}"] = image.permute(1, 2, 0).clamp(0, 1)
     if source == "scenes":
         clip = Scenes(size=96, frames=2, pan=4.0, radius=(0.15, 0.3)).batch([0], truth=True)
         first, second = clip["video"][0].permute(0, 2, 3, 1)
-        rows.append({"frame 0": first, "frame 1": second, "flow, x": clip["flow"][0, 0, 0]})
+        u, v = clip["flow"][0, 0]
+        rows[0] = {"frame 0": first, "frame 1": second, "flow, x": u, "flow, y": v}
         rows[0] |= {name: clip[name][0, 0] for name in ("classes", "ids", "depth", "occluded")}
-    inputs = dict(frames=2, size=96, crops=dict(local_size=48, local_crops=2, blur=1.0))
-    scenes = SceneOptions(size=192, pan=12.0)
-    loader = make_loader(source, inputs, [range(4)], workers=0, videos=videos, scenes=scenes)
-    for motion, boxes, small in zip(*next(iter(loader)).values()):
-        row = {}
-        for t in range(2):
-            for name, crops in dict(motion=motion[t:t + 1], globals=boxes[t], local=small[t, :1]).items():
-                row |= {f"{name} {n}, frame {t}": x.permute(1, 2, 0) for n, x in enumerate(crops)}
-        rows.append(row)
-    figure, axes = plt.subplots(len(rows), 8, figsize=(12.4, 1.75 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(3, 10, figsize=(15.5, 5.2), layout="constrained")
     for row, line in zip(rows, axes):
         for (title, image), axis in zip(row.items(), line):
             axis.imshow(image)
