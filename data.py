@@ -1029,7 +1029,18 @@ class FlowPairs(torch.utils.data.Dataset):
             if split in (part, "all"):
                 self.names.append(first.removesuffix("/frame1"))
                 self.items.append((flow, [stems[first], stems[second]]))
-ith error_prefix(path):
+        if not self.items:
+            raise ValueError(f"{root}: no flow with its two frames of split {split!r}: want NAME/"
+                             "frame1.png, frame2.png, flow.flo or a known data set as unpacked")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        name, paths = self.items[i]
+        path = self.files[name]
+        frames = read_clip(paths)                                               # (2, H, W, 3)
+        with error_prefix(path):
             if path.endswith(".png"):
                 flow, valid = read_kitti_flow(path)
             else:

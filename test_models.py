@@ -1801,9 +1801,9 @@ def write_flow_layout(root, layout):
         if layout != "kitti":
             data.write_flo(file, flow)
             continue
-        pixels = np.stack([64 * flow[..., 0] + 2**15, 64 * flow[..., 1] + 2**15, flow[..., 0] < 9], -1)
+        pixels = np.full((4, 6, 3), [64 * k + 2**15, 64 * k + 2**15, 1], np.uint16)
         pixels[0] = 0
-        frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint16), format="rgb48le")
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le")
         encoder = av.CodecContext.create("png", "w")
         encoder.width, encoder.height, encoder.pix_fmt = 6, 4, "rgb48be"
         encoder.time_base = Fraction(1)
@@ -2218,14 +2218,15 @@ def test_linear_readout_finds_what_is_there_and_nothing_else():
 
 def test_midways_analyses_take_videos(checkpoints, tmp_path):
     video = encode(tmp_path / "clip.mp4", CONSTANT[:60], (64, 36), paint=texture)
-    truth = tmp_path / "truth.npz"
-    np.savez(truth, tracks=np.full((2, 60, 2), 20.0),
-             annotated=np.arange(60) % 7 == np.array([[0], [3]]))
+    truth = tmp_path / "truth.pkl"
+    occluded = np.arange(60) % 7 != np.array([[0], [3]])
+    truth.write_bytes(pickle.dumps([dict(video=np.zeros((60, 36, 64, 3), np.uint8),
+                                         points=np.full((2, 60, 2), 0.4), occluded=occluded)]))
     tables = []
     for task, *flags in (
             ["heatmap", "--at", 0.9, 0.1], ["heatmap", "--time", 0.5, "--gap", 0.2, 0.3],
             ["latents", "--gap", 0.1, 0.2], ["track", "--stride", 2],
-            ["track", "--tracks", truth, "--stride", 7]):
+            ["track", "--data", truth, "--stride", 7]):
         flags = ["--task", task, "--data", video, *FAST, *flags]
         tables.append(evaluated(checkpoints["midway"], tmp_path, *flags))
     assert iio.imread(tmp_path / "heatmap.gif", index=None).shape[0] == 8
@@ -2542,7 +2543,6 @@ def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path
     ("evil", "", "os"), ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
     ("melomotion", "--task flow", "choose from tables, figures"),
     ("midway", "--task identity-bias --data empty", "scenes"),
-    ("midway", "--task track --tracks points.npz", "--data"),
     ("midway", "--task segmentation --data empty", "empty"),
     ("midway", "--task segmentation --data nowhere", "nowhere"),
     ("midway", "--task segmentation --data wrong --classes 3 --batch-size 2", ".png"),
