@@ -521,11 +521,6 @@ def frames_from(reader, t):
         yield found
         t = found[1] + TINY
 
-def read_video(path):
-    """All frames of a video file, uint8 (T, H, W, 3)."""
-    reader = Reader(path)
-    return np.stack([reader.image(frame) for frame, _ in frames_from(reader, 0)])
-
 def read_frames(path, times):
     """The first frames at or after `times`, in seconds after the first frame; cheap if they ascend:
     (list of uint8 (H, W, 3) arrays, list of their true times). Raises ValueError if the file ends
@@ -731,7 +726,8 @@ def random_box(rng, height, width, scale):
 def move_box(rng, box, height, width):
     """A box moved by up to a third of its sides in any direction, as far as the frame goes; and how
     far that moves what it shows: (x, y) as shares of its sides."""
-    corner, sides = box[:2], box[2:]
+    corner = box[:2]
+    sides = box[2:]
     turn = rng.uniform(0, 2 * np.pi)
     move = rng.uniform(0, 1 / 3) * np.array([np.sin(turn), np.cos(turn)]) * sides
     moved = np.clip(np.rint(corner + move), 0, (height, width) - sides).astype(int)
@@ -870,7 +866,7 @@ class MultiCrop:
 
     def __call__(self, frames, rng):
         """Two frames (H, W, 3) uint8 of one size -> uint8 crops, and `params` for finish()."""
-        height, width = frames[0].shape[:2]
+        height, width, _ = frames[0].shape
         boxes, flips, params = self.draw(rng, height, width)
         sources = list(self.frames)
         out = dict(params=params)
@@ -881,11 +877,10 @@ class MultiCrop:
         for source, box, size, flip in zip(sources, boxes, self.sizes, flips):
             crops.append(crop_uint8(frames[source], box, size, flip))
         small = torch.stack(crops[6:]) if self.n else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
-        return out | dict(
-            motion=torch.stack(crops[:2]),
-            globals=torch.stack(crops[2:6]).unflatten(0, (2, 2)),
-            locals=small.unflatten(0, (2, self.n)),
-        )
+        out["motion"] = torch.stack(crops[:2])
+        out["globals"] = torch.stack(crops[2:6]).unflatten(0, (2, 2))
+        out["locals"] = small.unflatten(0, (2, self.n))
+        return out
 
     def finish(self, batch):
         """Colours: uint8 crops and their `params`, on the CPU -> float crops in [0, 1]."""
@@ -1072,10 +1067,9 @@ class Segmentation(torch.utils.data.Dataset):
     """Images with a class for each pixel. `root` is the folder of CamVid (SegNet's), Cityscapes
     (with labelTrainIds.png), BDD100K or ADE20K, or yours: images/train/ANY/NAME.jpg
     labels/train/ANY/NAME.png; without splits every fifth image by name is val, the rest train.
-
-    Labels are PNGs of one channel of at most 8 bits, or of a palette. split: "train", "val" or
-    "test". num_classes (2 at least) and ignore_index, the value of no class, are by default what
-    the data set says; yours: as many as the labels of all splits show, and 255. [i] is
+    Labels are PNGs of one channel of at most 8 bits, or of a palette. num_classes (2 at least) and
+    ignore_index, the value of no class, are by default what the data set says; yours: as many as
+    the labels of all splits show, and 255. [i] is
 
     image     (H, W, 3)  uint8
     classes   (H, W)     int64: 0 .. num_classes - 1, and 255 where ignored
@@ -1222,13 +1216,9 @@ def read_tapvid(clip):
     return point_clip(video, tracks[seen], visible, np.ones_like(visible), visible.argmax(1))
 
 class PointTracks(torch.utils.data.Dataset):
-    """Videos with the paths of points. `path` is
-
-        FOLDER/tracks.npz rgb_00.jpg ... depth_00.png ...       RGB-D clips at any depth, or one
-        tapvid_davis.pkl; FOLDER/0000_of_0010.pkl ...           TAP-Vid; of Kinetics all, or one
-
-    RGB-D: tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,);
-    depth of 16 bits in millimetres. TAP-Vid's points that are never visible are left out. [i] is
+    """Videos with the paths of points: `path` is a .pkl of TAP-Vid or a folder, at any depth, of
+    such and of RGB-D clips: rgb_00.jpg ..., depth_00.png ... (16 bits, millimetres), tracks.npz
+    with tracks (P, T, 2), status (P, T) of 0 visible, 1 hidden, 2 unknown, query_frame (P,). [i] is
 
     video          (T, H, W, 3)  uint8
     tracks         (T, P, 2)     float32, (x, y) in pixels, centres at integers; 0 unless visible
@@ -1237,7 +1227,7 @@ class PointTracks(torch.utils.data.Dataset):
     query_frames   (P,)          int64, where each point is given; of TAP-Vid where first visible
     depth          (T, H, W)     float32 in metres, 0 where not measured; only of clips that have it
 
-    `names` are those of the clips. RGB-D is read when asked for, a .pkl as a whole."""
+    `names` are those of the clips. TAP-Vid's points that are never visible are left out."""
     def __init__(self, path):
         rgbd = clip_folders(path, "tracks.npz")
         self.names = list(rgbd)
@@ -1286,17 +1276,13 @@ class BoxTracks(torch.utils.data.Dataset):
         return dict(video=read_clip(images.values()), boxes=boxes)
 
 # ---- loader --------------------------------------------------------------------------------------
-class SquareClip:
+def square_clip(frames, rng, size):
     """Frames (H, W, 3) -> `video` (T, 3, size, size) uint8: a random square of the short side."""
-    def __init__(self, size):
-        self.size = size
-
-    def __call__(self, frames, rng):
-        height, width = frames[0].shape[:2]
-        side = min(height, width)
-        top, left = (rng.uniform(size=2) * (height - side + 1, width - side + 1)).astype(int)
-        box = top, left, side, side
-        return {"video": torch.stack([crop_uint8(frame, box, self.size) for frame in frames])}
+    height, width, _ = frames[0].shape
+    side = min(height, width)
+    top, left = (rng.uniform(size=2) * (height - side + 1, width - side + 1)).astype(int)
+    box = top, left, side, side
+    return {"video": torch.stack([crop_uint8(frame, box, size) for frame in frames])}
 
 class Batches(torch.utils.data.Dataset):
     """A list of sample numbers in, their collated batch out: what DataLoader's workers run."""
@@ -1347,10 +1333,9 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     workers   processes that prepare batches; 0: in this one; -1: as many as there are cores for
               each process; none for squares; one for scenes on a CPU, which training keeps busy
     split     "train" or "eval": other clips; of videos other draws from the same files
-    scenes    SceneOptions, whose size counts only if there are crops; by default twice the model's
-    videos    VideoOptions;   colours, motion_colours: of MultiCrop
+    scenes    SceneOptions, by default of twice the model's size; without crops always of its size
     one_frame the first samples, so many, have motion crops of one frame, and `shift`
-    Raises FileNotFoundError or ValueError with what to do if the source can't be read."""
+    Raises FileNotFoundError or ValueError if the source can't be read."""
     if "squares" in inputs and source != "squares":
         raise ValueError(f"--data {source}: this model needs --data squares")
     if workers > 8 * cores():
@@ -1373,8 +1358,9 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
         options = options if crops else replace(options, size=size)
         dataset = Scenes(frames=frames, seed=seed, split=split, **asdict(options))
     else:
-        dataset = Videos(source, frames, seed=own_seed, transform=crops or SquareClip(size),
-                         **asdict(videos or VideoOptions()))
+        transform = crops or functools.partial(square_clip, size=size)
+        options = videos or VideoOptions()
+        dataset = Videos(source, frames, seed=own_seed, transform=transform, **asdict(options))
     return DeviceLoader(Batches(dataset, crops, own_seed, one_frame), device, crops,
                         num_workers=share if workers < 0 else workers,
                         batch_size=None, sampler=batches)

@@ -1989,7 +1989,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 <= args.overlap < 1:
         parser.error("--overlap must be 0 to below 1")
-    for name in ("data", "tracks", "out", "against"):
+    for name in ("data", "out", "against"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
 
