@@ -2036,13 +2036,6 @@ def test_box_tracks(tmp_path):
         with pytest.raises(ValueError, match="boxes_xyxy.txt: "):
             boxes[0]
 
-@pytest.mark.parametrize("dataset, name, kind", [
-    (data.PointTracks, "nowhere", FileNotFoundError), (data.PointTracks, "", ValueError),
-    (data.BoxTracks, "", ValueError)])
-def test_folders_without_clips_are_refused(tmp_path, dataset, name, kind):
-    with pytest.raises(kind, match=str(tmp_path / name)):
-        dataset(tmp_path / name)
-
 # ---- evaluation: every task runs -----------------------------------------------------------------
 TINY_MIDWAY = dict(size=16, patch=4, dim=16, depth=4, heads=2, levels=(1, 2, 4), drop_path=0.0,
                    motion_tokens=3, motion_dim=12, motion_depth=1, motion_heads=3, forward_depth=2,
