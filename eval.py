@@ -1192,12 +1192,10 @@ def track_clips(run):
     32 points, or two Nones if nothing is known."""
     args, S = run.args, run.cfg.size
     if run.on_scenes:
-        if args.tracks:
-            raise UserError(f"--tracks {args.tracks}: give the video that it is of as --data")
         batch = run.truth(run.scenes("eval", 8), range(16), points=8)
         yield from zip(batch["video"], batch["tracks"], batch["visible"])
-    elif args.tracks or args.data.endswith(".pkl") or any(Path(args.data).rglob("tracks.npz")):
-        source = data.PointTracks(args.tracks or args.data, args.data if args.tracks else None)
+    elif args.data.endswith(".pkl") or any(Path(args.data).rglob("tracks.npz")):
+        source = data.PointTracks(args.data)
         for item in (source[i] for i in range(len(source))):
             clip = square_clip(item, S, args.device)
             clip = {name: x[::args.stride or 1] for name, x in clip.items()}
@@ -1984,14 +1982,13 @@ def parse(argv):
     add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: where, from 0 to 1")
     add("--time", type=float, help="heatmap: seconds at which the pair of a video begins")
     add("--against", default="", help="identity-bias: another Midway, such as one without gating")
-    add("--tracks", default="", help="track: .npz with true tracks of the video in --data")
     add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between frames [0.5 1]")
     add("--stride", type=int, default=0,
         help="videos: source frames from frame to frame of a clip [1; track without tracks: 6]")
     args = parser.parse_args(argv)
     if not 0 <= args.overlap < 1:
         parser.error("--overlap must be 0 to below 1")
-    for name in ("data", "tracks", "out", "against"):
+    for name in ("data", "out", "against"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
 
