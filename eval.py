@@ -5,7 +5,6 @@ A checkpoint in, tables and pictures out.
     python eval.py out/midway-tiny --task segmentation --data PATH/TO/LABELLED
     python eval.py PATH/midway-bdd-vit-s-ep300.pth --task heatmap --data clip.mp4
 
-model       task            what it tells
 midway      latents         do the motion latents carry motion: latents.gif
             heatmap         where the forward model takes a token (Fig. 6): heatmap.png, .gif
             identity-bias   how often that is where the token came from
@@ -21,8 +20,8 @@ melomotion  tables          the report's tables beside ours, with the controls t
 
 Beside each readout stand the same readout on random weights, and what needs no model. --data is
 `scenes`, a labelled data set as data.py knows them or, for heatmap, latents, track, tokens and
-unroll, videos. Of data sets without a split the last third of the clips is for the test; with
-nothing to train on, scenes serve. Tables and pictures go to the checkpoint's folder, or to --out.
+unroll, videos. Of clips without a split the last third is for the test; with nothing to train on,
+scenes serve. Tables and pictures go to the checkpoint's folder, or to --out.
 """
 import argparse
 import importlib
@@ -49,13 +48,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import data
 import midway
 import moog
 import train
-from melomotion import POOLINGS, Config, FlowBaseline, MeloMotion, place, position_loss, warp
+from melomotion import Config, FlowBaseline, MeloMotion, place, position_loss, warp
 from moog import psnr       # one of the metrics, for whoever imports this file
 from train import UserError
 
@@ -97,35 +97,36 @@ class Run:
         torch.manual_seed(self.args.seed + 1)
         return type(self.model)(self.cfg).to(self.args.device).eval()
 
-    def scene_options(self, frames=2):
-        """Those of the checkpoint's training, else of preset tiny's, at the model's size. Longer
+    def scenes(self, split="eval", frames=2, **changes):
+        """Scenes as in the checkpoint's training, else as preset tiny's, of the model's size. Longer
         clips than training's move no farther in all: their sprites stay in sight."""
         recipes = sys.modules[type(self.model).__module__].RECIPES
-        options = data.SceneOptions(**(self.config.get("scenes") or recipes["tiny"]["scenes"]))
+        options = dict(self.config.get("scenes") or recipes["tiny"]["scenes"])
         slower = min(1.0, getattr(self.cfg, "frames", 2) / frames)
-        speed = slower * options.speed
-        return replace(options, size=self.cfg.size, speed=speed, pan=slower * options.pan)
-
-    def scenes(self, split="eval", frames=2, **changes):
-        options = replace(self.scene_options(frames), **changes)
-        return data.Scenes(frames, self.args.seed, split, **vars(options))
+        options["size"] = self.cfg.size
+        options["speed"] *= slower
+        options["pan"] *= slower
+        return data.Scenes(frames, self.args.seed, split, **options | changes)
 
     def truth(self, scenes, numbers, points=1):
         """Clips of scenes with all that data.Scenes knows of them, on the run's device."""
         parts = []
         for i in range(0, len(numbers), 16):                    # few at a time: memory
             parts.append(scenes.batch(numbers[i:i + 16], truth=True, points=points))
-        return {name: x.to(self.args.device) for name, x in joined(parts).items()}
+        return to_device(joined(parts), self.args.device)
 
     def clips(self, frames, count, stride=1):
         """Held-out clips (count, frames, 3, S, S) in [0, 1] of --data."""
         args = self.args
         numbers = [range(i, min(i + 8, count)) for i in range(0, count, 8)]
-        loader = data.make_loader(
-            args.data, dict(frames=frames, size=self.cfg.size), numbers, args.device, args.seed,
-            workers=0, split="eval", scenes=self.scene_options(frames),
-            videos=data.VideoOptions(gap=tuple(args.gap), repeat=1, stride=stride))
-        return moog.as_float(joined(list(loader))["video"])
+        if self.on_scenes:
+            batches = map(self.scenes(frames=frames).batch, numbers)
+        else:
+            videos = data.VideoOptions(gap=tuple(args.gap), repeat=1, stride=stride)
+            inputs = dict(frames=frames, size=self.cfg.size)
+            batches = data.make_loader(args.data, inputs, numbers, seed=args.seed, workers=0,
+                                       split="eval", videos=videos)
+        return moog.as_float(joined(list(batches))["video"]).to(args.device)
 
     def table(self, title, columns, rows):
         """Rows are a name and its cells: text, numbers, or lists of numbers, one for each seed."""
@@ -135,9 +136,8 @@ class Run:
             lines.append([show(cell) for cell in row])
         widths = [max(map(len, column)) for column in zip(*lines)]
         tqdm.write(f"\n{title}")
-        for name, *cells in lines:
-            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-            tqdm.write("  ".join([name.ljust(widths[0]), *aligned]))
+        for line in lines:
+            tqdm.write("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
 
     def picture(self, figure, name):
         figure.savefig(self.out / name, dpi=110)
@@ -155,14 +155,17 @@ def joined(batches):
     """Batches of tensors as one."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
+def to_device(batch, device):
+    return {name: x.to(device) for name, x in batch.items()}
+
 def show(cell):
     """A table's cell as text; of a list mean ± standard deviation."""
     if isinstance(cell, list):
         lost = sum(not math.isfinite(x) for x in cell)
         if lost:
             return f"diverged, {lost} of {len(cell)}"
-        mean = show(statistics.fmean(cell))
-        return f"{mean} ± {show(statistics.stdev(cell))}" if len(set(cell)) > 1 else mean
+        spread = f" ± {show(statistics.stdev(cell))}" if len(set(cell)) > 1 else ""
+        return show(statistics.fmean(cell)) + spread
     if isinstance(cell, float):
         return f"{cell:.1e}" if 0 < abs(cell) < 1e-3 else f"{cell:.3g}"
     return f"{cell:,}" if isinstance(cell, int) else cell
@@ -173,18 +176,17 @@ def as_images(video):
 
 def image_grid(rows, columns=(), width=1.4, note=""):
     """A figure of images (H, W, 3) in rows (label, images), a note below; and its axes."""
-    most = max(len(images) for _, images in rows)
+    most = len(rows[0][1])
     H, W = rows[0][1][0].shape[:2]
     size = (width * most + 0.3, width * H / W * len(rows) + 0.55)
     figure, axes = plt.subplots(len(rows), most, squeeze=False, layout="constrained", figsize=size)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     figure.supxlabel(note, fontsize=9)
     for axis, title in zip(axes[0], columns):
         axis.set_title(title, fontsize=9)
     for (label, images), line in zip(rows, axes):
         line[0].set_ylabel(label, fontsize=9)
         for axis, image in zip(line, images):
-            axis.imshow(image, interpolation="nearest" if H < 100 else None)
+            axis.imshow(image)
             axis.set(xticks=[], yticks=[], autoscale_on=False)
     return figure, axes
 
@@ -335,7 +337,6 @@ class Task:
         train_batches(steps)            yields batches;     test_batch(i) -> batch
         head(model) -> readout;         features(model, batch) -> what it sees
         loss(prediction, batch);        measure(prediction, batch) -> {name: tensor}, to be joined
-        image(batch) -> one to draw;    mark(axis, prediction or None for the truth, batch) draws
     """
     lr = 1e-3
 
@@ -365,16 +366,8 @@ class Task:
         """{row of the table: number}"""
         return {name: x.nanmean().item() for name, x in measured.items()}
 
-    def draw(self, shown):
-        """A figure of some test batches with their predictions, [(batch, {name: prediction})]."""
-        names = ["image", "truth", *shown[0][1]]
-        rows = [("", [self.image(batch)] * len(names)) for batch, _ in shown]
-        figure, axes = image_grid(rows, names, width=2.0)
-        for line, (batch, predictions) in zip(axes, shown):
-            self.mark(line[1], None, batch)
-            for axis, prediction in zip(line[2:], predictions.values()):
-                self.mark(axis, prediction, batch)
-        return figure
+    def paint(self, prediction, batch):
+        """An image (H, W, 3) of the batch's first prediction, of the truth if that is None."""
 
 def train_readout(task, model, name):
     """AdamW on the readout, and with --finetune on a copy of the model at a tenth of its learning
@@ -413,7 +406,6 @@ def probe(run, task):
     trained = {name: train_readout(task, model, name) for name, model in task.models().items()}
     measured = {}
     shown = []
-    picked = np.linspace(0, task.tests - 1, 4).round()
     for i in tqdm(range(task.tests), f"{task.name}, test", **BAR):
         batch = task.test_batch(i)
         with torch.no_grad():
@@ -421,13 +413,16 @@ def probe(run, task):
             predictions |= task.baselines(batch)
         for name, prediction in predictions.items():
             measured.setdefault(name, []).append(task.measure(prediction, batch))
-        if i in picked:
-            shown.append((batch, predictions))
+        images = [task.paint(prediction, batch) for prediction in (None, *predictions.values())]
+        if i % math.ceil(task.tests / 4) == 0 and images[0] is not None:
+            shown.append(("", [as_images(batch[task.frames][0, 0]), *images]))
     scores = {name: task.score(joined(parts)) for name, parts in measured.items()}
     rows = [[row, *(score[row] for score in scores.values())] for row in scores[name]]
     how = "finetuned" if run.args.finetune else "frozen features"
     run.table(f"{task.title}; {how}, {run.args.steps or task.steps} steps", list(scores), rows)
-    run.picture(task.draw(shown), f"{task.name}.png")
+    if shown:
+        figure, _ = image_grid(shown, ["image", "truth", *predictions], 2.0)
+        run.picture(figure, f"{task.name}.png")
 
 # ---- heads of the readouts -----------------------------------------------------------------------
 def conv_bn(ins, outs, size=3):
@@ -530,22 +525,17 @@ def tile_offsets(length, window, overlap):
 def tiled_flow(predict, frames, window, overlap):
     """Flow (2, H, W) of frames (2, 3, H, W) in [0, 1]: means of overlapping tiles, weighted by
     their confidence. predict(tiles (B, 2, 3, S, S)) -> flow (B, 2, S, S), confidence (B, S, S), S =
-    window. Images smaller than a tile are enlarged first."""
+    window, at most H and W."""
     H, W = frames.shape[-2:]
-    h = max(H, window)
-    w = max(W, window)
-    if (h, w) != (H, W):
-        frames = F.interpolate(frames, (h, w), mode="bicubic").clamp(0, 1)
-    total = torch.zeros(3, h, w, device=frames.device)
-    for y in tile_offsets(h, window, overlap):
-        columns = tile_offsets(w, window, overlap)
+    total = torch.zeros(3, H, W, device=frames.device)
+    for y in tile_offsets(H, window, overlap):
+        columns = tile_offsets(W, window, overlap)
         tiles = torch.stack([frames[..., y:y + window, x:x + window] for x in columns])
         flow, confidence = predict(tiles)
         weight = torch.exp(-20 * (torch.sigmoid(confidence / 5) - 0.5))[:, None]    # small d: sure
         for x, part in zip(columns, torch.cat([weight * flow, weight], 1)):
             total[:, y:y + window, x:x + window] += part
-    scale = torch.tensor([W / w, H / h], device=frames.device).view(2, 1, 1)
-    return resized((total[:2] / total[2])[None], (H, W))[0] * scale
+    return total[:2] / total[2]
 
 # ---- Midway: segmentation and flow ---------------------------------------------------------------
 class ImageTask(Task):
@@ -554,8 +544,9 @@ class ImageTask(Task):
     data set. A subclass sets `size` of the crops, `scenes`, {split: data.Scenes}, and `training`
     and `testing`, data sets, or None, and has
         from_scenes(clips) -> batch;    read(sample) -> the same, a single one, of a data set
-        side(H, W, rng) -> of a random crop;    paint(prediction or None, batch) -> (H, W, 3)
+        side(H, W, rng) -> of a random crop
     """
+    frames = "image"                                    # in a batch
     training = testing = None
     many = 1                                            # scenes of a test batch
 
@@ -573,14 +564,10 @@ class ImageTask(Task):
         top = int(rng.integers(H - side + 1))
         left = int(rng.integers(W - side + 1))
         nearest = ((torch.arange(self.size) + 0.5) * side / self.size).long()
-        out = {}
-        for name, x in sample.items():
-            x = x[..., top:top + side, left:left + side]
-            if name == "image":
-                x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
-            else:
-                x = x[..., nearest[:, None], nearest]
-            out[name] = x
+        cut = {name: x[..., top:top + side, left:left + side] for name, x in sample.items()}
+        image = F.interpolate(cut.pop("image"), self.size, mode="bilinear", antialias=True)
+        out = {name: x[..., nearest[:, None], nearest] for name, x in cut.items()}
+        out["image"] = image
         if "flow" in out:
             out["flow"] = out["flow"] * (self.size / side)
         if rng.random() < 0.5:
@@ -597,22 +584,13 @@ class ImageTask(Task):
                     yield self.scene_batch("train", range(i, i + n))
                 else:
                     samples = threads.map(self.crop, range(i, i + n))
-                    yield self.to_device(torch.utils.data.default_collate(list(samples)))
+                    yield to_device(default_collate(list(samples)), self.args.device)
 
     def test_batch(self, i):
         if self.testing is None:
             return self.scene_batch("eval", range(self.many * i, self.many * (i + 1)))
         sample = self.read(self.testing[i])
-        return self.to_device({name: x[None] for name, x in sample.items()})
-
-    def to_device(self, batch):
-        return {name: x.to(self.args.device) for name, x in batch.items()}
-
-    def image(self, batch):
-        return as_images(batch["image"][0, 0])
-
-    def mark(self, axis, prediction, batch):
-        axis.imshow(self.paint(prediction, batch), extent=axis.images[0].get_extent())
+        return to_device({name: x[None] for name, x in sample.items()}, self.args.device)
 
     def as_maps(self, levels, images):
         """Tokens (B, L, C) of images (B, ..., H, W) -> maps (B, C, h, w). CLS is dropped."""
@@ -737,7 +715,7 @@ class Flow(ImageTask):
     def prepare(self):
         run = self.run
         self.size = run.cfg.size
-        pan = run.scene_options().pan / 2
+        pan = run.scenes().options.pan / 2
         moving = dict(sprites=4, speed=pan, pan=pan, zoom=0.02, roll=0.02)
         self.scenes = dict(train=run.scenes("train", **moving),
                            eval=run.scenes("eval", size=2 * self.size, **moving))
@@ -909,9 +887,9 @@ def ridge(x, y, tests):
         a = x[:train]
         gram = a @ a.T + strength * x.shape[1] * torch.eye(train)
         predicted = x[train:test] @ (a.T @ torch.linalg.solve(gram, y[:train]))
-        error = (predicted - y[train:test]).square().sum()
-        spread = (y[train:test] - y[:train].mean(0)).square().sum()
-        return 1 - (error / spread).item(), predicted
+        truth = y[train:test]
+        error = (predicted - truth).square().sum() / (truth - y[:train].mean(0)).square().sum()
+        return 1 - error.item(), predicted
 
     scores = {s: score(n * 3 // 4, n, s)[0] for s in (1e-2, 1e-1, 1, 10, 100)}
     return score(n, len(x), max(scores, key=scores.get))
@@ -939,6 +917,7 @@ def latents(run, tests=256, fits=1024):
                         run.truth(run.scenes("eval"), range(tests))])
         video = clips["video"]
         flow = clips["flow"][:, 0].mean((2, 3))                             # (n, 2)
+        colours = video[:, 1].mean((2, 3))                                  # (n, 3)
         motion = flow[-tests:]
     else:
         video = run.clips(2, tests)
@@ -946,18 +925,15 @@ def latents(run, tests=256, fits=1024):
     readings = []                               # what the latents say of the camera's motion
     for who, model in (("", run.model), ("random init, ", run.untrained)):
         copies = model.features(video[-tests:, 0], teacher=True)
-        parts = [model.predict(*some.unbind(1)) for some in video.split(64)]
-        for name, i, *same in zip(names, model.predicted, *parts):
-            latent = torch.cat([level.m for level in same])                 # (n, K, d)
-            v, target = (torch.cat(x)[-tests:] for x in zip(*((p.v, p.target) for p in same)))
-            m = latent[-tests:]
+        for name, i, level in zip(names, model.predicted, model.predict(*video.unbind(1))):
+            m, v, target = (x[-tests:] for x in (level.m, level.v, level.target))
             row = latent_errors(model, i, m, v, target, motion)
             row["copying"] = midway.prediction_loss(copies[i], target).item()
             row["variance of m"] = m.var(0).mean().item()
             if run.on_scenes:
-                found, reading = ridge(latent.flatten(1), flow, tests)
-                row["R2 of the camera's motion"] = found
-                row["R2 of colours"], _ = ridge(latent.flatten(1), video[:, 1].mean((2, 3)), tests)
+                m = level.m.flatten(1)
+                row["R2 of the camera's motion"], reading = ridge(m, flow, tests)
+                row["R2 of colours"], _ = ridge(m, colours, tests)
                 readings.append(reading)
             rows.append([who + name, *row.values()])
     run.table(f"motion latents of {tests} pairs: 2 - 2 cos of the prediction with latents that are "
@@ -992,26 +968,22 @@ def identity_bias(run):
     models["random init"] = run.untrained
     pairs, token, truth = moving_tokens(run, 128, scenes=256)
     grid = run.cfg.size // run.cfg.patch
-    peaks = {}
+    peaks = {"anywhere, by chance": torch.arange(grid * grid, device=token.device)[:, None]}
     for name, model in models.items():
-        gates = "gated" if model.cfg.gating else "not gated"
-        heats = heatmaps(run, model, pairs, token)
-        for level, heat in zip(level_names(model), heats):
-            peaks[f"{name} ({gates}), {level}"] = heat.argmax(1)
-    peaks["anywhere, by chance"] = torch.arange(grid * grid, device=token.device)[:, None]
+        for level, heat in zip(level_names(model), heatmaps(run, model, pairs, token)):
+            peaks[f"{name}, {level}"] = heat.argmax(1)
     rows = []
     for name, peak in peaks.items():
         off = (yx(peak, grid) - truth).norm(dim=-1)
         stay = (yx(peak, grid) - yx(token, grid)).norm(dim=-1)
-        shares = [(stay < off).float().mean().item(), (off <= 1).float().mean().item()]
-        rows.append([name, *shares, off.mean().item()])
+        rows.append([name, (stay < off).float().mean().item(), off.mean().item()])
     run.table(f"identity bias: where the heatmaps of {len(token)} moving tokens peak, scenes",
-              ["nearer to the source", "within 1 patch of truth", "patches from truth"], rows)
+              ["nearer to the source", "patches from truth"], rows)
 
 def changed_tokens(model, pairs, count):
     """our choice of what to look at in videos: the tokens (n, count) of sources that differ most
     from those at their place in the target."""
-    z, zt = (model.features(pairs[:, t])[-1][:, 1:] for t in (0, 1))
+    z, zt = (model.features(x)[-1][:, 1:] for x in pairs.unbind(1))
     return F.cosine_similarity(z, zt, dim=-1).topk(count, largest=False).indices
 
 def model_view(frame):
@@ -1023,31 +995,33 @@ def model_view(frame):
 def look(run, frames, token=None, truth=None):
     """Fig. 6 for pairs of frames [(source, target)], (H, W, 3) uint8: a figure with a row for each,
     the tokens (n,) that were changed (if not given, those at --at, or that differ most), and
-    heatmaps."""
+    heatmaps. The model's view is framed in white, the token in green; crosses tell the truth."""
     grid = run.cfg.size // run.cfg.patch
     views = [data.crop_uint8(x, model_view(x), run.cfg.size) / 255 for pair in frames for x in pair]
     pairs = torch.stack(views).unflatten(0, (-1, 2)).to(run.args.device)
+    if token is None:
+        token = changed_tokens(run.model, pairs, 1)[:, 0]
     if run.args.at:
         x, y = (min(int(share * grid), grid - 1) for share in run.args.at)
-        token = torch.full((len(pairs),), y * grid + x, device=pairs.device)
-    elif token is None:
-        token = changed_tokens(run.model, pairs, 1)[:, 0]
+        token = torch.full_like(token, y * grid + x)
+        truth = None
     heats = heatmaps(run, run.model, pairs, token)
     rows = [("", [source, target] + [target] * len(heats)) for source, target in frames]
     names = ["source", "target", *(f"heatmap, {name}" for name in level_names(run.model))]
     figure, axes = image_grid(rows, names, width=1.9)
     for b, line in enumerate(axes):
-        H, W = grid * np.array(frames[b][0].shape[:2]) / min(frames[b][0].shape[:2])
-        left = (grid - W) / 2                           # in patches of the model's view
-        top = (grid - H) / 2
+        H, W, _ = frames[b][0].shape
+        h = H / min(H, W) * grid / 2                    # half the frame's sides, in patches
+        w = W / min(H, W) * grid / 2
+        middle = grid / 2
         y, x = yx(token[b], grid).tolist()
         for axis in line:
-            axis.images[0].set_extent((left, left + W, top + H, top))
-            axis.set(xlim=(left, left + W), ylim=(top + H, top))
+            axis.images[0].set_extent((middle - w, middle + w, middle + h, middle - h))
+            axis.set(xlim=(middle - w, middle + w), ylim=(middle + h, middle - h))
             axis.add_patch(plt.Rectangle((0, 0), grid, grid, fill=False, color="white"))
             axis.add_patch(plt.Rectangle((x, y), 1, 1, fill=False, color="lime", lw=1.5))
         for axis, heat in zip(line[2:], heats):
-            heat = (heat[b] / heat[b].max().clamp(min=1e-9)).clamp(0, 1).view(grid, grid).cpu()
+            heat = F.relu(heat[b] / heat[b].max()).view(grid, grid).cpu()
             axis.imshow(heat, "inferno", alpha=0.15 + 0.7 * heat, interpolation="bilinear",
                         extent=(0, grid, grid, 0))
             if truth is not None:
@@ -1062,7 +1036,6 @@ def heatmap(run):
     token = truth = None
     if run.on_scenes:
         pairs, token, truth = moving_tokens(run, 6, scenes=32)
-        truth = None if args.at else truth
         frames = np.uint8(255 * as_images(pairs))
     elif args.time is not None:
         frames = [data.read_frames(args.data, [args.time, args.time + args.gap[0]])[0]]
@@ -1072,11 +1045,9 @@ def heatmap(run):
         frames = [videos[i] for i in range(6)]
     figure, token, heats = look(run, frames, token, truth)
     run.picture(figure, "heatmap.png")
-    source = yx(token, run.cfg.size // run.cfg.patch)
-    off = []
-    for heat in heats:
-        peak = yx(heat.argmax(1), run.cfg.size // run.cfg.patch)
-        off.append((peak - source).norm(dim=1).mean().item())
+    grid = run.cfg.size // run.cfg.patch
+    off = [yx(heat.argmax(1), grid) - yx(token, grid) for heat in heats]
+    off = [x.norm(dim=1).mean().item() for x in off]
     run.table(f"heatmap.png, mean of {len(token)}, in patches", names,
               [["distance of the peak from the source (0: identity)", *off]])
     first, *later = np.uint8(255 * as_images(run.clips(9, 1)[0]))
@@ -1108,22 +1079,22 @@ def follow_tokens(model, clip, start, draws=32, seed=0):
     return tokens
 
 def track_clips(run):
-    """Videos (T, 3, S, S) to track in, with tracks (T, P, 2) in pixels and visible (T, P) of points
-    that are visible in the first frame, or two Nones if nothing is known."""
+    """Videos (T, 3, S, S) to track in, with tracks (T, P, 2) in pixels of points that are seen in
+    the first frame, nan where they are hidden, or None if nothing is known."""
     args = run.args
     if run.on_scenes:
         batch = run.truth(run.scenes("eval", 8), range(16), points=8)
-        yield from zip(batch["video"], batch["tracks"], batch["visible"])
     elif args.tracks:
-        [item] = data.PointTracks(args.tracks, args.data)
-        clip = square_clip(item, run.cfg.size, args.device)
-        first = clip["visible"].int().argmax(0).min()
-        points = clip["visible"][first].nonzero()[:, 0]
-        tracks = clip["tracks"][first:, points] * run.cfg.size - 0.5
-        yield clip["video"][first:] / 255, tracks, clip["visible"][first:, points]
+        clip = square_clip(data.PointTracks(args.tracks, args.data)[0], run.cfg.size, args.device)
+        first = clip["visible"].any(1).int().argmax()
+        clip = {name: clip[name][first:] for name in ("video", "tracks", "visible")}
+        seen = clip["visible"][0]
+        batch = dict(video=clip["video"][None] / 255, visible=clip["visible"][None, :, seen],
+                     tracks=clip["tracks"][None, :, seen] * run.cfg.size - 0.5)
     else:
-        for video in run.clips(8, 3, stride=6):                 # of 30 frames per second: 0.2 s
-            yield video, None, None
+        return [(video, None) for video in run.clips(8, 3, stride=6)]       # of 30 a second: 0.2 s
+    hidden = ~batch["visible"][..., None]
+    return list(zip(batch["video"], batch["tracks"].masked_fill(hidden, math.nan)))
 
 @torch.no_grad()
 def track(run):
@@ -1133,42 +1104,32 @@ def track(run):
     grid = run.cfg.size // p
     off = {}
     shown = []
-    for video, tracks, visible in tqdm(track_clips(run), "track", **BAR):
+    for video, tracks in tqdm(track_clips(run), "track", **BAR):
         if tracks is None:
             start = changed_tokens(run.model, video[None, [0, -1]], 4)[0]
         else:
-            truth = ((tracks + 0.5) / p - 0.5).flip(-1)                     # rows and columns
-            y, x = truth[0].round().clamp(0, grid - 1).long().unbind(-1)
+            x, y = ((tracks[0] + 0.5) / p).long().clamp(0, grid - 1).unbind(-1)
             start = y * grid + x
         both = yx(follow_tokens(run.model, video, start, DRAWS, run.args.seed), grid)
+        both = ((both + 0.5) * p - 0.5).flip(-1)                            # pixels, x and y
         ways = {"heatmap and features": both[0], "features alone": both[1]}
-        drawn = [(way, torch.ones_like(way[..., 0]).bool()) for way in both]
         if tracks is not None:
-            drawn.append((truth, visible))
-            ways["stays put"] = yx(start, grid).expand_as(truth)
-            for name, way in ways.items():
-                away = (way - truth).norm(dim=-1)[1:][visible[1:]]
-                off.setdefault(name, []).append(away)
-        shown.append((as_images(video[-1]), drawn))
-    rows = [("", [image] * len(drawn)) for image, drawn in shown[:4]]
-    figure, axes = image_grid(rows, ["heatmap and features", "features alone", "truth"], width=2.2)
-    for line, (_, drawn) in zip(axes, shown):
-        for axis, (way, on) in zip(line, drawn):
-            draw_tracks(axis, ((way + 0.5) * p - 0.5).flip(-1), on, on)
+            still = both[0, :1].expand_as(tracks)
+            for name, way in (ways | {"stays put": still}).items():
+                off.setdefault(name, []).append((way - tracks)[1:].norm(dim=-1).flatten() / p)
+            ways["truth"] = tracks
+        shown.append((as_images(video[-1]), ways))
+    rows = [("", [image] * len(ways)) for image, ways in shown[:4]]
+    figure, axes = image_grid(rows, list(ways), width=2.2)
+    for line, (_, ways) in zip(axes, shown):
+        for axis, way in zip(line, ways.values()):
+            x, y = way[:, :5].cpu().unbind(-1)                              # of five points
+            axis.plot(x, y, "o-", markevery=[len(x) - 1])
     run.picture(figure, "track.png")
     if off:
-        off = {name: torch.cat(parts) for name, parts in off.items()}
+        rows = [[name, torch.cat(parts).nanmean().item()] for name, parts in off.items()]
         run.table(f"tracks: mean distance from the truth, patches of {p} pixels, {grid} x {grid}",
-                  ["patches"], [[name, away.mean().item()] for name, away in off.items()])
-
-def draw_tracks(axis, xy, on, seen):
-    """The ways of up to 5 points (T, P, 2) in pixels, where they are on (T, P); the end is hollow
-    if the point is said to be hidden, not seen (T, P)."""
-    x, y = xy.masked_fill(~on[..., None], math.nan).cpu().unbind(-1)
-    for k in range(min(x.shape[1], 5)):
-        color = f"C{k}"
-        axis.plot(x[:, k], y[:, k], color=color)
-        axis.plot(x[-1, k], y[-1, k], "o", color=color, mfc=color if seen[-1, k] else "none")
+                  ["patches"], rows)
 
 # ---- MooG: points, boxes, depth ------------------------------------------------------------------
 POOL = 1024         # our choice: clips that readouts learn from
@@ -1181,7 +1142,7 @@ def square_clip(item, size, device):
     size, as in TAP-Vid, (T, 3, S, S) uint8; tracks (T, P, 2) and boxes y1 x1 y2 x2 (T, K, 4), cut
     off at the rim, as shares of the frame; `inside` (T, K): more than half of a box is in it; depth
     (T, S, S)."""
-    clip = {name: torch.as_tensor(x).to(device) for name, x in item.items()}
+    clip = to_device({name: torch.as_tensor(x) for name, x in item.items()}, device)
     T, H, W, _ = clip["video"].shape
     sides = torch.tensor([W, H], device=device)
     video = clip["video"].movedim(-1, 1)
@@ -1220,14 +1181,15 @@ def scene_clips(run, split, count):
     clips = []
     for i in tqdm(range(count), f"clips, {split}", **BAR):
         number = 10**6 + i                  # far from those that small presets learn from
-        item = {name: x[0] for name, x in scenes.batch([number], True, 8 * POINTS).items()}
-        x, y = item["tracks"][0].long().unbind(-1)
-        sprite = item["ids"][0, y, x] > 0                                   # (P,)
+        scene = {name: x[0] for name, x in scenes.batch([number], True, 8 * POINTS).items()}
+        x, y = scene["tracks"][0].long().unbind(-1)
+        sprite = scene["ids"][0, y, x] > 0                                  # (P,)
         chosen = sprite if sprite.any() else ~sprite
-        visible = item["visible"][:, chosen]
-        clip = dict(video=(255 * item["video"]).round().byte().movedim(1, -1), depth=item["depth"],
-                    boxes=item["boxes"], tracks=item["tracks"][:, chosen], visible=visible,
-                    valid=torch.ones_like(visible))
+        clip = {name: scene[name] for name in ("depth", "boxes")}
+        clip["video"] = (255 * scene["video"]).round().byte().movedim(1, -1)
+        clip["tracks"] = scene["tracks"][:, chosen]
+        clip["visible"] = scene["visible"][:, chosen]
+        clip["valid"] = torch.ones_like(clip["visible"])
         clip = square_clip(clip, run.cfg.size, run.args.device)
         clips.append(random_window(clip, scenes.frames, generator))
     return clips
@@ -1243,6 +1205,7 @@ class ClipTask(Task):
     """Readouts of MooG learn from a pool of clips, whose frozen features are kept."""
     steps = 800
     lr = 3e-3
+    frames = "video"                        # in a batch
     wanted = ""                             # what the clips must hold
 
     def prepare(self):
@@ -1250,14 +1213,12 @@ class ClipTask(Task):
             self.title = f"{self.name} in held-out scenes"
             self.pool, self.features_of, self.testing = scene_pool(self.run)    # serves all tasks
         else:
-            self.title = f"{self.name}, last third of the clips (of one shot: scenes seen before)"
             self.features_of = {}
-            self.pool, self.testing = self.real_data()
+            self.read_clips(self.run)
         self.tests = len(self.testing)
 
-    def real_data(self):
+    def read_clips(self, run):
         """The last third of the clips, at least one, is for the test; scenes if none is left."""
-        run = self.run
         items = (data.BoxTracks if self.wanted == "boxes" else data.PointTracks)(run.args.data)
         clips = [square_clip(item, run.cfg.size, run.args.device) for item in items]
         tests = max(len(clips) // 3, 1)
@@ -1265,16 +1226,16 @@ class ClipTask(Task):
         if self.wanted not in clips[0] or self.wanted == "depth" and not learnt:
             raise UserError(f"--data {run.args.data}: --task {self.name} wants clips with "
                             f"{self.wanted}; of depth, two or more")
-        where = f"{len(learnt)} clips" if learnt else "scenes"
-        names = ", ".join(items.names[-tests:])
-        tqdm.write(f"\n{run.args.data}: trained on {where}, tested on {names}")
-        frames = min([max(run.cfg.frames, FRAMES), *(len(clip["video"]) for clip in learnt)])
         generator = torch.Generator().manual_seed(run.args.seed)
+        frames = min([max(run.cfg.frames, FRAMES), *(len(clip["video"]) for clip in learnt)])
         windows = []
         for i in range(POOL // 4 if learnt else 0):
             windows.append(random_window(learnt[i % len(learnt)], frames, generator))
-        pool = joined(windows or scene_clips(run, "train", POOL))
-        return pool, [{name: x[None] for name, x in clip.items()} for clip in clips[-tests:]]
+        self.pool = joined(windows or scene_clips(run, "train", POOL))
+        self.testing = [{name: x[None] for name, x in clip.items()} for clip in clips[-tests:]]
+        where = f"{len(learnt)} clips" if learnt else "scenes"
+        self.title = (f"{self.name}; trained on {where}, tested on the last third (of one shot: "
+                      f"scenes seen before), {', '.join(items.names[-tests:])}")
 
     def train_batches(self, steps):
         generator = torch.Generator().manual_seed(self.args.seed)
@@ -1304,9 +1265,6 @@ class ClipTask(Task):
     def loss(self, prediction, batch):
         """Of points and boxes their heads know it."""
         return prediction[-1]
-
-    def image(self, batch):
-        return as_images(batch["video"][0, -1])
 
 def at_query_frames(x, frames):
     """x (B, T, K, ...) at each query's own frame (B, K) -> (B, K, ...)."""
@@ -1347,12 +1305,6 @@ class Points(ClipTask):
         return {"mean distance, pixels of 256": away.flatten(1).nanmean(1),
                 "delta_avg": metrics["delta_avg"], "average Jaccard": metrics["average_jaccard"]}
 
-    def mark(self, axis, prediction, batch):
-        """The ways since the query; hollow at the end: said to be hidden."""
-        xy, seen = (batch["tracks"], batch["visible"]) if prediction is None else prediction[:2]
-        size = batch["video"].shape[-1]
-        draw_tracks(axis, size * xy[0] - 0.5, self.since(batch)[0] >= 0, seen[0])
-
 class Boxes(ClipTask):
     """A box in the first frame, followed through the others."""
     name = "boxes"
@@ -1375,13 +1327,6 @@ class Boxes(ClipTask):
         order = [1, 0, 3, 2]                        # box_iou wants x1 y1 x2 y2
         iou = box_iou(prediction[0][..., order], batch["boxes"][..., order])[:, 1:]
         return {"mean intersection over union": iou[self.counted(batch)[:, 1:].cpu()]}
-
-    def mark(self, axis, prediction, batch):
-        boxes = batch["boxes"] if prediction is None else prediction[0]
-        pixels = batch["video"].shape[-1] * boxes[0, -1].cpu() - 0.5
-        for k in self.counted(batch)[0, -1].nonzero()[:, 0].tolist():
-            y1, x1, y2, x2 = pixels[k]
-            axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=f"C{k}")
 
 class Depth(ClipTask):
     """Depth of every pixel, from its frame's features. our choice: the readout begins as the
@@ -1436,16 +1381,14 @@ class Depth(ClipTask):
         scores = [abs_rel(*pair) for pair in zip(prediction, batch["depth"])]
         return dict(abs_rel=torch.tensor(scores))
 
-    def mark(self, axis, prediction, batch):
-        """The nearest is yellow; what was not measured stays the image."""
-        true = batch["depth"][0, -1].cpu()
-        depth = true if prediction is None else prediction[0, -1].cpu()
-        depth = depth.masked_fill(depth <= 0, math.nan)
-        axis.imshow(depth, "cividis_r", vmin=true[true > 0].min(), vmax=true.max())
+    def paint(self, prediction, batch):
+        """The nearest is yellow."""
+        true = batch["depth"][0, 0].cpu()
+        depth = true if prediction is None else prediction[0, 0].cpu()
+        nearest = true[true > 0].min()
+        return plt.get_cmap("cividis_r")(((depth - nearest) / (true.max() - nearest)).numpy())
 
 # ---- MooG: tokens, long clips --------------------------------------------------------------------
-PCA_CLIPS = 24                          # of 12 frames, as published
-
 def attention(model, states):
     """Of all pixels to the tokens (B, T, N, D), mean over the heads of the last layer: (B, T, H*W,
     N). Frame by frame, as all heads of all frames may not fit."""
@@ -1460,41 +1403,31 @@ def top_tokens(model, states):
     """Number of the token that each pixel looks at most: (B, T, H*W)."""
     return attention(model, states).argmax(-1)
 
-def components(states):
-    """The three leading principal components of tokens (..., D): (..., 3)."""
-    centred = states - states.flatten(0, -2).mean(0)
-    flat = centred.flatten(0, -2).cpu().double()
-    axes = torch.linalg.eigh(flat.mT @ flat).eigenvectors[:, -3:]
-    return centred @ axes.flip(-1).to(centred)
-
 @torch.no_grad()
 def tokens(run):
-    """Which token each pixel looks at most, and the tokens' principal components."""
+    """Which token each pixel looks at most, of two clips: tokens.png, .gif; and numbers."""
     model = run.model
     S = run.cfg.size
-    video = run.clips(12, PCA_CLIPS)
-    states = torch.cat([model.predict_ahead(some[:, :-1]) for some in video.split(4)])
-    N = states.shape[2]                                                     # (B, 12, N, D)
-    shown = states[:2, :8]
+    video = run.clips(9, 4)
+    states = model.predict_ahead(video[:, :-1])[:2, :8]                     # (2, 8, N, D)
+    N = states.shape[2]
     frames = as_images(video[:2, :8])                                       # (2, 8, S, S, 3)
-    seen = attention(model, shown)                                          # (2, 8, S*S, N)
+    seen = attention(model, states)                                         # (2, 8, S*S, N)
     top = seen.argmax(-1).cpu()
     generator = torch.Generator().manual_seed(run.args.seed)
     colours = plt.get_cmap("hsv")(torch.rand(N, generator=generator).numpy())[:, :3]
     colours *= 0.45 + 0.55 * torch.rand(N, 1, generator=generator).numpy()
     painted = colours[top].reshape(frames.shape)
-    three = seen @ components(states)[:2, :8]                               # (2, 8, S*S, 3)
-    low, high = three[:, 1:].flatten(0, 2).quantile(torch.tensor([0.02, 0.98]).to(three), dim=0)
-    three = ((three - low) / (high - low)).clamp(0, 1).cpu().numpy()
-    kinds = {"frame": frames, "predicted": as_images(model.decode(shown, (S, S))),
-             "tokens": 0.75 * painted + 0.25 * frames.mean(-1, keepdims=True),
-             "components": three.reshape(frames.shape)}
+    kinds = {"frame": frames, "predicted": as_images(model.decode(states, (S, S))),
+             "tokens": 0.75 * painted + 0.25 * frames.mean(-1, keepdims=True)}
     rows = [(name, images[0]) for name, images in kinds.items()]
     rows += [(name, images[1]) for name, images in kinds.items()]
     run.picture(image_grid(rows, [f"t = {t}" for t in range(8)], 1.1)[0], "tokens.png")
     figures = []
     for t in range(8):
-        rows = [(f"t = {t}", [images[b, t] for images in kinds.values()]) for b in range(2)]
+        rows = []
+        for b in range(2):
+            rows.append((f"t = {t}", [images[b, t] for images in kinds.values()]))
         figures.append(image_grid(rows, list(kinds))[0])
     run.gif(figures, "tokens.gif")
     seen = seen[:, 1:]                                          # frame 0 is decoded from noise
@@ -1502,7 +1435,7 @@ def tokens(run):
     rows = {"entropy of a pixel's attention, share of log N (1: all tokens alike)":
             entropy / math.log(N),
             "share of tokens that some pixel looks at most": len(top[:, 1:].unique()) / N}
-    if run.on_scenes and run.scene_options().sprites:
+    if run.on_scenes and run.scenes().options.sprites:
         rows |= follow_tracks(run)
     run.table("tokens", ["this model"], list(rows.items()))
 
@@ -1533,11 +1466,6 @@ def follow_tracks(run):
     return {f"a sprite's point keeps its token, {name}": (x == before)[counts].float().mean().item()
             for name, x in places.items()}
 
-def frame_psnr(guess, target):
-    """PSNR in dB of frames (B, T, P, 3), each by itself: (T,), means over the clips."""
-    error = (guess - target).square().mean((2, 3)).clamp(min=1e-10)
-    return (-10 * error.log10()).mean(0).cpu()
-
 def predict_open_loop(model, video, ahead):
     """The states of `ahead` frames after a video (B, T, 3, H, W), by the predictor alone."""
     state = model.unroll(video).last
@@ -1558,34 +1486,40 @@ def unroll(run, T=36):
     index = index.to(run.args.device)
 
     def pixels(video):
-        return moog.gather_pixels(video, index.expand(*video.shape[:2], -1))  # (B, T, P, 3)
+        return moog.gather_pixels(video, index.expand(*video.shape[:2], -1))    # (B, T, P, 3)
 
-    def curve(video, predict):
-        """PSNR of a video's last frames, as many as predict(clips) gives states for."""
-        guess = torch.cat([model.decode(predict(some), size, index) for some in video.split(4)])
-        return frame_psnr(guess, pixels(video)[:, -guess.shape[1]:])
+    def curve(guess, target):
+        """PSNR of frames (B, T, P, 3), each by itself, means over the clips: (T,)"""
+        error = (guess - target).square().mean((2, 3)).clamp(min=1e-10)
+        return (-10 * error.log10()).mean(0).tolist()
+
+    def decoded(video, predict):
+        """What predict(clips) gives states for."""
+        return torch.cat([model.decode(predict(some), size, index) for some in video.split(4)])
 
     if run.on_scenes:       # in longer clips sprites pass by: 8 frames, forth and back, hold them
         video = run.clips(8, 32)[:, [min(t % 14, 14 - t % 14) for t in range(T)]]
     else:
         video = run.clips(T, 16)
+    true = pixels(video)
     curves = {}
     for share in (1,) if cfg.grid else (0.25, 0.5, 1, 2):
-        number = None if cfg.grid else max(round(share * cfg.tokens), 1)
-        curves[f"{share:g}x tokens"] = curve(
-            video, lambda some: model.predict_ahead(some[:, :-1], tokens=number)[:, 1:])
-    curves["copy"] = frame_psnr(pixels(video[:, :-1]), pixels(video[:, 1:]))
+        tokens = max(round(share * cfg.tokens), 1)
+        guess = decoded(video, lambda some: model.predict_ahead(some[:, :-1], tokens=tokens))
+        curves[f"{share:g}x tokens"] = curve(guess[:, 1:], true[:, 1:])
+    curves["copy"] = curve(true[:, :-1], true[:, 1:])
     rows = []
     for a, b in ((1, 7), (8, 15), (16, 23), (24, 35)):
-        rows.append([f"t = {a}-{b}", *(x[a - 1:b].mean().item() for x in curves.values())])
+        rows.append([f"t = {a}-{b}", *(statistics.fmean(x[a - 1:b]) for x in curves.values())])
     run.table(f"PSNR in dB of {len(video)} clips' frames, predicted from those before; trained on "
               f"{cfg.frames} frames", list(curves), rows)
     video = run.clips(cfg.frames + 8, 64)
-    loop = curve(video, lambda some: predict_open_loop(model, some[:, :-8], 8))
-    copy = frame_psnr(pixels(video[:, -9:-8].expand_as(video[:, -8:])), pixels(video[:, -8:]))
+    true = pixels(video)
+    loop = curve(decoded(video, lambda some: predict_open_loop(model, some[:, :-8], 8)), true[:, -8:])
+    copy = curve(true[:, -9:-8], true[:, -8:])
+    rows = [[f"frame {t} after it", loop[t - 1], copy[t - 1]] for t in (1, 2, 4, 8)]
     run.table(f"open loop: PSNR in dB after {cfg.frames} frames, without seeing more",
-              ["blind prediction", "copying the last frame seen"],
-              [[f"frame {t + 1} after it", loop[t].item(), copy[t].item()] for t in (0, 1, 3, 7)])
+              ["blind prediction", "copying the last frame seen"], rows)
 
 # ---- MeloMotion: many trainings at once ----------------------------------------------------------
 EPOCH = 2000                            # clips, one a step. report: Sec. 4.1
@@ -1593,16 +1527,15 @@ ROUNDS = 7                              # of the stopwatch
 DIFF, ALL, RANDOM, _ = data.MODES       # who moves: the first object, all, a random one
 
 @cache
-def pooled_clips(mode, seed, epoch, split="train"):
-    """What predictors see of an epoch: {pooling: (EPOCH, N, 3 or 16)}, and displacements `d`."""
-    models = {name: MeloMotion(Config(pooling=name)) for name in POOLINGS}
+def pooled_clips(pooling, mode, seed, epoch, split="train"):
+    """What predictors see of an epoch: `pooled` (EPOCH, N, 3 or 16), and `displacements`."""
+    model = MeloMotion(Config(pooling=pooling))
     squares = data.MovingSquares(mode=mode, seed=seed, split=split, video=False)
     parts = []
     for some in torch.arange(EPOCH).split(20):          # few at a time, as caches like it
         batch = squares.batch(epoch * EPOCH + some)
-        layers = MeloMotion.extract(batch["first_frame"], batch["masks"])
-        part = {name: model.pool(layers) for name, model in models.items()}
-        parts.append(part | dict(d=batch["displacements"]))
+        pooled = model.pool(model.extract(batch["first_frame"], batch["masks"]))
+        parts.append(dict(pooled=pooled, displacements=batch["displacements"]))
     return joined(parts)
 
 def train_together(models, mode, optimizer, epochs=2, **options):
@@ -1617,9 +1550,10 @@ def train_together(models, mode, optimizer, epochs=2, **options):
     forward = vmap(lambda weights, batch: functional_call(models[0], weights, (batch,)))
     history = []
     for epoch in range(epochs):
-        clips = [pooled_clips(mode, seed, epoch) for seed in range(len(models))]
-        pooled = torch.stack([c[models[0].cfg.pooling] for c in clips], 1)      # (EPOCH, R, N, 3)
-        d = torch.stack([c["d"] for c in clips], 1)                     # (EPOCH, R, N, T-1, 2)
+        pooling = models[0].cfg.pooling
+        clips = [pooled_clips(pooling, mode, seed, epoch) for seed in range(len(models))]
+        pooled = torch.stack([c["pooled"] for c in clips], 1)           # (EPOCH, R, N, 3 or 16)
+        d = torch.stack([c["displacements"] for c in clips], 1)         # (EPOCH, R, N, T-1, 2)
         total = torch.zeros(len(models))
         for i in tqdm(range(EPOCH), f"epoch {epoch + 1} of {epochs}", **BAR):
             batch = dict(pooled=pooled[i, :, None], displacements=d[i, :, None])
@@ -1636,12 +1570,12 @@ def train_together(models, mode, optimizer, epochs=2, **options):
 @torch.no_grad()
 def measure(models, mode):
     """What TABLES show, on clips never seen in training: {heading: [a number for each model]}."""
-    clips = pooled_clips(mode, 0, 0, "eval")
-    d = clips["d"]                                      # (clips, N, T-1, 2)
+    clips = pooled_clips(models[0].cfg.pooling, mode, 0, 0, "eval")
+    pooled = clips["pooled"]                            # (clips, N, 3 or 16)
+    d = clips["displacements"]                          # (clips, N, T-1, 2)
     true = d[:, :1, 0]                                  # v of object 0, (clips, 1, 2)
     rows = []
     for model in models:
-        pooled = clips[model.cfg.pooling]               # (clips, N, 3 or 16)
         f = model.features(pooled)                      # (clips, N, 64)
         v = model.predictors(f)                         # (clips, N, 2)
         hidden = model.predictors.hidden(f)             # (N, clips, 32), or (1, N * clips, 32)
@@ -1769,14 +1703,12 @@ def edges(run):
     """What 15 frames do to an object's occupancy, channel 0, given its true velocity."""
     batch = data.MovingSquares(mode=ALL, split="eval", video=False).batch(range(100))
     layers = MeloMotion.extract(batch["first_frame"], batch["masks"])[:, :, :1]
-    still = layers.flatten(0, 1)                                        # (objects, 1, h, w)
     v = batch["displacements"][:, :, 0].flatten(0, 1)[..., None, None]  # (objects, 2, 1, 1)
-    again = still
+    warped = layers.flatten(0, 1)                                       # (objects, 1, h, w)
     for _ in range(15):
-        again = warp(again, v)
-    ways = {"frame 0": still, "warped 15 times, as in a flow pipeline": again,
-            "warped once, by 15 v": warp(still, 15 * v),
-            "placed": place(layers, batch["displacements"][:, :, -1:]).flatten(0, 2)}
+        warped = warp(warped, v)
+    placed = place(layers, batch["displacements"][:, :, -1:]).flatten(0, 2)
+    ways = {"warped 15 times, as in a flow pipeline": warped, "placed": placed}
     rows = [[name, x.amax((1, 2, 3)).mean().item()] for name, x in ways.items()]
     run.table("Sharp edges (Sec. 1): occupancy of 300 objects, 15 frames on", ["peak"], rows)
 
@@ -1897,28 +1829,16 @@ def main(argv):
         except (UserError, ValueError, OSError) as error:
             if args.task != "all":
                 raise
-            tqdm.write(f"\nleft out: {task}: {one_line(error)}")    # no use for model or data
+            tqdm.write(f"\nleft out: {task}: {error}")    # no use for model or data
             continue
-        save_results(out / "results.json", task, dict(
+        results = out / "results.json"                                  # other tasks' stay
+        entries = json.loads(results.read_text()) if results.exists() else {}
+        entries[task] = dict(
             command=["eval.py", *argv], checkpoint=str(path), seed=args.seed, seeds=args.seeds,
             versions=dict(python=platform.python_version(), torch=torch.__version__),
-            device=str(args.device), seconds=round(time.perf_counter() - start), tables=run.tables))
+            device=str(args.device), seconds=round(time.perf_counter() - start), tables=run.tables)
+        results.write_text(json.dumps(entries, indent=1) + "\n")
     print(f"\nresults.json and pictures are in {out}")
-
-def one_line(error):
-    """What an error says; of one from a data process, whose message is a traceback, the end."""
-    text = str(error).strip()
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1]
-    return " ".join(text.split()) or type(error).__name__
-
-def save_results(path, task, entry):
-    """results.json is {task: entry}; entries of other tasks stay."""
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[task] = entry
-    temporary = path.with_name("results.json.tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
 
 def cli(argv):
     """main(), but what the user can mend is told in one line on stderr, with exit status 1."""
@@ -1929,7 +1849,7 @@ def cli(argv):
     except torch.OutOfMemoryError:
         sys.exit("eval.py: error: out of memory: lower --batch-size, or --device cpu")
     except (UserError, AssertionError, ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"eval.py: error: {one_line(error)}")
+        sys.exit("eval.py: error: " + " ".join(str(error).split()))
 
 if __name__ == "__main__":
     cli(sys.argv[1:])
