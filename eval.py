@@ -568,13 +568,10 @@ class ImageTask(Task):
         image = F.interpolate(cut.pop("image"), self.size, mode="bilinear", antialias=True)
         out = {name: x[..., nearest[:, None], nearest] for name, x in cut.items()}
         out["image"] = image
+        sign = rng.choice([-1, 1])
         if "flow" in out:
-            out["flow"] = out["flow"] * (self.size / side)
-        if rng.random() < 0.5:
-            out = {name: x.flip(-1) for name, x in out.items()}
-            if "flow" in out:
-                out["flow"][0] *= -1
-        return out
+            out["flow"] = out["flow"] * torch.tensor([sign, 1]).view(2, 1, 1) * self.size / side
+        return out if sign > 0 else {name: x.flip(-1) for name, x in out.items()}
 
     def train_batches(self, steps):
         n = self.args.batch_size
@@ -1075,50 +1072,37 @@ def follow_tokens(model, clip, start, draws=32, seed=0):
         tokens[1, t + 1] = alike[1].argmax(1)
     return tokens
 
-def track_clips(run):
-    """Videos (T, 3, S, S) to track in, with tracks (T, P, 2) in pixels of points that are seen in
-    the first frame, nan where they are hidden, or None if nothing is known."""
-    args = run.args
-    if run.on_scenes:
-        batch = run.truth(run.scenes("eval", 8), range(16), points=8)
-    elif args.tracks:
-        clip = square_clip(data.PointTracks(args.tracks, args.data)[0], run.cfg.size, args.device)
-        first = clip["visible"].any(1).int().argmax()
-        clip = {name: clip[name][first:] for name in ("video", "tracks", "visible")}
-        seen = clip["visible"][0]
-        batch = dict(video=clip["video"][None] / 255, visible=clip["visible"][None, :, seen],
-                     tracks=clip["tracks"][None, :, seen] * run.cfg.size - 0.5)
-    else:
-        return [(video, None) for video in run.clips(8, 3, stride=6)]       # of 30 a second: 0.2 s
-    hidden = ~batch["visible"][..., None]
-    return list(zip(batch["video"], batch["tracks"].masked_fill(hidden, math.nan)))
-
 @torch.no_grad()
 def track(run):
     """Fig. 7: regions followed by heatmaps and by features alone, and how far from true tracks."""
     level_names(run.model)
     p = run.cfg.patch
     grid = run.cfg.size // p
+    if run.on_scenes:
+        clips = run.truth(run.scenes("eval", 8), range(16), points=8)
+    else:
+        clips = dict(video=run.clips(8, 3, stride=6))           # of 30 frames a second: 0.2 s
     off = {}
     shown = []
-    for video, tracks in tqdm(track_clips(run), "track", **BAR):
-        if tracks is None:
-            start = changed_tokens(run.model, video[None, [0, -1]], 4)[0]
-        else:
-            x, y = ((tracks[0] + 0.5) / p).long().clamp(0, grid - 1).unbind(-1)
+    for b, video in enumerate(clips["video"]):
+        if run.on_scenes:
+            hidden = ~clips["visible"][b]                                   # (T, P)
+            truth = clips["tracks"][b].masked_fill(hidden[..., None], math.nan)
+            x, y = (truth[0] / p).long().unbind(-1)
             start = y * grid + x
+        else:
+            start = changed_tokens(run.model, video[None, [0, -1]], 4)[0]
         both = yx(follow_tokens(run.model, video, start, DRAWS, run.args.seed), grid)
         both = ((both + 0.5) * p - 0.5).flip(-1)                            # pixels, x and y
         ways = {"heatmap and features": both[0], "features alone": both[1]}
-        if tracks is not None:
-            still = both[0, :1].expand_as(tracks)
+        if run.on_scenes:
+            still = both[0, :1].expand_as(truth)
             for name, way in (ways | {"stays put": still}).items():
-                off.setdefault(name, []).append((way - tracks)[1:].norm(dim=-1).flatten() / p)
-            ways["truth"] = tracks
-        shown.append((as_images(video[-1]), ways))
-    rows = [("", [image] * len(ways)) for image, ways in shown[:4]]
-    figure, axes = image_grid(rows, list(ways), width=2.2)
-    for line, (_, ways) in zip(axes, shown):
+                off.setdefault(name, []).append((way - truth)[1:].norm(dim=-1).flatten() / p)
+            ways["truth"] = truth
+        shown.append(("", [as_images(video[-1])] * len(ways), ways))
+    figure, axes = image_grid([row[:2] for row in shown[:4]], list(ways), width=2.2)
+    for line, (*_, ways) in zip(axes, shown):
         for axis, way in zip(line, ways.values()):
             x, y = way[:, :5].permute(2, 0, 1).cpu().numpy()                # of five points
             axis.plot(x, y, "o-", markevery=[len(x) - 1])
@@ -1742,7 +1726,7 @@ def figures(run):
     start = torch.stack(centres)                                        # (N, 2), (x, y)
     paths = [start + model.cfg.size * d[0].transpose(0, 1) for d in (true, ours)]
     run.picture(with_paths(videos, paths, [0, 3, 6, 9, 12, 15], 1.5), "figure1.png")
-    run.gif([with_paths(videos, paths, [t], 2.6) for t in range(32)], "motion.gif", 120)
+    run.gif((with_paths(videos, paths, [t], 2.6) for t in range(32)), "motion.gif", 120)
 
 # ---- command line --------------------------------------------------------------------------------
 # model: {task: function of a Run, or the Task of a readout}
@@ -1776,10 +1760,9 @@ def parse(argv):
     add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: where, from 0 to 1")
     add("--time", type=float, help="heatmap: seconds at which the pair of a video begins")
     add("--against", default="", help="identity-bias: another Midway, such as one without gating")
-    add("--tracks", default="", help="track: .npz with true tracks of the video in --data")
     add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between frames [0.5 1]")
     args = parser.parse_args(argv)
-    for name in ("data", "tracks", "out", "against"):
+    for name in ("data", "out", "against"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
 
