@@ -413,9 +413,10 @@ def probe(run, task):
             predictions |= task.baselines(batch)
         for name, prediction in predictions.items():
             measured.setdefault(name, []).append(task.measure(prediction, batch))
-        images = [task.paint(prediction, batch) for prediction in (None, *predictions.values())]
-        if i % math.ceil(task.tests / 4) == 0 and images[0] is not None:
-            shown.append(("", [as_images(batch[task.frames][0, 0]), *images]))
+        if i % math.ceil(task.tests / 4) == 0 and task.paint(None, batch) is not None:
+            images = [as_images(batch[task.frames][0, 0]), task.paint(None, batch)]
+            images += [task.paint(prediction, batch) for prediction in predictions.values()]
+            shown.append(("", images))
     scores = {name: task.score(joined(parts)) for name, parts in measured.items()}
     rows = [[row, *(score[row] for score in scores.values())] for row in scores[name]]
     how = "finetuned" if run.args.finetune else "frozen features"
@@ -543,7 +544,7 @@ class ImageTask(Task):
     Dense readouts of images (B, T, 3, H, W) in [0, 1], which learn from scenes or from crops of a
     data set. A subclass sets `size` of the crops, `scenes`, {split: data.Scenes}, and `training`
     and `testing`, data sets, or None, and has
-        from_scenes(clips) -> batch;    read(sample) -> the same, a single one, of a data set
+        from_scenes(clips) -> batch;    read(sample of a data set) -> the same of a single one
         side(H, W, rng) -> of a random crop
     """
     frames = "image"                                    # in a batch
@@ -554,9 +555,9 @@ class ImageTask(Task):
         return self.from_scenes(self.run.truth(self.scenes[split], numbers))
 
     def crop(self, number):
-        """A random square of a sample, mirrored half of the time: images at the task's size, maps
-        of the nearest pixels, flow scaled and turned. our choice: in mmsegmentation's and CroCo
-        v2's range of scales, but without stretching, padding or changed colours."""
+        """A random square of a sample, mirrored half of the time; maps take the nearest pixels and
+        flow is scaled and turned. our choice: mmsegmentation's and CroCo v2's range of scales, but
+        no stretching, no padding, no colour jitter."""
         rng = np.random.default_rng((self.args.seed, number))
         sample = self.read(self.training[int(rng.integers(len(self.training)))])
         H, W = sample["image"].shape[-2:]
@@ -672,20 +673,20 @@ class Segmentation(ImageTask):
 
     @cached_property
     def prior(self):
-        """The commonest class of each place: what can be said without looking. (1, 64, 64)"""
+        """The commonest class of each place: what can be said without looking. (1, 1, 64, 64)"""
         counts = torch.zeros(self.classes, 64, 64)
         names = torch.arange(self.classes).view(-1, 1, 1)
         for i in range(len(self.training or range(512))):
             if self.training:
-                classes = self.read(self.training[i])["classes"]
+                classes = self.read(self.training[i])["classes"][None]
             else:
-                classes = self.scene_batch("train", [i])["classes"][0].cpu()
-            counts += F.interpolate(classes[None, None].float(), (64, 64))[0] == names
-        return counts.argmax(0, keepdim=True)
+                classes = self.scene_batch("train", [i])["classes"].cpu()
+            counts += F.interpolate(classes[None].float(), (64, 64))[0] == names
+        return counts.argmax(0)[None, None].float()
 
     def baselines(self, batch):
         classes = batch["classes"]
-        prior = F.interpolate(self.prior[None].float(), classes.shape[-2:])[0].long()
+        prior = F.interpolate(self.prior, classes.shape[-2:]).long()[0]
         return {"position prior": prior.expand_as(classes)}
 
     def measure(self, prediction, batch):
@@ -720,18 +721,12 @@ class Flow(ImageTask):
         if not run.on_scenes:
             self.testing = data.FlowPairs(self.args.data, "val")
             self.tests = len(self.testing)
-            self.training = self.training_split()
+            self.training = data.FlowPairs(self.args.data, "train")
+            if self.training.items == self.testing.items:   # no splits: each is everything
+                self.training = None
         self.steps = 2000 if self.training else 250
         where = "the training split" if self.training else "scenes"
         self.title = f"optical flow, learnt on {where}; end-point error in pixels, mean over pairs"
-
-    def training_split(self):
-        """None of a data set without splits, of which each split is everything."""
-        try:
-            training = data.FlowPairs(self.args.data, "train")
-        except ValueError:              # the data set is there, its training split is not
-            return None
-        return None if training.items == self.testing.items else training
 
     def models(self):
         """Of a model without dynamics, as paper: its encoder with random dynamics."""
@@ -814,9 +809,8 @@ DRAWS = 32          # random vectors that heatmaps are averaged over
 def perturb(model, i, m, v, token, draws=32, seed=0):
     """Forwarded feature perturbation: which predicted tokens feel it if one source token changes.
     paper: Sec. 4.4. Random vectors r are tangents of one token (B,) of v each, all others zero and
-    m held fixed; the forward model takes them along, and the cosine of r with each predicted
-    token's tangent is averaged over the draws. i: the level, one of model.predicted; m, v (B, K,
-    d), (B, L, D) of that level. Returns heatmaps (B, h*w) over the target, without gradient."""
+    m held fixed; the cosine of r with each predicted token's tangent is averaged over the draws. i:
+    the level, one of model.predicted; m, v (B, K, d), (B, L, D) of it -> heatmaps (B, h*w)."""
     v = v.contiguous()
     place = F.one_hot(token + 1, v.shape[1])[..., None].to(v)               # (B, L, 1), after CLS
     generator = torch.Generator().manual_seed(seed)
@@ -935,13 +929,13 @@ def latents(run, tests=256, fits=1024):
     if run.on_scenes:
         motion_gif(run, video[-tests:], motion, readings[0])
 
-def motion_gif(run, pairs, motion, reading, count=12):
-    """latents.gif: pairs that move by a tenth of the frame or more, with the camera's motion in the
-    first frame: true and as read off the latents."""
+def motion_gif(run, pairs, motion, reading):
+    """latents.gif: twelve pairs that move by a tenth of the frame or more, with the camera's motion
+    in the first frame: true and as read off the latents."""
     middle = run.cfg.size / 2 - 0.5
     note = "the camera's motion: white true, orange read off the latents"
     figures = []
-    for k in (motion.norm(dim=1) > run.cfg.size / 10).nonzero()[:count, 0].tolist():
+    for k in (motion.norm(dim=1) > run.cfg.size / 10).nonzero()[:12, 0].tolist():
         figure, axes = image_grid([("", as_images(pairs[k]))], ["frame 1", "frame 2"], 2.2, note)
         for shift, colour, width in ((motion, "white", 0.05), (reading, "#ff6600", 0.02)):
             axes[0, 0].quiver(middle, middle, *shift[k].tolist(), color=colour, width=width,
@@ -987,9 +981,9 @@ def model_view(frame):
     return (H - side) // 2, (W - side) // 2, side, side
 
 def look(run, frames, token=None, truth=None):
-    """Fig. 6 for pairs of frames [(source, target)], (H, W, 3) uint8: a figure with a row for each,
-    the tokens (n,) that were changed (if not given, those at --at, or that differ most), and
-    heatmaps. The model's view is framed in white, the token in green; crosses tell the truth."""
+    """Fig. 6 of pairs of frames [(source, target)], (H, W, 3) uint8: a figure with a row for each,
+    the tokens (n,) that were changed (if not given, those at --at, or that differ most), heatmaps.
+    The model's view is framed in white, the token in green; crosses tell the truth."""
     grid = run.cfg.size // run.cfg.patch
     views = [data.crop_uint8(x, model_view(x), run.cfg.size) / 255 for pair in frames for x in pair]
     pairs = torch.stack(views).unflatten(0, (-1, 2)).to(run.args.device)
@@ -1001,17 +995,15 @@ def look(run, frames, token=None, truth=None):
         truth = None
     heats = heatmaps(run, run.model, pairs, token)
     rows = [("", [source, target] + [target] * len(heats)) for source, target in frames]
-    names = ["source", "target", *(f"heatmap, {name}" for name in level_names(run.model))]
-    figure, axes = image_grid(rows, names, width=1.9)
+    names = [f"heatmap, {name}" for name in level_names(run.model)]
+    figure, axes = image_grid(rows, ["source", "target", *names], width=1.9)
     for b, line in enumerate(axes):
-        H, W, _ = frames[b][0].shape
-        h = H / min(H, W) * grid / 2                    # half the frame's sides, in patches
-        w = W / min(H, W) * grid / 2
-        middle = grid / 2
+        sides = np.array(frames[b][0].shape[:2])
+        h, w = sides / sides.min() * grid / 2           # half the frame's, in patches of the view
         y, x = yx(token[b], grid).tolist()
         for axis in line:
-            axis.images[0].set_extent((middle - w, middle + w, middle + h, middle - h))
-            axis.set(xlim=(middle - w, middle + w), ylim=(middle + h, middle - h))
+            axis.images[0].set_extent((grid / 2 - w, grid / 2 + w, grid / 2 + h, grid / 2 - h))
+            axis.set(xlim=(grid / 2 - w, grid / 2 + w), ylim=(grid / 2 + h, grid / 2 - h))
             axis.add_patch(plt.Rectangle((0, 0), grid, grid, fill=False, color="white"))
             axis.add_patch(plt.Rectangle((x, y), 1, 1, fill=False, color="lime", lw=1.5))
         for axis, heat in zip(line[2:], heats):
@@ -1040,10 +1032,11 @@ def heatmap(run):
     figure, token, heats = look(run, frames, token, truth)
     run.picture(figure, "heatmap.png")
     grid = run.cfg.size // run.cfg.patch
-    off = [yx(heat.argmax(1), grid) - yx(token, grid) for heat in heats]
-    off = [x.norm(dim=1).mean().item() for x in off]
-    run.table(f"heatmap.png, mean of {len(token)}, in patches", names,
-              [["distance of the peak from the source (0: identity)", *off]])
+    row = ["distance of the peak from the source (0: identity)"]
+    for heat in heats:
+        off = yx(heat.argmax(1), grid) - yx(token, grid)
+        row.append(off.norm(dim=1).mean().item())
+    run.table(f"heatmap.png, mean of {len(token)}, in patches", names, [row])
     first, *later = np.uint8(255 * as_images(run.clips(9, 1)[0]))
     token = None
     figures = []
@@ -1119,10 +1112,9 @@ POINTS = 16         # of a clip
 FRAMES = 8
 
 def square_clip(item, size, device):
-    """A sample of data.PointTracks or BoxTracks as the readouts take it: frames squashed to size x
-    size, as in TAP-Vid, (T, 3, S, S) uint8; tracks (T, P, 2) and boxes y1 x1 y2 x2 (T, K, 4), cut
-    off at the rim, as shares of the frame; `inside` (T, K): more than half of a box is in it; depth
-    (T, S, S)."""
+    """A sample of data.PointTracks or BoxTracks as readouts take it, in shares of the frame: video
+    (T, 3, S, S) uint8, squashed as in TAP-Vid; depth (T, S, S); tracks (T, P, 2); boxes y1 x1 y2 x2
+    (T, K, 4), cut off at the rim; `inside` (T, K): more than half of a box is in the frame."""
     clip = to_device({name: torch.as_tensor(x) for name, x in item.items()}, device)
     T, H, W, _ = clip["video"].shape
     sides = torch.tensor([W, H], device=device)
@@ -1389,7 +1381,7 @@ def tokens(run):
     """Which token each pixel looks at most, of two clips: tokens.png, .gif; and numbers."""
     model = run.model
     S = run.cfg.size
-    video = run.clips(9, 4)
+    video = run.clips(12, 4)
     states = model.predict_ahead(video[:, :-1])[:2, :8]                     # (2, 8, N, D)
     N = states.shape[2]
     frames = as_images(video[:2, :8])                                       # (2, 8, S, S, 3)

@@ -2497,26 +2497,17 @@ def test_open_loop_leaves_the_corrector_out(released):
         state = model.predict(state if released else model.state_norm(state))
         close(states[:, k], state, 1e-6)
 
-def test_baselines_of_points_boxes_and_depth_by_hand(checkpoints, few):
-    run = evaluation(checkpoints["moog"])
-    tasks = {name: evaluate.TASKS["moog"][name](run) for name in ("points", "boxes", "depth")}
+def test_points_are_on_sprites_and_their_baseline_stays_put(checkpoints, few):
+    task = evaluate.Points(evaluation(checkpoints["moog"]))
     on_sprites = []
-    for test in tasks["points"].testing:
-        scores = {}
-        for name, task in tasks.items():
-            [answer] = task.baselines(test).values()
-            scores |= task.measure(answer, test)
+    for test in task.testing:
+        scores = task.measure(task.baselines(test)["stays put"], test)
         gone = 256 * (test["tracks"][:, 1:] - test["tracks"][:, :1]).norm(dim=-1)
-        gone[~test["visible"][:, 1:]] = torch.nan
-        gone = gone.flatten(1).nanmean(1).nanmean()
-        close(scores["mean distance, pixels of 256"].nanmean(), gone, 1e-3)
-        boxes = test["boxes"]
-        seen = (test["inside"] & test["inside"][:, :1])[:, 1:]
-        overlap = evaluate.box_iou(boxes[:, :1].expand_as(boxes), boxes)[:, 1:][seen]
-        close(scores["mean intersection over union"], overlap, 1e-6)
-        close(scores["abs_rel"], (1 / test["depth"] - 1).flatten(1).mean(1), 1e-6)  # median: 1
+        gone = gone.masked_fill(~test["visible"][:, 1:], torch.nan).flatten(1)
+        distance = scores["mean distance, pixels of 256"]
+        close(distance.nanmean(), gone.nanmean(1).nanmean(), 1e-3)
         x, y = (16 * test["tracks"][:, 0] - 0.5).round().long().unbind(-1)          # (B, P)
-        near = test["depth"][:, 0] < 1                                              # sprites
+        near = test["depth"][:, 0] < 1
         shown = near[torch.arange(len(x))[:, None], y, x].float().mean(1)
         on_sprites.append(shown[near.float().mean((1, 2)) > 0.1])                   # if any
     assert torch.cat(on_sprites).mean() > 0.99
