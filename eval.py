@@ -999,11 +999,12 @@ def look(run, frames, token=None, truth=None):
     figure, axes = image_grid(rows, ["source", "target", *names], width=1.9)
     for b, line in enumerate(axes):
         sides = np.array(frames[b][0].shape[:2])
-        h, w = sides / sides.min() * grid / 2           # half the frame's, in patches of the view
+        y, x = grid / 2 * (1 - sides / sides.min())     # the frame's corner, in patches of the view
+        extent = (x, grid - x, grid - y, y)
         y, x = yx(token[b], grid).tolist()
         for axis in line:
-            axis.images[0].set_extent((grid / 2 - w, grid / 2 + w, grid / 2 + h, grid / 2 - h))
-            axis.set(xlim=(grid / 2 - w, grid / 2 + w), ylim=(grid / 2 + h, grid / 2 - h))
+            axis.images[0].set_extent(extent)
+            axis.set(xlim=extent[:2], ylim=extent[2:])
             axis.add_patch(plt.Rectangle((0, 0), grid, grid, fill=False, color="white"))
             axis.add_patch(plt.Rectangle((x, y), 1, 1, fill=False, color="lime", lw=1.5))
         for axis, heat in zip(line[2:], heats):
