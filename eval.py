@@ -333,8 +333,8 @@ class Task:
     """
     What a readout learns from a model's features, and how it is scored. Batches are dicts of
     tensors on the run's device. A subclass has
-        prepare()                       opens the data; sets `tests`, the number of test batches
-        train_batches(steps)            yields batches;     test_batch(i) -> batch
+        prepare()                       opens the data; sets `testing`, and how much: `tests`
+        train_batches(steps)            yields batches
         head(model) -> readout;         features(model, batch) -> what it sees
         loss(prediction, batch);        measure(prediction, batch) -> {name: tensor}, to be joined
     """
@@ -344,6 +344,9 @@ class Task:
         self.run = run
         self.args = run.args
         self.prepare()
+
+    def test_batch(self, i):
+        return self.testing[i]
 
     def models(self):
         return {"this model": self.run.model, "random init": self.run.untrained}
@@ -1207,9 +1210,9 @@ class ClipTask(Task):
             windows.append(random_window(learnt[i % len(learnt)], frames, generator))
         self.pool = joined(windows or scene_clips(run, "train", POOL))
         self.testing = [{name: x[None] for name, x in clip.items()} for clip in clips[-tests:]]
-        where = f"{len(learnt)} clips" if learnt else "scenes"
-        self.title = (f"{self.name}; trained on {where}, tested on the last third (of one shot: "
-                      f"scenes seen before), {', '.join(items.names[-tests:])}")
+        where = f"{len(learnt)} clips, perhaps of the same shot" if learnt else "scenes"
+        names = ", ".join(items.names[-tests:])
+        self.title = f"{self.name}; trained on {where}, tested on {names}"
 
     def train_batches(self, steps):
         generator = torch.Generator().manual_seed(self.args.seed)
@@ -1218,9 +1221,6 @@ class ClipTask(Task):
             at = torch.randint(len(self.pool["video"]), size, generator=generator)
             at = at.to(self.args.device)
             yield {name: x[at] for name, x in self.pool.items()} | dict(at=at)
-
-    def test_batch(self, i):
-        return self.testing[i]
 
     def features(self, model, batch):
         if "at" not in batch or self.args.finetune:
