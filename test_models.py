@@ -2565,7 +2565,7 @@ def test_readouts_of_real_clips(
     root = make_rgbd(tmp_path / "clips") / folder
     flags = ["--task", task, "--data", root, *FAST]
     [(title, rows)] = evaluated(checkpoints["moog"], tmp_path, *flags).items()
-    assert f"trained on {learnt}, " in title and f", {folder or 'c'}; frozen" in title
+    assert f"trained on {learnt}, " in title and f"tested on {folder or 'c'}; " in title
     assert low <= rows[row][column] <= high + 1e-3
 
 def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path, few, monkeypatch):
