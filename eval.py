@@ -1011,7 +1011,8 @@ def look(run, frames, token=None, truth=None):
             axis.add_patch(plt.Rectangle((0, 0), grid, grid, fill=False, color="white"))
             axis.add_patch(plt.Rectangle((x, y), 1, 1, fill=False, color="lime", lw=1.5))
         for axis, heat in zip(line[2:], heats):
-            heat = F.relu(heat[b] / heat[b].max()).view(grid, grid).cpu().numpy()
+            heat = heat[b].view(grid, grid).clamp(min=0).cpu().numpy()
+            heat = heat / max(heat.max(), 1e-9)
             axis.imshow(heat, "inferno", alpha=0.15 + 0.7 * heat, interpolation="bilinear",
                         extent=(0, grid, grid, 0))
             if truth is not None:
@@ -1556,7 +1557,7 @@ def measure(models, mode):
         others = model.velocities(pooled.roll(1, 1))    # what each says of its neighbour
         rows.append({
             "POS": position_loss(v, d),
-            "POS, nothing moves": position_loss(0 * v, d),
+            "POS, nothing moves": position_loss(torch.zeros_like(v), d),
             "POS, objects permuted": position_loss(others, d.roll(1, 1)),
             "features differ by": (f - f.roll(1, 1)).abs().mean(),      # of the three pairs
             "outputs differ": (v.amax(1) - v.amin(1)).max() > 1e-6,     # 1: yes
