@@ -1357,11 +1357,12 @@ class Depth(ClipTask):
         return dict(abs_rel=torch.tensor(scores))
 
     def paint(self, prediction, batch):
-        """The nearest is yellow."""
-        true = batch["depth"][0, 0].cpu()
-        depth = true if prediction is None else prediction[0, 0].cpu()
+        """The nearest is yellow; what was not measured is black."""
+        true = batch["depth"][0, 0].cpu().numpy()
+        depth = true if prediction is None else prediction[0, 0].cpu().numpy()
         nearest = true[true > 0].min()
-        return plt.get_cmap("cividis_r")(((depth - nearest) / (true.max() - nearest)).numpy())
+        colours = plt.get_cmap("cividis_r")((depth - nearest) / (true.max() - nearest))[..., :3]
+        return np.where(depth[..., None] > 0, colours, 0)
 
 # ---- MooG: tokens, long clips --------------------------------------------------------------------
 def attention(model, states):
