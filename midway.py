@@ -44,6 +44,7 @@ import math
 import re
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ PRESETS = {
     # a laptop CPU: minutes; README has the numbers
     # our choice: one motion token; with ten, what is in the frame comes in beside its motion
     "tiny": dict(
-        size=32, patch=8, dim=64, depth=3, heads=2, levels=(2, 3), drop_path=0.0,
+        size=32, patch=4, dim=64, depth=3, heads=2, levels=(1, 3), drop_path=0.0,
         motion_tokens=1, motion_dim=48, motion_depth=2, motion_heads=1, break_symmetry=True,
         forward_depth=2, forward_heads=2,
         head_hidden=256, prototypes=256, ema=0.99, local_size=16, local_crops=2,
@@ -112,7 +113,7 @@ PAPER = dict(
     clip=3.0)                   # our choice: of the global norm; released: per tensor, dynamics not
 SCENES = dict(size=320, speed=30.0, pan=30.0, grain=24.0, textures=32)  # for runs without --data
 RECIPES = {
-    # our choice: pans of a patch or so over rich textures, in which only motion changes; for half
+    # our choice: pans of up to 3 patches over rich textures, where only motion changes; for half
     # of the steps pairs are cut from one frame, and their latents learn the known shift
     "tiny": PAPER | dict(
         steps=1500, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05, betas=(0.9, 0.99),
@@ -449,7 +450,8 @@ class Midway(nn.Module):
         init source and target enter alike, what they say of motion cancels in m, and even labels
         teach it nothing in 600 steps. Here places have sin-cos positions, offsets +c and -c tell
         the frames apart, motion tokens start along c, and a token attends to its like in the other
-        frame: keys are as queries, but for the sign of c."""
+        frame: keys are as queries, but for the sign of c. The forward model begins by copying what
+        it attends to, through half-open gates: else heatmaps stay at the source."""
         d = self.cfg.motion_dim
         grid = self.student.grid
         self.student.pos_embed.copy_(0.3 * sincos_positions(grid, self.cfg.dim))
@@ -459,14 +461,24 @@ class Midway(nn.Module):
         target_pos.copy_(sincos_positions(grid, d) - 0.5 * d ** 0.5 * c)
         self.motion_tokens.add_(d ** 0.5 * c)
         nn.init.orthogonal_(self.student_embed.weight)
-        for blocks in self.motion_blocks.values():
-            for block in blocks:
-                query, key, value = block.attn.qkv.weight.chunk(3)      # views
-                nn.init.orthogonal_(query)
-                key.copy_(query - 2 * torch.outer(query @ c, c))
-                mlp = block.mlp
-                for weight in (value, block.attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
-                    nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for block in chain(*self.motion_blocks.values()):
+            query, key, value = block.attn.qkv.weight.chunk(3)  # views
+            nn.init.orthogonal_(query)
+            key.copy_(query - 2 * torch.outer(query @ c, c))
+            mlp = block.mlp
+            for weight in (value, block.attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight):
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for block in chain(*self.forward_blocks.values()):
+            query, key, value = block.attn.qkv.weight.chunk(3)  # views
+            nn.init.orthogonal_(query)
+            key.copy_(query)
+            nn.init.orthogonal_(value)
+            block.attn.proj.weight.copy_(value.T)
+            for weight in (block.mlp.fc1.weight, block.mlp.fc2.weight):
+                nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5)
+            if block.next_gate:
+                block.next_gate.mlp.fc2.bias.fill_(-4)
+        nn.init.normal_(self.motion_proj.weight, std=d ** -0.5)
 
     # -- the dynamics, top-down --
     def midway_path(self, i, m, source, target, first=None):

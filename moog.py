@@ -97,8 +97,8 @@ SCENES = dict(size=128, sprites=5)
 RECIPES = {
     # our choice: small budgets want large plain things that move fast
     "tiny": PAPER | dict(
-        steps=2400, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05,
-        scenes=dict(sprites=3, speed=10.0, pan=4.0, zoom=0.0, roll=0.0, radius=(0.15, 0.25),
+        steps=4400, batch_size=16, lr=2e-3, min_lr=1e-5, warmup=0.05,
+        scenes=dict(sprites=3, speed=20.0, pan=4.0, zoom=0.0, roll=0.0, radius=(0.15, 0.25),
                     grain=24.0, flat=0.9)),
     "paper": PAPER | dict(scenes=SCENES),
     "small": PAPER | dict(      # our choice: a smaller model takes larger and fewer steps
