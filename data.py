@@ -431,11 +431,11 @@ class Reader:
                 return frame
 
     def keep(self, frame):
-        time = (frame.pts - self.start) * self.tick
-        late = self.recent and time < self.recent[-1][1]
+        moment = (frame.pts - self.start) * self.tick
+        late = self.recent and moment < self.recent[-1][1]
         if frame.is_corrupt or late:                    # painted over, in ways that vary
-            raise ValueError(f"{self.path}: is damaged near {float(time):.2f} s")
-        self.recent.append((frame, time))
+            raise ValueError(f"{self.path}: is damaged near {float(moment):.2f} s")
+        self.recent.append((frame, moment))
 
     def at(self, t):
         """The first frame at or after t -> (frame, its time), or None behind the last."""
@@ -530,7 +530,7 @@ def read_frames(path, times):
     found = [reader.at(max(t - slack, 0)) for t in times]
     if None in found:
         raise ValueError(f"{path}: ends at {float(reader.end):.2f} s, before the wanted times")
-    return [reader.image(frame) for frame, _ in found], [float(time) for _, time in found]
+    return [reader.image(frame) for frame, _ in found], [float(moment) for _, moment in found]
 
 def read_image(path):
     """An image file -> uint8 (H, W, 3), upright by its Exif tag; 16-bit grey by its high byte."""
@@ -691,9 +691,9 @@ class Videos(torch.utils.data.Dataset):
         frame = 1 / reader.rate
         distance = max(self.low - Fraction(3, 2) * frame, 0)
         misses = {}                                             # {how far from `gap`: frame}
-        for found, time in frames_from(reader, first[1] + distance + TINY):
-            half = min(frame, time - first[1] - distance) / 2
-            distance = time - first[1]
+        for found, moment in frames_from(reader, first[1] + distance + TINY):
+            half = min(frame, moment - first[1] - distance) / 2
+            distance = moment - first[1]
             if self.low - half <= distance <= self.high + half:
                 misses.setdefault(abs(distance - gap), found)
             if distance >= gap:
@@ -1005,8 +1005,8 @@ FLOW_LAYOUTS = (    # path of a flow; of frames n and n + 1, or 1 and 2, without
 class FlowPairs(torch.utils.data.Dataset):
     """Pairs of frames with the true flow between them. `root` holds, at any depth, Sintel,
     FlyingChairs, FlyingThings3D or KITTI as unpacked, or your folders NAME/frame1.png frame2.png
-    flow.flo (or flow.png, of KITTI's kind). split: "train", "val" or "all"; KITTI, yours and Chairs without
-    FlyingChairs_train_val.txt have no splits: each is everything. [i] is
+    flow.flo (or flow.png, of KITTI's kind). split: "train", "val" or "all"; KITTI, yours and Chairs
+    without FlyingChairs_train_val.txt have no splits: each is everything. [i] is
 
     frames    (2, H, W, 3)  uint8
     flow      (2, H, W)     float32, (x, y) in pixels, from the first frame on; 0 where unknown
@@ -1384,11 +1384,6 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     return DeviceLoader(Batches(dataset, crops, own_seed, one_frame), device, crops,
                         num_workers=share if workers < 0 else workers,
                         batch_size=None, sampler=batches)
-
-def sample_loader(dataset, batches, device="cpu"):
-    """A dataset's samples in batches of numbers, in order."""
-    workers = min(8, max(1, cores() - 1))
-    return DeviceLoader(dataset, torch.device(device), num_workers=workers, batch_sampler=batches)
 
 def cores():
     """How many this process may use."""
