@@ -431,11 +431,11 @@ class Reader:
                 return frame
 
     def keep(self, frame):
-        time = (frame.pts - self.start) * self.tick
-        late = self.recent and time < self.recent[-1][1]
+        moment = (frame.pts - self.start) * self.tick
+        late = self.recent and moment < self.recent[-1][1]
         if frame.is_corrupt or late:                    # painted over, in ways that vary
-            raise ValueError(f"{self.path}: is damaged near {float(time):.2f} s")
-        self.recent.append((frame, time))
+            raise ValueError(f"{self.path}: is damaged near {float(moment):.2f} s")
+        self.recent.append((frame, moment))
 
     def at(self, t):
         """The first frame at or after t -> (frame, its time), or None behind the last."""
@@ -530,7 +530,7 @@ def read_frames(path, times):
     found = [reader.at(max(t - slack, 0)) for t in times]
     if None in found:
         raise ValueError(f"{path}: ends at {float(reader.end):.2f} s, before the wanted times")
-    return [reader.image(frame) for frame, _ in found], [float(time) for _, time in found]
+    return [reader.image(frame) for frame, _ in found], [float(moment) for _, moment in found]
 
 def read_image(path):
     """An image file -> uint8 (H, W, 3), upright by its Exif tag; 16-bit grey by its high byte."""
@@ -691,9 +691,9 @@ class Videos(torch.utils.data.Dataset):
         frame = 1 / reader.rate
         distance = max(self.low - Fraction(3, 2) * frame, 0)
         misses = {}                                             # {how far from `gap`: frame}
-        for found, time in frames_from(reader, first[1] + distance + TINY):
-            half = min(frame, time - first[1] - distance) / 2
-            distance = time - first[1]
+        for found, moment in frames_from(reader, first[1] + distance + TINY):
+            half = min(frame, moment - first[1] - distance) / 2
+            distance = moment - first[1]
             if self.low - half <= distance <= self.high + half:
                 misses.setdefault(abs(distance - gap), found)
             if distance >= gap:
@@ -978,11 +978,25 @@ def read_kitti_flow(path):
     flow = (pixels[..., :2].astype(np.float32) - 2**15) / 64
     return np.where(valid[..., None], flow, 0), valid
 
+def read_pfm(path):
+    """FlyingThings3D's .pfm of three channels -> flow (H, W, 2) float32, (x, y) in pixels."""
+    with open(expanduser(path), "rb") as file:
+        raw = file.read()
+    head = re.match(rb"PF\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", raw)         # minus: little endian
+    if not head:
+        raise ValueError("does not begin as a .pfm file of three channels does")
+    numbers = np.frombuffer(raw, "<f4" if head[3] else ">f4", offset=head.end())
+    rows = numbers.reshape(int(head[2]), int(head[1]), 3)
+    return rows[::-1, :, :2].astype(np.float32)             # stored from the bottom up
+
 SINTEL = r"(.*)flow/([^/]+)/frame_(?P<n>\d+)\.flo"
+THINGS = r"(.*)optical_flow/(.+)/into_future/left/OpticalFlowIntoFuture_(?P<n>\d+)_L\.pfm"
 KITTI = r"(.*)flow_occ/(\d+)_(?P<n>10)\.png"
 FLOW_LAYOUTS = (    # path of a flow; of frames n and n + 1, or 1 and 2, without suffix; val split
     (SINTEL, "{0}clean/{1}/frame_{n:04d}", "/temple_[23]/"),            # as in CroCo v2
     (SINTEL, "{0}final/{1}/frame_{n:04d}", "/temple_[23]/"),
+    (THINGS, "{0}frames_cleanpass/{1}/left/{n:04d}", "(^|/)optical_flow/TEST/"),
+    (THINGS, "{0}frames_finalpass/{1}/left/{n:04d}", "(^|/)optical_flow/TEST/"),
     (KITTI, "{0}image_2/{1}_{n}", None),
     (KITTI, "{0}colored_0/{1}_{n}", None),
     (r"(.*?)(\d+)_flow\.flo", "{0}{1}_img{n}", None),                   # FlyingChairs
@@ -990,9 +1004,9 @@ FLOW_LAYOUTS = (    # path of a flow; of frames n and n + 1, or 1 and 2, without
 
 class FlowPairs(torch.utils.data.Dataset):
     """Pairs of frames with the true flow between them. `root` holds, at any depth, Sintel,
-    FlyingChairs or KITTI as unpacked, or your folders NAME/frame1.png frame2.png flow.flo (or
-    flow.png, of KITTI's kind). split: "train", "val" or "all"; KITTI, yours and Chairs without
-    FlyingChairs_train_val.txt have no splits: each is everything. [i] is
+    FlyingChairs, FlyingThings3D or KITTI as unpacked, or your folders NAME/frame1.png frame2.png
+    flow.flo (or flow.png, of KITTI's kind). split: "train", "val" or "all"; KITTI, yours and Chairs
+    without FlyingChairs_train_val.txt have no splits: each is everything. [i] is
 
     frames    (2, H, W, 3)  uint8
     flow      (2, H, W)     float32, (x, y) in pixels, from the first frame on; 0 where unknown
@@ -1039,7 +1053,7 @@ class FlowPairs(torch.utils.data.Dataset):
             if path.endswith(".png"):
                 flow, valid = read_kitti_flow(path)
             else:
-                flow = read_flo(path)
+                flow = read_pfm(path) if path.endswith(".pfm") else read_flo(path)
                 valid = (abs(flow) <= 1e9).all(-1)                              # nan is not
             if frames.shape[1:3] != valid.shape:
                 raise ValueError(f"the flow is {valid.shape}, its frames {frames.shape[1:3]}")
@@ -1053,9 +1067,12 @@ CAMVID = "sky, building, pole, road, pavement, tree, sign, fence, car, pedestria
 CITYSCAPES = ("road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, "
               "vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, "
               "bicycle")
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 SEGMENTATION_LAYOUTS = (    # image without suffix, label; classes, first and ignored values, names
     ("<split>/<name>", "{split}annot/{name}.png", 11, 0, 11, CAMVID),                   # SegNet's
     ("leftImg8bit/<split>/<name>_leftImg8bit", "gtFine/{split}/{name}_gtFine_labelTrainIds.png",
+     19, 0, 255, CITYSCAPES),
+    ("leftImg8bit/<split>/<name>_leftImg8bit", "gtFine/{split}/{name}_gtFine_labelIds.png",
      19, 0, 255, CITYSCAPES),
     ("images/10k/<split>/<name>", "labels/sem_seg/masks/{split}/{name}.png",
      19, 0, 255, CITYSCAPES),                                                           # BDD100K
@@ -1064,8 +1081,8 @@ SEGMENTATION_LAYOUTS = (    # image without suffix, label; classes, first and ig
     ("images/<name>", "labels/{name}.png", None, 0, 255, None))
 
 class Segmentation(torch.utils.data.Dataset):
-    """Images with a class for each pixel. `root` is the folder of CamVid (SegNet's), Cityscapes
-    (with labelTrainIds.png), BDD100K or ADE20K, or yours: images/train/ANY/NAME.jpg
+    """Images with a class for each pixel. `root` is the folder of CamVid (SegNet's), Cityscapes,
+    BDD100K or ADE20K as unpacked, or yours: images/train/ANY/NAME.jpg
     labels/train/ANY/NAME.png; without splits every fifth image by name is val, the rest train.
     Labels are PNGs of one channel of at most 8 bits, or of a palette. num_classes (2 at least) and
     ignore_index, the value of no class, are by default what the data set says; yours: as many as
@@ -1133,6 +1150,9 @@ class Segmentation(torch.utils.data.Dataset):
         image, label = self.files[i]
         table = np.full(256, -1)                       # value in the file -> class; -1: not allowed
         table[self.first:self.first + self.num_classes] = np.arange(self.num_classes)
+        if label.endswith("_gtFine_labelIds.png"):      # Cityscapes' own: of 34 classes 19 count
+            table[:] = 255
+            table[CITYSCAPES_IDS] = np.arange(19)
         table[self.ignore_index] = 255
         picture = read_clip([image])[0]
         values = read_one_channel(label)
@@ -1364,11 +1384,6 @@ def make_loader(source, inputs, batches, device="cpu", seed=0, workers=-1, split
     return DeviceLoader(Batches(dataset, crops, own_seed, one_frame), device, crops,
                         num_workers=share if workers < 0 else workers,
                         batch_size=None, sampler=batches)
-
-def sample_loader(dataset, batches, device="cpu"):
-    """A dataset's samples in batches of numbers, in order."""
-    workers = min(8, max(1, cores() - 1))
-    return DeviceLoader(dataset, torch.device(device), num_workers=workers, batch_sampler=batches)
 
 def cores():
     """How many this process may use."""

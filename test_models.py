@@ -1483,12 +1483,16 @@ FLOWS = {
     "sintel": ("training/clean/{s}/frame_0009.png", "training/clean/{s}/frame_0010.png",
                "training/flow/{s}/frame_0009.flo"),
     "chairs": ("data/0000{k}_img1.ppm", "data/0000{k}_img2.ppm", "data/0000{k}_flow.flo"),
+    "things": ("frames_finalpass/{p}/A/000{k}/left/0006.png",
+               "frames_finalpass/{p}/A/000{k}/left/0007.png",
+               "optical_flow/{p}/A/000{k}/into_future/left/OpticalFlowIntoFuture_0006_L.pfm"),
     "kitti": ("image_2/00000{k}_10.png", "image_2/00000{k}_11.png", "flow_occ/00000{k}_10.png")}
 
 def write_flow_layout(root, layout):
     """Three pairs; the first is training's. Flow k everywhere, not known in the first row."""
     for k, scene in ((1, "alley_1"), (2, "temple_2"), (3, "temple_3")):
-        first, second, file = (root / path.format(k=k, s=scene) for path in FLOWS[layout])
+        part = "TRAIN" if k == 1 else "TEST"
+        first, second, file = (root / path.format(k=k, s=scene, p=part) for path in FLOWS[layout])
         put(first, 2 * k)
         put(second, 2 * k + 1)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -1498,6 +1502,10 @@ def write_flow_layout(root, layout):
         if layout == "sintel":
             last = 255 * (np.indices((4, 6)).sum(0) == 8)
             put(root / f"training/invalid/{scene}/frame_0009.png", last.astype(np.uint8))
+        if layout == "things":              # from the bottom up, a third channel, either byte order
+            head, kind = (b"PF\n6 4\n-1.0\n", "<f4") if k == 2 else (b"PF\n6 4\n1.0\n", ">f4")
+            put(file, head + np.dstack([flow, flow[..., :1] * 0])[::-1].astype(kind).tobytes())
+            continue
         if layout != "kitti":
             data.write_flo(file, flow)
             continue
@@ -1526,11 +1534,13 @@ def test_flow_pairs_of_each_layout(tmp_path, layout):
         assert pair["frames"][:, 1, 2, 0].tolist() == [2 * k, 2 * k + 1]
         assert np.array_equal(pair["valid"], valid)
         assert np.array_equal(pair["flow"], np.where(valid, k, 0)[None].repeat(2, 0))
-    split = layout in ("sintel", "chairs")
+    split = layout in ("sintel", "chairs", "things")
     for part, expected in (("train", [2] if split else [2, 4, 6]),
                            ("val", [4, 6] if split else [2, 4, 6])):
         shown = [pair["frames"][0, 0, 0, 0] for pair in data.FlowPairs(tmp_path, part)]
         assert shown == expected
+
+THINGS = "optical_flow/TEST/A/0003/into_future/left/OpticalFlowIntoFuture"
 
 @pytest.mark.parametrize("layout, name, content, word", [
     ("yours", "a/2/frame2.png", np.zeros((4, 5, 3), np.uint8), "size of"),
@@ -1539,6 +1549,8 @@ def test_flow_pairs_of_each_layout(tmp_path, layout):
     ("yours", "a/2/flow.flo", b"X" + FLO[1:], "begin"),
     ("yours", "a/2/flow.flo", FLO[:4] + b"\xff" * 4 + FLO[8:], "reshape"),
     ("yours", "a/2/frame1.png", b"no image", "frame1.png: can't be read"),
+    ("things", f"{THINGS}_0006_L.pfm", b"Pf\n1 1\n-1\n1234", "three channels"),
+    ("things", f"{THINGS}_0006_L.pfm", b"PF\n2 1\n-1\n" + b"1234" * 5, "L.pfm: .*reshape"),
     ("kitti", "flow_occ/000002_10.png", PNG[:-40], "whole PNG"),
     ("kitti", "flow_occ/000002_10.png", PNG[:900] + b"\0\0" + PNG[902:], "damaged"),
     ("kitti", "flow_occ/000002_10.png", np.zeros((4, 4, 3), np.uint8), "16 bits"),
@@ -1558,6 +1570,8 @@ SEGMENTED = {
     "cityscapes": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png",
                    "gtFine/{s}/bonn/{n}_gtFine_labelTrainIds.png",
                    [0, 18, 255], [0, 18, 255], 19),
+    "cityscapes ids": ("leftImg8bit/{s}/bonn/{n}_leftImg8bit.png",
+                       "gtFine/{s}/bonn/{n}_gtFine_labelIds.png", [7, 33, 14], [0, 18, 255], 19),
     "bdd": ("images/10k/{s}/{n}.jpg", "labels/sem_seg/masks/{s}/{n}.png",
             [0, 18, 255], [0, 18, 255], 19),
     "ade": ("images/{s}/{n}.jpg", "annotations/{s}/{n}.png", [1, 150, 0], [0, 149, 255], 150),
