@@ -1,8 +1,6 @@
-"""
-A checkpoint in, tables and pictures out.
+"""A checkpoint in, tables and pictures out.
 
     python eval.py out/midway-tiny          # every task that its model has, on synthetic scenes
-    python eval.py out/midway-tiny --task segmentation --data PATH/TO/LABELLED
     python eval.py PATH/midway-bdd-vit-s-ep300.pth --task heatmap --data clip.mp4
 
 midway      latents         do the motion latents carry motion: latents.gif
@@ -12,17 +10,14 @@ midway      latents         do the motion latents carry motion: latents.gif
             segmentation    linear or UperNet readout: mIoU
             flow            DPT readout of optical flow, in tiles: end-point error
 moog        tokens          what each token is of: tokens.png, .gif
-            points, boxes   a readout learns to follow points or boxes
-            depth           a readout learns the depth of each pixel
+            points, boxes, depth    a readout learns to follow points or boxes, or depth
             unroll          PSNR of long clips, with more or fewer tokens, and in open loop
 melomotion  tables          the report's tables beside ours, with the controls that it lacks
             figures         Figure 1, and motion.gif, twice as long
 
-Beside each readout stand the same readout on random weights, and what needs no model. --data is
-`scenes`, a labelled data set as data.py knows them or, for heatmap, latents, track, tokens and
-unroll, videos. Of clips without a split the last third is for the test; with nothing to train on,
-scenes serve. Tables and pictures go to the checkpoint's folder, or to --out.
-"""
+Beside each readout stand the same on random weights, and what needs no model. --data: `scenes`, a
+labelled data set (data.py) or, for heatmap, latents, track, tokens and unroll, videos. Of clips
+without a split the last third is for the test; with nothing to train on, scenes serve."""
 import argparse
 import importlib
 import json
@@ -56,7 +51,6 @@ import midway
 import moog
 import train
 from melomotion import Config, FlowBaseline, MeloMotion, place, position_loss
-from moog import psnr       # one of the metrics, for whoever imports this file
 from train import UserError
 
 matplotlib.use("Agg")
@@ -191,6 +185,8 @@ def image_grid(rows, columns=(), width=1.4, note=""):
     return figure, axes
 
 # ---- metrics -------------------------------------------------------------------------------------
+psnr = moog.psnr
+
 def as_double(*arrays):
     return [torch.as_tensor(x).cpu().double() for x in arrays]          # MPS has no float64
 
@@ -198,7 +194,8 @@ def as_bool(*arrays):
     return [torch.as_tensor(x).cpu().bool() for x in arrays]
 
 def flow_errors(flow, target, valid=None):
-    """Lengths of errors and of true vectors, at all valid pixels of flows (B, 2, H, W)."""
+    """Lengths of errors and of true vectors in pixels, of flows (B, 2, H, W), where valid (B, H, W)
+    is true, by default where |target| < 1e9."""
     flow, target = as_double(flow, target)
     assert flow.shape == target.shape and flow.shape[1] == 2, "want flows (B, 2, H, W)"
     [valid] = as_bool(target.abs().amax(1) < 1e9 if valid is None else valid)
@@ -206,19 +203,13 @@ def flow_errors(flow, target, valid=None):
     return error[valid], target.norm(dim=1)[valid]
 
 def end_point_error(flow, target, valid=None):
-    """Mean length of the error in pixels: flows (B, 2, H, W), valid (B, H, W), by default where
-    |target| < 1e9. nan if no pixel is valid."""
-    error, _ = flow_errors(flow, target, valid)
-    return error.mean().item()
-
-def outliers(error, length):
-    """KITTI's: off by more than 3 pixels and by more than 5 %."""
-    return (error > 3) & (error > 0.05 * length)
+    """Mean length of the error, as flow_errors takes it; nan if no pixel is valid."""
+    return flow_errors(flow, target, valid)[0].mean().item()
 
 def fl_all(flow, target, valid=None):
-    """Per cent of valid pixels that are KITTI's outliers; arguments as in end_point_error."""
+    """Per cent of KITTI's outliers: off by more than 3 pixels and by more than 5 %."""
     error, length = flow_errors(flow, target, valid)
-    return 100 * outliers(error, length).double().mean().item()
+    return 100 * ((error > 3) & (error > 0.05 * length)).double().mean().item()
 
 def confusion(pred, target, num_classes, ignore_index=255):
     """(true class, predicted class) -> pixels, of maps of any shape: (K, K)."""
@@ -238,17 +229,15 @@ def iou_scores(counts):
     return per_class.nanmean().item(), per_class, (hit.sum() / counts.sum()).item()
 
 def mean_iou(pred, target, num_classes, ignore_index=255):
-    """Over all maps (N, H, W) together, as in mmsegmentation: mean intersection over union of the
-    classes that are there or predicted, IoU of each (K,), nan if nowhere, share of pixels right."""
+    """Of all maps together, as in mmsegmentation: mean intersection over union of the classes that
+    are there or predicted, IoU of each (K,), nan if nowhere, share of pixels right."""
     return iou_scores(confusion(pred, target, num_classes, ignore_index))
 
 def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first",
                      valid=None):
-    """TAP-Vid's metrics, each (B,), one number per video: `average_jaccard`, `delta_avg` (share of
-    visible points within 1, 2, 4, 8, 16 pixels, mean of these), `occlusion_accuracy`, jaccard_N,
-    delta_N. tracks (B, P, T, 2) in pixels of 256 x 256, visible (B, P, T), query_frames (B, P).
-    mode: "first" counts the frames after a point's query, "strided" all but the query's. nan where
-    nothing is to be seen. valid (B, P, T): where the truth is known; the rest is not counted."""
+    """TAP-Vid's metrics, each (B,), nan where nothing is to be seen. tracks (B, P, T, 2) in pixels of
+    256 x 256; visible, valid (the truth is known) (B, P, T); query_frames (B, P). mode: "first"
+    counts the frames after a point's query, "strided" all but the query's."""
     if mode not in ("first", "strided"):
         raise ValueError(f"mode={mode!r} must be 'first' or 'strided'")
     tracks, target = as_double(tracks, target_tracks)
@@ -272,10 +261,9 @@ def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frame
         out[name] = torch.stack([out[f"{part}_{n}"] for n in (1, 2, 4, 8, 16)]).mean(0)
     return out
 
-def average_jaccard(tracks, visible, target_tracks, target_visible, query_frames, mode="first"):
-    """TAP-Vid's average Jaccard of each video, (B,): see tracking_metrics."""
-    metrics = tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode)
-    return metrics["average_jaccard"]
+def average_jaccard(*inputs, **options):
+    """TAP-Vid's average Jaccard of each video, (B,); arguments as in tracking_metrics."""
+    return tracking_metrics(*inputs, **options)["average_jaccard"]
 
 def depth_metrics(depth, target, valid=None):
     """abs_rel, rmse (the target's unit) and delta_1.25, the share within a factor of 1.25."""
@@ -303,22 +291,16 @@ def box_iou(boxes, target):
     both = box_area(torch.cat([low, high], -1))
     return both / (box_area(boxes) + box_area(target) - both).clamp(min=1e-12)
 
-@cache
-def colour_wheel():
-    """Middlebury's 55 colours from red over yellow to magenta, (55, 3), 0 to 255."""
-    codes = ("100", "110", "010", "011", "001", "101", "100")
-    corners = [255 * np.array(list(map(int, code))) for code in codes]
-    parts = []
-    for a, b, n in zip(corners, corners[1:], (15, 6, 4, 11, 13, 6)):
-        parts.append(a + np.sign(b - a) * np.floor(255 * np.arange(n) / n)[:, None])
-    return np.concatenate(parts)
-
 def flow_to_color(flow, fastest=None):
     """Flow (2, H, W) or (H, W, 2) in Middlebury's colours, uint8 (H, W, 3): hue is direction, white
-    is still. fastest: the speed of full colour, in pixels; by default the field's largest."""
+    is still, full colour the speed `fastest`, by default the field's largest."""
     flow = np.asarray(torch.as_tensor(flow).detach().cpu().double())
     u, v = flow if len(flow) == 2 else np.moveaxis(flow, -1, 0)
-    wheel = colour_wheel() / 255
+    corners = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]])
+    sides = np.roll(corners, -1, 0) - corners               # red to yellow, yellow to green, ...
+    counts = (15, 6, 4, 11, 13, 6)
+    along = np.concatenate([np.floor(255 * np.arange(n) / n) for n in counts])[:, None]
+    wheel = (255 * corners.repeat(counts, 0) + along * sides.repeat(counts, 0)) / 255   # (55, 3)
     speed = np.hypot(u, v)[..., None]
     speed = speed / ((speed.max() if fastest is None else fastest) + 1e-5)
     turn = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
@@ -330,14 +312,13 @@ def flow_to_color(flow, fastest=None):
 
 # ---- probe: one driver for every trained readout -------------------------------------------------
 class Task:
-    """
-    What a readout learns from a model's features, and how it is scored. Batches are dicts of
-    tensors on the run's device. A subclass has
+    """What a readout learns and how it is scored. Batches are dicts of tensors. A subclass has also
         prepare()                       opens the data; sets `testing`, and how much: `tests`
         train_batches(steps)            yields batches
         head(model) -> readout;         features(model, batch) -> what it sees
-        loss(prediction, batch);        measure(prediction, batch) -> {name: tensor}, to be joined
-    """
+        predict(head, features, batch); loss(prediction, batch)
+        baselines(batch)                {name: prediction} of what needs no model
+        measure(prediction, batch)      {name: tensor}, to be joined"""
     lr = 1e-3
 
     def __init__(self, run):
@@ -352,18 +333,11 @@ class Task:
         return {"this model": self.run.model, "random init": self.run.untrained}
 
     def unfreeze(self, model):
-        """Finetuning trains what requires gradients: here more of it may be made to."""
-
-    def predict(self, head, features, batch):
-        return head(features)
+        """Makes more of it require gradients, which is what finetuning trains."""
 
     def test(self, model, head, batch):
         """The prediction that is measured."""
         return self.predict(head, self.features(model, batch), batch)
-
-    def baselines(self, batch):
-        """{name: prediction} of what needs no model."""
-        return {}
 
     def score(self, measured):
         """{row of the table: number}"""
@@ -374,8 +348,8 @@ class Task:
 
 def train_readout(task, model, name):
     """AdamW on the readout, and with --finetune on a copy of the model at a tenth of its learning
-    rate; warm-up over a twentieth of the steps, then a cosine to 0. our choice: one recipe for all
-    readouts; mmsegmentation, CroCo v2 and TAP-Net each have their own, for far more steps."""
+    rate; warm-up, then a cosine to 0. our choice: one recipe; mmsegmentation, CroCo v2 and TAP-Net
+    each have their own, for far more steps."""
     args = task.args
     steps = args.steps or task.steps
     lr = args.lr or task.lr
@@ -437,8 +411,7 @@ def resized(x, size):
     return F.interpolate(x, size, mode="bilinear")
 
 class UperNet(nn.Module):
-    """UperNet on four maps of a ViT (B, D, h, w), lowest first: made a pyramid, pyramid pooling on
-    the coarsest, top-down sums, all fused at the finest. our choice: the pyramid by transposed
+    """UperNet on four maps of a ViT (B, D, h, w), lowest first. our choice: the pyramid by transposed
     convolutions, as in iBOT; else mmsegmentation's, D channels wide, without auxiliary head."""
 
     def __init__(self, dim, classes):
@@ -479,9 +452,8 @@ class ConvUnit(nn.Sequential):
         return x + super().forward(x)
 
 class DPT(nn.Module):
-    """Dense prediction transformer head, as CroCo v2 has it: four token maps on one grid, taken to
-    4, 2, 1 and 1/2 times the grid, fused from coarse to fine; 3 channels (u, v, confidence) at
-    image size. Widths are in proportion to D, CroCo's at D = 384."""
+    """CroCo v2's dense prediction transformer head: four token maps on one grid -> u, v, confidence
+    at image size. Widths are in proportion to D, CroCo's at D = 384."""
 
     def __init__(self, ins, dim):
         super().__init__()
@@ -527,9 +499,8 @@ def tile_offsets(length, window, overlap):
     return np.round(np.linspace(0, length - window, count)).astype(int).tolist()
 
 def tiled_flow(predict, frames, window, overlap):
-    """Flow (2, H, W) of frames (2, 3, H, W) in [0, 1]: means of overlapping tiles, weighted by
-    their confidence. predict(tiles (B, 2, 3, S, S)) -> flow (B, 2, S, S), confidence (B, S, S), S =
-    window, at most H and W."""
+    """Flow (2, H, W) of frames (2, 3, H, W): means of overlapping tiles, weighted by confidence.
+    predict(tiles (B, 2, 3, S, S)) -> flow (B, 2, S, S), confidence (B, S, S), S = window."""
     H, W = frames.shape[-2:]
     total = torch.zeros(3, H, W, device=frames.device)
     for y in tile_offsets(H, window, overlap):
@@ -543,13 +514,10 @@ def tiled_flow(predict, frames, window, overlap):
 
 # ---- Midway: segmentation and flow ---------------------------------------------------------------
 class ImageTask(Task):
-    """
-    Dense readouts of images (B, T, 3, H, W) in [0, 1], which learn from scenes or from crops of a
-    data set. A subclass sets `size` of the crops, `scenes`, {split: data.Scenes}, and `training`
-    and `testing`, data sets, or None, and has
+    """Dense readouts of images (B, T, 3, H, W) in [0, 1], which learn from `scenes`, {split:
+    data.Scenes}, or from crops of `size` of a data set, `training`. A subclass has
         from_scenes(clips) -> batch;    read(sample of a data set) -> the same of a single one
-        side(H, W, rng) -> of a random crop
-    """
+        side(H, W, rng) -> of a random crop"""
     frames = "image"                                    # in a batch
     training = testing = None
     many = 1                                            # scenes of a test batch
@@ -558,9 +526,8 @@ class ImageTask(Task):
         return self.from_scenes(self.run.truth(self.scenes[split], numbers))
 
     def crop(self, number):
-        """A random square of a sample, mirrored half of the time; maps take the nearest pixels and
-        flow is scaled and turned. our choice: mmsegmentation's and CroCo v2's range of scales, but
-        no stretching, no padding, no colour jitter."""
+        """A random square of a sample, mirrored half of the time. our choice: mmsegmentation's and
+        CroCo v2's range of scales, but no stretching, no padding, no colour jitter."""
         rng = np.random.default_rng((self.args.seed, number))
         sample = self.read(self.training[int(rng.integers(len(self.training)))])
         H, W = sample["image"].shape[-2:]
@@ -642,8 +609,7 @@ class Segmentation(ImageTask):
 
     def features(self, model, batch):
         """(B, D, h, w): the backward layers' lowest level (paper: its linear readout's), or the
-        encoder's last, or four. our choice: the student's; the paper doesn't say. Images get the
-        task's size as their short side."""
+        encoder's last, or four. our choice: the student's; the paper doesn't say."""
         image = batch["image"][:, 0]
         patch = model.cfg.patch
         sides = image.shape[-2:]
@@ -656,17 +622,14 @@ class Segmentation(ImageTask):
             for i in reversed(model.predicted):
                 v = model.student_backward[str(i)](z[i], v)
             return self.as_maps([v], image)[0]
-        depth = model.cfg.depth
-        if self.args.head == "linear":
-            return self.as_maps(model.student(midway.normalize(image), [depth]), image)[0]
-        quarters = [depth * k // 4 for k in (1, 2, 3, 4)]
-        return self.as_maps(model.student(midway.normalize(image), quarters), image)
+        quarters = [model.cfg.depth * k // 4 for k in (1, 2, 3, 4)]
+        maps = self.as_maps(model.student(midway.normalize(image), quarters), image)
+        return maps[-1] if self.args.head == "linear" else maps
 
     def predict(self, head, features, batch):
         return resized(head(features).float(), batch["classes"].shape[-2:])
 
     def loss(self, prediction, batch):
-        """Mean over the labelled pixels."""
         classes = batch["classes"]
         total = F.cross_entropy(prediction, classes, ignore_index=255, reduction="sum")
         return total / (classes != 255).sum().clamp(min=1)
@@ -676,7 +639,7 @@ class Segmentation(ImageTask):
 
     @cached_property
     def prior(self):
-        """The commonest class of each place: what can be said without looking. (1, 1, 64, 64)"""
+        """The commonest class of each place, (1, 1, 64, 64)."""
         counts = torch.zeros(self.classes, 64, 64)
         names = torch.arange(self.classes).view(-1, 1, 1)
         for i in range(len(self.training or range(512))):
@@ -701,16 +664,14 @@ class Segmentation(ImageTask):
         return {"mIoU": 100 * miou, "pixel accuracy": 100 * accuracy}
 
     def paint(self, prediction, batch):
-        """What is ignored is black."""
         classes = (batch["classes"] if prediction is None else prediction)[0].cpu().numpy()
         colours = plt.get_cmap("turbo")(classes / (self.classes - 1))[..., :3]
-        return np.where(classes[..., None] == 255, 0, colours)
+        return np.where(classes[..., None] == 255, 0, colours)              # ignored: black
 
 class Flow(ImageTask):
     """paper: B.4. A DPT readout of the encoder's last level, the target's tokens after the highest
-    midway path, and the predictions of the highest and of the lowest level. Beside it the same with
-    random dynamics around the encoder. our choice: learning rate 1e-3 (CroCo v2: 2e-5, for a
-    million steps)."""
+    midway path, and the predictions of the highest and of the lowest level. our choice: learning
+    rate 1e-3 (CroCo v2: 2e-5, for a million steps)."""
     name = "flow"
 
     def prepare(self):
@@ -732,15 +693,14 @@ class Flow(ImageTask):
         self.title = f"optical flow, learnt on {where}; end-point error in pixels, mean over pairs"
 
     def models(self):
-        """Of a model without dynamics, as paper: its encoder with random dynamics."""
+        """Beside the model, as paper: its encoder with random dynamics."""
         model = self.run.model
         torch.manual_seed(self.args.seed + 1)
         alone = midway.Midway(replace(model.cfg, latent_dynamics=True)).to(self.args.device).eval()
         alone.student = deepcopy(model.student)
         alone.teacher = deepcopy(model.teacher)
-        if self.args.encoder_only or not model.cfg.latent_dynamics:
-            return {"encoder only": alone}
-        return {"this model": model, "encoder only": alone}
+        trained = {"this model": model} if model.cfg.latent_dynamics else {}
+        return trained | {"encoder only": alone}
 
     def from_scenes(self, clips):
         flow = clips["flow"][:, 0]
@@ -759,8 +719,7 @@ class Flow(ImageTask):
         return DPT((D, model.cfg.motion_dim, D, D), D)
 
     def unfreeze(self, model):
-        """The target's branch too, as in CroCo v2."""
-        model.teacher_embed.requires_grad_(True)
+        model.teacher_embed.requires_grad_(True)                # the target's branch, as CroCo v2
         if model.cfg.backward:
             model.teacher_backward.requires_grad_(True)
 
@@ -799,20 +758,18 @@ class Flow(ImageTask):
                 "per cent of outliers (Fl-all)": torch.tensor([fl_all(*pair)])}
 
     def paint(self, prediction, batch):
-        """All in the scale of the truth, in which what is unknown is white."""
         target = torch.where(batch["valid"], batch["flow"], 0)[0]
         flow = target if prediction is None else prediction[0]
-        return flow_to_color(flow, target.norm(dim=0).max().item())
+        return flow_to_color(flow, target.norm(dim=0).max().item())         # the truth's scale
 
 # ---- Midway: what the dynamics know --------------------------------------------------------------
 DRAWS = 32          # random vectors that heatmaps are averaged over
 
 @torch.no_grad()
 def perturb(model, i, m, v, token, draws=32, seed=0):
-    """Forwarded feature perturbation: which predicted tokens feel it if one source token changes.
-    paper: Sec. 4.4. Random vectors r are tangents of one token (B,) of v each, all others zero and
-    m held fixed; the cosine of r with each predicted token's tangent is averaged over the draws. i:
-    the level, one of model.predicted; m, v (B, K, d), (B, L, D) of it -> heatmaps (B, h*w)."""
+    """Forwarded feature perturbation, paper: Sec. 4.4. Random vectors r are tangents of one token
+    (B,) of v each; the cosine of r with each predicted token's tangent is averaged over the draws.
+    m, v (B, K, d), (B, L, D) of level i, one of model.predicted -> heatmaps (B, h*w)."""
     v = v.contiguous()
     place = F.one_hot(token + 1, v.shape[1])[..., None].to(v)               # (B, L, 1), after CLS
     generator = torch.Generator().manual_seed(seed)
@@ -832,7 +789,7 @@ def perturb(model, i, m, v, token, draws=32, seed=0):
         return vmap(heat, chunk_size=chunk)(r).mean(0)
 
 def level_names(model):
-    """Names of the predicted levels, lowest first, as in model.predict's list."""
+    """Names of the predicted levels, lowest first."""
     if not model.cfg.latent_dynamics:
         raise UserError("this model has no latent dynamics: only --task segmentation and flow fit")
     return [f"level {model.levels[i]}" for i in model.predicted]
@@ -849,8 +806,8 @@ def yx(token, grid):
     return torch.stack([token.div(grid, rounding_mode="floor"), token % grid], -1).float()
 
 def moving_tokens(run, count, scenes):
-    """Up to `count` pairs of scenes (n, 2, 3, S, S) in which something moves by a patch or more and
-    stays in sight, a random token (n,) of it, and where it lands (n, 2), in rows and columns."""
+    """Up to `count` pairs of scenes (n, 2, 3, S, S), a random token (n,) of what moves by a patch or
+    more and stays in sight, and where it lands (n, 2), in rows and columns."""
     p = run.cfg.patch
     batch = run.truth(run.scenes(), range(scenes))
     at = slice(p // 2, None, p)
@@ -890,16 +847,13 @@ def latent_errors(model, i, m, v, target, motion=None):
     if motion is not None:
         distance = torch.cdist(motion, motion).fill_diagonal_(math.inf)
         others["same motion"] = m[distance.argmin(1)]
-    errors = {}
-    for name, latents in others.items():
-        pred, _ = model.predict_forward(i, latents, v)
-        errors[name] = midway.prediction_loss(pred, target).item()
-    return errors
+    return {name: midway.prediction_loss(model.predict_forward(i, x, v)[0], target).item()
+            for name, x in others.items()}
 
 @torch.no_grad()
 def latents(run, tests=256, fits=1024):
-    """Do the motion latents carry motion? Content and colours make the right latents better than
-    another pair's too; only motion makes those of another scene with the same motion as good."""
+    """Do the motion latents carry motion? Content makes the right latents better than another
+    pair's too; only motion makes those of another scene with the same motion as good."""
     names = level_names(run.model)
     motion = None
     if run.on_scenes:
@@ -932,8 +886,7 @@ def latents(run, tests=256, fits=1024):
         motion_gif(run, video[-tests:], motion, readings[0])
 
 def motion_gif(run, pairs, motion, reading):
-    """latents.gif: twelve pairs that move by a tenth of the frame or more, with the camera's motion
-    in the first frame: true and as read off the latents."""
+    """latents.gif: twelve pairs that move by a tenth of the frame or more."""
     middle = run.cfg.size / 2 - 0.5
     note = "the camera's motion: white true, orange read off the latents"
     figures = []
@@ -971,21 +924,19 @@ def identity_bias(run):
               ["nearer to the source", "patches from truth"], rows)
 
 def changed_tokens(model, pairs, count):
-    """our choice of what to look at in videos: the tokens (n, count) of sources that differ most
-    from those at their place in the target."""
+    """our choice: the tokens (n, count) that differ most from those at their place in the target."""
     z, zt = (model.features(x)[-1][:, 1:] for x in pairs.unbind(1))
     return F.cosine_similarity(z, zt, dim=-1).topk(count, largest=False).indices
 
 def model_view(frame):
-    """The central square of a frame (H, W, 3), which the model sees: a box for crop_uint8."""
+    """The central square of a frame (H, W, 3), a box for crop_uint8."""
     H, W = frame.shape[:2]
     side = min(H, W)
     return (H - side) // 2, (W - side) // 2, side, side
 
 def look(run, frames, token=None, truth=None):
-    """Fig. 6 of pairs of frames [(source, target)], (H, W, 3) uint8: a figure with a row for each,
-    the tokens (n,) that were changed (if not given, those at --at, or that differ most), heatmaps.
-    The model's view is framed in white, the token in green; crosses tell the truth."""
+    """Fig. 6 of pairs of frames [(source, target)], (H, W, 3) uint8: a figure, the tokens (n,), their
+    heatmaps. White: the model's view; green: the token; cross: the truth."""
     grid = run.cfg.size // run.cfg.patch
     views = [data.crop_uint8(x, model_view(x), run.cfg.size) / 255 for pair in frames for x in pair]
     pairs = torch.stack(views).unflatten(0, (-1, 2)).to(run.args.device)
@@ -1036,11 +987,9 @@ def heatmap(run):
     figure, token, heats = look(run, frames, token, truth)
     run.picture(figure, "heatmap.png")
     grid = run.cfg.size // run.cfg.patch
-    row = ["distance of the peak from the source (0: identity)"]
-    for heat in heats:
-        off = yx(heat.argmax(1), grid) - yx(token, grid)
-        row.append(off.norm(dim=1).mean().item())
-    run.table(f"heatmap.png, mean of {len(token)}, in patches", names, [row])
+    off = [(yx(heat.argmax(1), grid) - yx(token, grid)).norm(dim=1).mean().item() for heat in heats]
+    run.table(f"heatmap.png, mean of {len(token)}, in patches", names,
+              [["distance of the peak from the source (0: identity)", *off]])
     first, *later = np.uint8(255 * as_images(run.clips(9, 1)[0]))
     token = None
     figures = []
@@ -1051,9 +1000,8 @@ def heatmap(run):
 
 @torch.no_grad()
 def follow_tokens(model, clip, start, draws=32, seed=0):
-    """Fig. 7: tokens `start` (P,) of the first frame of a clip (T, 3, S, S), followed in two ways,
-    (2, T, P): of the five hottest target tokens the one with the most similar features, paper: Sec.
-    4.4, and of all target tokens the most similar one. Features: the encoder's highest level."""
+    """Fig. 7: tokens `start` (P,) of a clip's first frame (T, 3, S, S), followed in two ways, (2, T,
+    P): of the five hottest target tokens, paper: Sec. 4.4, or of all, the most similar one."""
     tokens = start.repeat(2, len(clip), 1)
     z = torch.cat([model.features(x)[-1] for x in clip.split(16)])[:, 1:]
     z = F.normalize(z, dim=-1)                                              # (T, h*w, D)
@@ -1116,9 +1064,9 @@ POINTS = 16         # of a clip
 FRAMES = 8
 
 def square_clip(item, size, device):
-    """A sample of data.PointTracks or BoxTracks as readouts take it, in shares of the frame: video
-    (T, 3, S, S) uint8, squashed as in TAP-Vid; depth (T, S, S); tracks (T, P, 2); boxes y1 x1 y2 x2
-    (T, K, 4), cut off at the rim; `inside` (T, K): more than half of a box is in the frame."""
+    """A sample of data.PointTracks or BoxTracks, squashed as in TAP-Vid, in shares of the frame: video
+    (T, 3, S, S) uint8; depth (T, S, S); tracks (T, P, 2); boxes y1 x1 y2 x2 (T, K, 4), cut off at
+    the rim; `inside` (T, K): more than half of a box is in the frame."""
     clip = to_device({name: torch.as_tensor(x) for name, x in item.items()}, device)
     T, H, W, _ = clip["video"].shape
     sides = torch.tensor([W, H], device=device)
@@ -1136,8 +1084,8 @@ def square_clip(item, size, device):
     return clip
 
 def random_window(clip, frames, generator):
-    """A random window of a clip, a batch of one, with POINTS points drawn from those that are seen
-    in it, each given where it is seen first; none counts if none is seen."""
+    """A random window of a clip, a batch of one, with POINTS points of those that are seen in it,
+    each given where it is seen first; none counts if none is seen."""
     start = torch.randint(len(clip["video"]) - frames + 1, (1,), generator=generator).item()
     out = {name: x[start:start + frames] for name, x in clip.items() if name != "query_frames"}
     if "tracks" in clip:
@@ -1152,7 +1100,7 @@ def random_window(clip, frames, generator):
     return {name: x[None] for name, x in out.items()}
 
 def scene_clips(run, split, count):
-    """Scenes as windows of clips. Points are on sprites, if any: plain ground can't be followed."""
+    """Scenes as random_window's. Points are on sprites: plain ground can't be followed."""
     scenes = run.scenes(split, max(run.cfg.frames, FRAMES))
     generator = torch.Generator().manual_seed(run.args.seed)
     clips = []
@@ -1173,7 +1121,7 @@ def scene_clips(run, split, count):
 
 @cache
 def scene_pool(run):
-    """What readouts learn from, if it is scenes; a place for features; what they are tested on."""
+    """What readouts learn from, a place for features, what they are tested on."""
     tests = scene_clips(run, "eval", TESTS)
     tests = [joined(tests[i:i + 16]) for i in range(0, TESTS, 16)]
     return joined(scene_clips(run, "train", POOL)), {}, tests
@@ -1238,7 +1186,6 @@ class ClipTask(Task):
         return self.readout(dim, dim, spec, 4 * dim, model.cfg.decoder_bases)
 
     def loss(self, prediction, batch):
-        """Of points and boxes their heads know it."""
         return prediction[-1]
 
 def at_query_frames(x, frames):
@@ -1247,7 +1194,7 @@ def at_query_frames(x, frames):
     return x[rows, frames, torch.arange(x.shape[2], device=x.device)]
 
 class Points(ClipTask):
-    """A query in one frame, followed through the others. Places are predicted, as in the paper."""
+    """A query in one frame, followed through the others."""
     name = "points"
     wanted = "tracks"
     readout = moog.PointReadout
@@ -1273,7 +1220,6 @@ class Points(ClipTask):
         return {"stays put": (start, torch.ones_like(start[..., 0]))}
 
     def measure(self, prediction, batch):
-        """At small sizes the distance tells most: 4 pixels of 64 are 16 of TAP-Vid's 256."""
         tracks, visible = prediction[:2]
         true, valid = self.counted(batch)
         away = 256 * (tracks - batch["tracks"]).norm(dim=-1).where(true & valid, torch.nan)
@@ -1303,9 +1249,8 @@ class Boxes(Points):
         return {"mean intersection over union": iou[:, 1:][self.counted(batch)[0][:, 1:].cpu()]}
 
 class Depth(ClipTask):
-    """Depth of every pixel, from its frame's features. our choice: the readout begins as the
-    model's own decoder of colours, with the median as its answer, and learns by a squared loss;
-    begun at random, with an absolute one, it stayed at the median for hundreds of steps."""
+    """Depth of every pixel. our choice: the readout begins as the model's own decoder, with the
+    median as its answer, and has a squared loss; else it stayed at the median."""
     name = "depth"
     wanted = "depth"
     steps = 300
@@ -1356,20 +1301,18 @@ class Depth(ClipTask):
         return dict(abs_rel=torch.tensor(scores))
 
     def paint(self, prediction, batch):
-        """The nearest is yellow; what was not measured is black."""
         true = batch["depth"][0, 0].cpu().numpy()
         depth = true if prediction is None else prediction[0, 0].cpu().numpy()
         nearest = true[true > 0].min()
         colours = plt.get_cmap("cividis_r")((depth - nearest) / (true.max() - nearest))[..., :3]
-        return np.where(depth[..., None] > 0, colours, 0)
+        return np.where(depth[..., None] > 0, colours, 0)                   # not measured: black
 
 # ---- MooG: tokens, long clips --------------------------------------------------------------------
 def attention(model, states):
-    """Of all pixels to the tokens (B, T, N, D), mean over the heads of the last layer: (B, T, H*W,
-    N). Frame by frame, as all heads of all frames may not fit."""
+    """Of all pixels to the tokens (B, T, N, D), mean over the last layer's heads: (B, T, H*W, N)."""
     size = (model.cfg.size, model.cfg.size)
     frames = []
-    for state in states.flatten(0, 1):
+    for state in states.flatten(0, 1):                                      # memory: one by one
         _, seen = model.decode(state[None, None], size, return_attention=True)
         frames.append(seen[0, 0].mean(0))                                   # of (nh, H*W, N)
     return torch.stack(frames).unflatten(0, states.shape[:2])
@@ -1415,10 +1358,9 @@ def tokens(run):
     run.table("tokens", ["this model"], list(rows.items()))
 
 def follow_tracks(run):
-    """How often the token that a sprite's point looks at most stays the same from a frame to the
-    next: at the place to which the point has moved, by the scenes' true tracks, and at the place
-    that it has left, of points that are visible in both and have left their place to another layer.
-    By chance: at the place of another point of the clip."""
+    """How often the token that a sprite's point looks at most stays the same from frame to frame: at
+    the place to which it has moved, at the one it has left to another layer, and at another
+    point's, by chance."""
     model = run.model
     S = run.cfg.size
     clips = run.truth(run.scenes("eval", max(model.cfg.frames, 8)), range(1000, 1032), points=256)
@@ -1515,10 +1457,9 @@ def pooled_clips(pooling, mode, seed, epoch, split="train"):
     return joined(parts)
 
 def train_together(models, mode, optimizer, epochs=2, **options):
-    """Trains R models of one Config, each as train.py would, one clip a step, model i on clips of
-    seed i: AdamW and SGD treat each number by itself, so a step of stacked weights is R steps.
-    Returns the mean POS of each epoch's steps, epochs x R. our choice: 2 epochs, as the claim is of
-    two."""
+    """Trains R models of one Config, one clip a step, model i on clips of seed i: AdamW and SGD treat
+    each number by itself, so a step of stacked weights is R steps. Returns the mean POS of each
+    epoch's steps, epochs x R. our choice: 2 epochs, as the claim is of two."""
     params, _ = stack_module_state(models)
     params = {name: p for name, p in params.items() if p.requires_grad}
     optimizer = optimizer(params.values(), **options)
@@ -1605,8 +1546,8 @@ TABLES = {                              # title: headings, {training: what the r
 }
 
 def melomotion_tables(run):
-    """Every table of the report beside ours, and controls. Left out: L1 in Table 2, flat as no
-    gradient passes from frames to velocities; 225 : 1 in Section 3.4, which is a test."""
+    """The report's tables beside ours. Left out: L1 in Table 2, flat as no gradient passes from
+    frames to velocities; 225 : 1 in Section 3.4, which is a test."""
     torch.set_num_threads(1)            # small tensors; and Sec. 4.8 counts seconds of one core
     table1(run)
     this_checkpoint(run)
@@ -1750,7 +1691,6 @@ def parse(argv):
         help="linear readout: of what [encoder]; the paper's is of the backward layers")
     add("--classes", type=int, default=0, help="segmentation: how many [what the folder says]")
     add("--ignore-index", type=int, help="segmentation: label to leave out [the folder's, or 255]")
-    add("--encoder-only", action="store_true", help="flow: the control alone")
     add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: where, from 0 to 1")
     add("--time", type=float, help="heatmap: seconds at which the pair of a video begins")
     add("--against", default="", help="identity-bias: another Midway, such as one without gating")
