@@ -87,20 +87,16 @@ class Run:
 
     @cached_property
     def untrained(self):
-        """A model of the same Config that has learnt nothing."""
         torch.manual_seed(self.args.seed + 1)
         return type(self.model)(self.cfg).to(self.args.device).eval()
 
     def scenes(self, split="eval", frames=2, **changes):
-        """The training's scenes, or preset tiny's, at the model's size. Longer clips move no farther
-        in all: their sprites stay in sight."""
+        """The training's scenes, or preset tiny's. Longer clips move no farther in all."""
         recipes = sys.modules[type(self.model).__module__].RECIPES
-        options = dict(self.config.get("scenes") or recipes["tiny"]["scenes"])
+        options = self.config.get("scenes") or recipes["tiny"]["scenes"]
         slower = min(1.0, getattr(self.cfg, "frames", 2) / frames)
-        options["size"] = self.cfg.size
-        options["speed"] *= slower
-        options["pan"] *= slower
-        return data.Scenes(frames, self.args.seed, split, **options | changes)
+        own = dict(size=self.cfg.size, speed=slower * options["speed"], pan=slower * options["pan"])
+        return data.Scenes(frames, self.args.seed, split, **options | own | changes)
 
     def truth(self, scenes, numbers, points=1):
         """Clips of scenes with all that data.Scenes knows of them, on the run's device."""
@@ -116,9 +112,8 @@ class Run:
             batches = map(self.scenes(frames=frames).batch, numbers)
         else:
             videos = data.VideoOptions(gap=tuple(args.gap), repeat=1, stride=stride)
-            inputs = dict(frames=frames, size=self.cfg.size)
-            batches = data.make_loader(args.data, inputs, numbers, seed=args.seed, workers=0,
-                                       split="eval", videos=videos)
+            batches = data.make_loader(args.data, dict(frames=frames, size=self.cfg.size), numbers,
+                                       seed=args.seed, workers=0, split="eval", videos=videos)
         return moog.as_float(joined(list(batches))["video"]).to(args.device)
 
     def table(self, title, columns, rows):
@@ -186,17 +181,13 @@ psnr = moog.psnr
 def as_double(*arrays):
     return [torch.as_tensor(x).cpu().double() for x in arrays]          # MPS has no float64
 
-def as_bool(x):
-    return torch.as_tensor(x).cpu().bool()
-
 def flow_errors(flow, target, valid=None):
     """Lengths of errors and of true vectors in pixels, of flows (B, 2, H, W), where valid (B, H, W)
     is true, by default where |target| < 1e9."""
     flow, target = as_double(flow, target)
     assert flow.shape == target.shape and flow.shape[1] == 2, "want flows (B, 2, H, W)"
-    valid = as_bool(target.abs().amax(1) < 1e9 if valid is None else valid)
-    error = (flow - target).norm(dim=1)
-    return error[valid], target.norm(dim=1)[valid]
+    valid = target.abs().amax(1) < 1e9 if valid is None else as_double(valid)[0] > 0
+    return (flow - target).norm(dim=1)[valid], target.norm(dim=1)[valid]
 
 def end_point_error(flow, target, valid=None):
     """Mean length of the error, as flow_errors takes it; nan if no pixel is valid."""
@@ -231,23 +222,19 @@ def mean_iou(pred, target, num_classes, ignore_index=255):
 
 def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first",
                      valid=None):
-    """TAP-Vid's metrics, each (B,), nan where nothing is to be seen. tracks (B, P, T, 2) in pixels of
-    256 x 256; visible, valid (the truth is known) (B, P, T); query_frames (B, P). mode: "first"
+    """TAP-Vid's metrics, each (B,), nan where nothing is to be seen. tracks (B, P, T, 2) in pixels
+    of 256 x 256; visible, valid (truth is known) (B, P, T); query_frames (B, P). mode: "first"
     counts the frames after a point's query, "strided" all but the query's."""
-    if mode not in ("first", "strided"):
-        raise ValueError(f"mode={mode!r} must be 'first' or 'strided'")
+    assert mode in ("first", "strided"), f"mode={mode!r} must be 'first' or 'strided'"
     tracks, target = as_double(tracks, target_tracks)
-    predicted = as_bool(visible)
-    true = as_bool(target_visible)
+    predicted, true = (x > 0 for x in as_double(visible, target_visible))
     t = torch.arange(tracks.shape[2])
     query = torch.as_tensor(query_frames).cpu()[..., None]
     counted = (t > query if mode == "first" else t != query).expand(true.shape)
     if valid is not None:
-        counted = counted & as_bool(valid)
-
+        counted = counted & torch.as_tensor(valid).cpu()
     def total(x):
         return (x & counted).sum((1, 2)).double()
-
     square = (tracks - target).square().sum(-1)
     out = dict(occlusion_accuracy=total(predicted == true) / counted.sum((1, 2)))
     for n in (1, 2, 4, 8, 16):
@@ -265,7 +252,7 @@ def average_jaccard(*inputs, **options):
 def abs_rel(depth, target, valid=None):
     """Mean |depth - target| / target where valid (by default where target > 0)."""
     depth, target = as_double(depth, target)
-    valid = as_bool(target > 0 if valid is None else valid)
+    valid = target > 0 if valid is None else as_double(valid)[0] > 0
     return ((depth - target).abs() / target)[valid].mean().item()
 
 def box_area(box):
@@ -280,8 +267,8 @@ def box_iou(boxes, target):
     return both / (box_area(boxes) + box_area(target) - both).clamp(min=1e-12)
 
 def flow_to_color(flow, fastest=None):
-    """Flow (2, H, W) or (H, W, 2) as uint8 (H, W, 3): hue is direction, right is red, white is still,
-    full colour is the speed `fastest`, by default the field's largest; what is faster is darker."""
+    """Flow (2, H, W) or (H, W, 2) as uint8 (H, W, 3): hue is direction, red right, white still,
+    full colour the speed `fastest`, by default the field's largest; what is faster is darker."""
     flow = torch.as_tensor(flow).detach().cpu().double()
     u, v = flow if len(flow) == 2 else flow.movedim(-1, 0)
     speed = torch.hypot(u, v)
@@ -300,6 +287,7 @@ class Task:
         baselines(batch)                {name: prediction} of what needs no model
         measure(prediction, batch)      {name: tensor}, to be joined"""
     lr = 1e-3
+    unfrozen = ()                       # parts that finetuning trains though training did not
 
     def __init__(self, run):
         self.run = run
@@ -312,20 +300,16 @@ class Task:
     def models(self):
         return {"this model": self.run.model, "random init": self.run.untrained}
 
-    def unfreeze(self, model):
-        """Makes more of it require gradients, which is what finetuning trains."""
-
     def test(self, model, head, batch):
-        """The prediction that is measured."""
         return self.predict(head, self.features(model, batch), batch)
 
     def score(self, measured):
-        """{row of the table: number}"""
         return {name: x.nanmean().item() for name, x in measured.items()}
 
     def paint(self, prediction, batch):
         """An image (H, W, 3) of the batch's first prediction, of the truth if that is None."""
 
+@torch.enable_grad()
 def train_readout(task, model, name):
     """AdamW on the readout, and with --finetune on a copy of the model at a tenth of its learning
     rate; warm-up, then a cosine to 0. our choice: one recipe; mmsegmentation, CroCo v2 and TAP-Net
@@ -335,17 +319,16 @@ def train_readout(task, model, name):
     lr = args.lr or task.lr
     if args.finetune:
         model = deepcopy(model).train()
-        task.unfreeze(model)
+        for name in task.unfrozen:
+            getattr(model, name, nn.Identity()).requires_grad_(True)
     torch.manual_seed(args.seed)                        # readouts of all models begin alike
     head = task.head(model).to(args.device).train()
     groups = [dict(params=list(head.parameters()), lr=lr)]
     if args.finetune:
         groups.append(dict(params=[p for p in model.parameters() if p.requires_grad], lr=lr / 10))
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-
     def factor(i):
         return min((i + 1) / (0.05 * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
-
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for batch in tqdm(task.train_batches(steps), f"{task.name}, {name}", steps, **BAR):
         with torch.set_grad_enabled(args.finetune):
@@ -365,9 +348,8 @@ def probe(run, task):
     shown = []
     for i in tqdm(range(task.tests), f"{task.name}, test", **BAR):
         batch = task.test_batch(i)
-        with torch.no_grad():
-            predictions = {name: task.test(*models, batch) for name, models in trained.items()}
-            predictions |= task.baselines(batch)
+        predictions = {name: task.test(*models, batch) for name, models in trained.items()}
+        predictions |= task.baselines(batch)
         for name, prediction in predictions.items():
             measured.setdefault(name, []).append(task.measure(prediction, batch))
         if i % math.ceil(task.tests / 4) == 0 and task.paint(None, batch) is not None:
@@ -390,7 +372,7 @@ def resized(x, size):
     return F.interpolate(x, size, mode="bilinear")
 
 class UperNet(nn.Module):
-    """UperNet on four maps of a ViT (B, D, h, w), lowest first. our choice: the pyramid by transposed
+    """UperNet on four maps (B, D, h, w) of a ViT. our choice: the pyramid by transposed
     convolutions, as in iBOT; else mmsegmentation's, D channels wide, without auxiliary head."""
 
     def __init__(self, dim, classes):
@@ -421,8 +403,6 @@ class UperNet(nn.Module):
         return self.head(torch.cat([resized(x, finest) for x in fused], 1))
 
 class ConvUnit(nn.Sequential):
-    """x and two convolutions of it."""
-
     def __init__(self, width):
         super().__init__(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
@@ -558,15 +538,13 @@ class Segmentation(ImageTask):
             plain = dict(frames=1, size=self.size, sprites=4, flat=0.8, radius=(0.15, 0.3))
             self.scenes = {split: self.run.scenes(split, **plain) for split in ("train", "eval")}
             self.classes = 1 + len(data.SHAPES)
-            self.steps = 250
-            self.tests = 8
         else:
             options = dict(num_classes=args.classes or None, ignore_index=args.ignore_index)
             self.training = data.Segmentation(args.data, "train", **options)
             self.testing = data.Segmentation(args.data, "val", **options)
             self.classes = self.testing.num_classes
-            self.steps = 2000
-            self.tests = len(self.testing)
+        self.tests = len(self.testing or range(8))
+        self.steps = 2000 if self.training else 250
         self.title = f"segmentation in per cent; {args.head} readout, {args.features} features"
 
     def from_scenes(self, clips):
@@ -618,14 +596,12 @@ class Segmentation(ImageTask):
     @cached_property
     def prior(self):
         """The commonest class of each place, (1, 1, 64, 64)."""
-        counts = 0
+        counts = torch.zeros(self.classes, 64, 64)
         for i in range(len(self.training or range(512))):
-            if self.training:
-                classes = self.read(self.training[i])["classes"][None]
-            else:
-                classes = self.scene_batch("train", [i])["classes"].cpu()
-            small = F.interpolate(classes[None].float(), (64, 64))[0]
-            counts = counts + (small == torch.arange(self.classes).view(-1, 1, 1)).float()
+            known = self.read(self.training[i]) if self.training else self.scene_batch("train", [i])
+            small = F.interpolate(known["classes"].view(1, 1, *known["image"].shape[-2:]).float(),
+                                  (64, 64)).cpu()
+            counts += small[0] == torch.arange(self.classes).view(-1, 1, 1)
         return counts.argmax(0)[None, None].float()
 
     def baselines(self, batch):
@@ -634,8 +610,7 @@ class Segmentation(ImageTask):
         return {"position prior": prior.expand_as(classes)}
 
     def measure(self, prediction, batch):
-        counts = confusion(prediction.cpu(), batch["classes"].cpu(), self.classes)
-        return dict(counts=counts[None])
+        return dict(counts=confusion(prediction.cpu(), batch["classes"].cpu(), self.classes)[None])
 
     def score(self, measured):
         miou, _, accuracy = iou_scores(measured["counts"].sum(0))
@@ -651,6 +626,7 @@ class Flow(ImageTask):
     midway path, and the predictions of the highest and of the lowest level. our choice: learning
     rate 1e-3 (CroCo v2: 2e-5, for a million steps)."""
     name = "flow"
+    unfrozen = ("teacher_embed", "teacher_backward")        # the target's branch, as in CroCo v2
 
     def prepare(self):
         run = self.run
@@ -659,13 +635,12 @@ class Flow(ImageTask):
         moving = dict(sprites=4, speed=pan, pan=pan, zoom=0.02, roll=0.02)
         self.scenes = dict(train=run.scenes("train", **moving),
                            eval=run.scenes("eval", size=2 * self.size, **moving))
-        self.tests = 16
         if not run.on_scenes:
             self.testing = data.FlowPairs(self.args.data, "val")
-            self.tests = len(self.testing)
             self.training = data.FlowPairs(self.args.data, "train")
             if self.training.items == self.testing.items:   # no splits: each is everything
                 self.training = None
+        self.tests = len(self.testing or range(16))
         self.steps = 2000 if self.training else 250
         where = "the training split" if self.training else "scenes"
         self.title = f"optical flow, learnt on {where}; end-point error in pixels, mean over pairs"
@@ -695,11 +670,6 @@ class Flow(ImageTask):
         D = model.cfg.dim
         return DPT((D, model.cfg.motion_dim, D, D), D)
 
-    def unfreeze(self, model):
-        model.teacher_embed.requires_grad_(True)                # the target's branch, as CroCo v2
-        if model.cfg.backward:
-            model.teacher_backward.requires_grad_(True)
-
     def features(self, model, batch):
         """Four maps. Finetuned, the target takes the student's encoder: all is trained."""
         source, target = batch["image"].unbind(1)
@@ -720,7 +690,6 @@ class Flow(ImageTask):
     def test(self, model, head, batch):
         def predict(tiles):
             return Task.test(self, model, head, dict(image=tiles))
-
         return tiled_flow(predict, batch["image"][0], self.size, OVERLAP)[None]
 
     def baselines(self, batch):
@@ -742,7 +711,6 @@ class Flow(ImageTask):
 # ---- Midway: what the dynamics know --------------------------------------------------------------
 DRAWS = 32          # random vectors that heatmaps are averaged over
 
-@torch.no_grad()
 def perturb(model, i, m, v, token, draws=32, seed=0):
     """Forwarded feature perturbation, paper: Sec. 4.4. Random vectors r are tangents of one token
     (B,) of v each; the cosine of r with each predicted token's tangent is averaged over the draws.
@@ -751,14 +719,11 @@ def perturb(model, i, m, v, token, draws=32, seed=0):
     place = F.one_hot(token + 1, v.shape[1])[..., None].to(v)               # (B, L, 1), after CLS
     generator = torch.Generator().manual_seed(seed)
     r = torch.randn(draws, len(v), v.shape[2], generator=generator).to(v)   # (draws, B, D)
-
     def forward(v):
         return model.predict_forward(i, m, v)[0]
-
     def heat(r):
         _, tangent = jvp(forward, (v,), (place * r[:, None],))              # (B, L, D)
         return F.cosine_similarity(r[:, None], tangent[:, 1:], dim=-1)      # (B, h*w)
-
     # Forward mode has no rule for the fast attention kernels. Attention fills the memory.
     tokens = v.shape[1] + m.shape[1]
     chunk = max(1, 2**25 // (len(v) * model.cfg.forward_heads * tokens**2))
@@ -766,24 +731,21 @@ def perturb(model, i, m, v, token, draws=32, seed=0):
         return vmap(heat, chunk_size=chunk)(r).mean(0)
 
 def level_names(model):
-    """Names of the predicted levels, lowest first."""
     if not model.cfg.latent_dynamics:
         raise UserError("this model has no latent dynamics: only --task segmentation and flow fit")
     return [f"level {model.levels[i]}" for i in model.predicted]
 
 def heatmaps(run, model, pairs, token):
     """Heatmaps (n, h*w) of a token (n,) of each pair's source, for each level, lowest first."""
-    heats = []
-    for i, level in zip(model.predicted, model.predict(*pairs.unbind(1))):
-        heats.append(perturb(model, i, level.m, level.v, token, DRAWS, run.args.seed))
-    return heats
+    return [perturb(model, i, level.m, level.v, token, DRAWS, run.args.seed)
+            for i, level in zip(model.predicted, model.predict(*pairs.unbind(1)))]
 
 def yx(token, grid):
     """Number of a token -> its row and column (..., 2), as floats."""
     return torch.stack([token.div(grid, rounding_mode="floor"), token % grid], -1).float()
 
 def moving_tokens(run, count, scenes):
-    """Up to `count` pairs of scenes (n, 2, 3, S, S), a random token (n,) of what moves by a patch or
+    """Up to `count` pairs of scenes (n, 2, 3, S, S), a token (n,) of each that moves by a patch or
     more and stays in sight, and where it lands (n, 2), in rows and columns."""
     p = run.cfg.patch
     batch = run.truth(run.scenes(), range(scenes))
@@ -801,12 +763,11 @@ def moving_tokens(run, count, scenes):
     return batch["video"][rows[:count]], token[:count], truth[:count]
 
 def ridge(x, y, tests):
-    """Ridge regression of y (n, k) on x (n, d): R^2 on the last `tests`, and predictions there."""
+    """Ridge regression of y (n, k) on x (n, d): R^2 on the last `tests`, predictions there."""
     x, y = as_double(x, y)
     n = len(x) - tests
     x = (x - x[:n].mean(0)) / x[:n].std(0).clamp(min=1e-9)
     x = F.pad(x, (0, 1), value=1)
-
     def score(train, test, strength):
         a = x[:train]
         gram = a @ a.T + strength * x.shape[1] * torch.eye(train)
@@ -814,12 +775,11 @@ def ridge(x, y, tests):
         truth = y[train:test]
         error = (predicted - truth).square().sum() / (truth - y[:train].mean(0)).square().sum()
         return 1 - error.item(), predicted
-
     best = max((1e-2, 1e-1, 1, 10, 100), key=lambda s: score(n * 3 // 4, n, s)[0])
     return score(n, len(x), best)
 
 def latent_errors(model, i, m, v, target, motion=None):
-    """2 - 2 cos of level i's predictions with other latents of that level alone."""
+    """2 - 2 cos of level i's predictions with other latents of it alone."""
     others = {"right": m, "shuffled": m.roll(1, 0), "none": torch.zeros_like(m)}
     if motion is not None:
         distance = torch.cdist(motion, motion).fill_diagonal_(math.inf)
@@ -827,7 +787,6 @@ def latent_errors(model, i, m, v, target, motion=None):
     return {name: midway.prediction_loss(model.predict_forward(i, x, v)[0], target).item()
             for name, x in others.items()}
 
-@torch.no_grad()
 def latents(run, tests=256, fits=1024):
     """Do the motion latents carry motion? Content makes the right latents better than another
     pair's too; only motion makes those of another scene with the same motion as good."""
@@ -874,7 +833,6 @@ def latents(run, tests=256, fits=1024):
     if figures:
         run.gif(figures, "latents.gif", 900)
 
-@torch.no_grad()
 def identity_bias(run):
     """our choice, a number for Fig. 6: how often heatmaps of moving tokens stay behind."""
     if not run.on_scenes:
@@ -899,7 +857,7 @@ def identity_bias(run):
               ["nearer to the source", "patches from truth"], rows)
 
 def changed_tokens(model, pairs, count):
-    """our choice: the tokens (n, count) that differ most from those at their place in the target."""
+    """our choice: the tokens (n, count) whose features change most from source to target."""
     z, zt = (model.features(x)[-1][:, 1:] for x in pairs.unbind(1))
     return F.cosine_similarity(z, zt, dim=-1).topk(count, largest=False).indices
 
@@ -910,8 +868,8 @@ def model_view(frame):
     return (H - side) // 2, (W - side) // 2, side, side
 
 def look(run, frames, token=None, truth=None):
-    """Fig. 6 of pairs of frames [(source, target)], (H, W, 3) uint8: a figure, the tokens (n,), their
-    heatmaps. White: the model's view; green: the token; cross: the truth."""
+    """Fig. 6 of [(source, target)], (H, W, 3) uint8: a figure, the tokens (n,), their heatmaps.
+    White: the model's view; green: the token; cross: the truth."""
     grid = run.cfg.size // run.cfg.patch
     views = [data.crop_uint8(x, model_view(x), run.cfg.size) / 255 for pair in frames for x in pair]
     pairs = torch.stack(views).unflatten(0, (-1, 2)).to(run.args.device)
@@ -944,7 +902,6 @@ def look(run, frames, token=None, truth=None):
                 axis.plot(*(truth[b].flip(0) + 0.5).tolist(), "xc", mew=2)
     return figure, token, heats
 
-@torch.no_grad()
 def heatmap(run):
     """Fig. 6: where the forward model takes a token (green); and the same over time."""
     args = run.args
@@ -973,10 +930,9 @@ def heatmap(run):
         figures.append(figure)
     run.gif(figures, "heatmap.gif")
 
-@torch.no_grad()
 def follow_tokens(model, clip, start, draws=32, seed=0):
-    """Fig. 7: tokens `start` (P,) of a clip's first frame (T, 3, S, S), followed in two ways, (2, T,
-    P): of the five hottest target tokens, paper: Sec. 4.4, or of all, the most similar one."""
+    """Fig. 7: tokens `start` (P,) of a clip (T, 3, S, S), followed in two ways (2, T, P): of the
+    five hottest target tokens, paper: Sec. 4.4, or of all, the most similar one."""
     tokens = start.repeat(2, len(clip), 1)
     z = torch.cat([model.features(x)[-1] for x in clip.split(16)])[:, 1:]
     z = F.normalize(z, dim=-1)                                              # (T, h*w, D)
@@ -992,7 +948,6 @@ def follow_tokens(model, clip, start, draws=32, seed=0):
         tokens[1, t + 1] = alike[1].argmax(1)
     return tokens
 
-@torch.no_grad()
 def track(run):
     """Fig. 7: regions followed by heatmaps and by features alone, and how far from true tracks."""
     level_names(run.model)
@@ -1039,9 +994,9 @@ POINTS = 16         # of a clip
 FRAMES = 8
 
 def square_clip(item, size, device):
-    """A sample of data.PointTracks or BoxTracks, squashed as in TAP-Vid, in shares of the frame: video
-    (T, 3, S, S) uint8; depth (T, S, S); tracks (T, P, 2); boxes y1 x1 y2 x2 (T, K, 4), cut off at
-    the rim; `inside` (T, K): more than half of a box is in the frame."""
+    """A sample of data.PointTracks or BoxTracks, squashed as in TAP-Vid, places as shares of the
+    frame: video (T, 3, S, S), depth (T, S, S), tracks (T, P, 2), boxes y1 x1 y2 x2 (T, K, 4) cut
+    off at the rim, `inside` (T, K): more than half of a box is in the frame."""
     clip = to_device({name: torch.as_tensor(x) for name, x in item.items()}, device)
     T, H, W, _ = clip["video"].shape
     sides = torch.tensor([W, H], device=device)
@@ -1070,7 +1025,7 @@ def random_window(clip, frames, generator):
         for name in ("tracks", "visible", "valid"):
             out[name] = out[name][:, drawn.to(seen.device)]
         seen = out["visible"] & out["valid"]
-        out["valid"] = out["valid"] & seen.any(0)
+        out["valid"] &= seen.any(0)
         out["query_frames"] = seen.int().argmax(0)
     return {name: x[None] for name, x in out.items()}
 
@@ -1085,11 +1040,10 @@ def scene_clips(run, split, count):
         x, y = scene["tracks"][0].long().unbind(-1)
         sprite = scene["ids"][0, y, x] > 0                                  # (P,)
         chosen = sprite if sprite.any() else ~sprite
-        clip = {name: scene[name] for name in ("depth", "boxes")}
-        clip["video"] = (255 * scene["video"]).round().byte().movedim(1, -1)
-        clip["tracks"] = scene["tracks"][:, chosen]
-        clip["visible"] = scene["visible"][:, chosen]
-        clip["valid"] = torch.ones_like(clip["visible"])
+        visible = scene["visible"][:, chosen]
+        clip = dict(depth=scene["depth"], boxes=scene["boxes"], tracks=scene["tracks"][:, chosen],
+                    video=(255 * scene["video"]).round().byte().movedim(1, -1), visible=visible,
+                    valid=torch.ones_like(visible))
         clip = square_clip(clip, run.cfg.size, run.args.device)
         clips.append(random_window(clip, scenes.frames, generator))
     return clips
@@ -1136,10 +1090,9 @@ class ClipTask(Task):
 
     def train_batches(self, steps):
         generator = torch.Generator().manual_seed(self.args.seed)
-        size = (self.args.batch_size,)
-        for _ in range(steps):
-            at = torch.randint(len(self.pool["video"]), size, generator=generator)
-            at = at.to(self.args.device)
+        size = (steps, self.args.batch_size)
+        pool = len(self.pool["video"])
+        for at in torch.randint(pool, size, generator=generator).to(self.args.device):
             yield {name: x[at] for name, x in self.pool.items()} | dict(at=at)
 
     def features(self, model, batch):
@@ -1151,8 +1104,7 @@ class ClipTask(Task):
         return self.features_of[model][batch["at"]].float()
 
     def head(self, model):
-        """As the paper's at its width, 512. our choice: narrower and 2 layers if small."""
-        dim = model.cfg.dim
+        dim = model.cfg.dim         # our choice: the paper's at 512, narrower and 2 layers if small
         heads = max(dim // 64, 1) if dim >= 128 else math.gcd(dim, 4)
         spec = (3 if dim >= 256 else 2, heads, dim)
         return self.readout(dim, dim, spec, 4 * dim, model.cfg.decoder_bases)
@@ -1242,7 +1194,6 @@ class Depth(ClipTask):
             yield batch | dict(index=moog.subsample(size, factor, offsets))         # (B, T, P)
 
     def predict(self, head, features, batch):
-        """Of some pixels, (B, T, P, 1)."""
         index = batch["index"].flatten(0, 1)
         out = head(features.flatten(0, 1), batch["depth"].shape[-2:], index)
         return out.unflatten(0, features.shape[:2])
@@ -1253,18 +1204,16 @@ class Depth(ClipTask):
         return error.sum() / (target > 0).sum().clamp(min=1)
 
     def test(self, model, head, batch):
-        """All pixels, frame by frame: (B, T, H, W)."""
         size = batch["depth"].shape[-2:]
         pixels = torch.arange(size.numel(), device=self.args.device)
-        frames = self.features(model, batch).flatten(0, 1).split(1)
+        frames = self.features(model, batch).flatten(0, 1).split(1)         # memory: one by one
         return torch.cat([head(some, size, pixels) for some in frames]).view_as(batch["depth"])
 
     def baselines(self, batch):
         return {"median": torch.full_like(batch["depth"], self.median)}
 
     def measure(self, prediction, batch):
-        scores = [abs_rel(*pair) for pair in zip(prediction, batch["depth"])]
-        return dict(abs_rel=torch.tensor(scores))
+        return dict(abs_rel=torch.tensor(list(map(abs_rel, prediction, batch["depth"]))))
 
     def paint(self, prediction, batch):
         true = batch["depth"][0, 0].cpu().numpy()
@@ -1275,17 +1224,14 @@ class Depth(ClipTask):
 
 # ---- MooG: tokens, long clips --------------------------------------------------------------------
 def attention(model, states):
-    """Of all pixels to the tokens (B, T, N, D), mean over the last layer's heads: (B, T, H*W, N)."""
+    """Of pixels to tokens (B, T, N, D), mean over the last layer's heads: (B, T, H*W, N)."""
     size = (model.cfg.size, model.cfg.size)
-    frames = []
-    for state in states.flatten(0, 1):                                      # memory: one by one
-        _, seen = model.decode(state[None, None], size, return_attention=True)
-        frames.append(seen[0, 0].mean(0))                                   # of (nh, H*W, N)
-    return torch.stack(frames).unflatten(0, states.shape[:2])
+    seen = [model.decode(state[None, None], size, return_attention=True)[1][0, 0].mean(0)
+            for state in states.flatten(0, 1)]                              # memory: one by one
+    return torch.stack(seen).unflatten(0, states.shape[:2])
 
-@torch.no_grad()
 def tokens(run):
-    """Which token each pixel looks at most, of two clips: tokens.png, .gif; and numbers."""
+    """Which token each pixel looks at most, of two clips, and numbers."""
     model = run.model
     S = run.cfg.size
     video = run.clips(12, 4)
@@ -1303,13 +1249,9 @@ def tokens(run):
     rows = [(name, images[0]) for name, images in kinds.items()]
     rows += [(name, images[1]) for name, images in kinds.items()]
     run.picture(image_grid(rows, [f"t = {t}" for t in range(8)], 1.1)[0], "tokens.png")
-    figures = []
-    for t in range(8):
-        rows = []
-        for b in range(2):
-            rows.append((f"t = {t}", [images[b, t] for images in kinds.values()]))
-        figures.append(image_grid(rows, list(kinds))[0])
-    run.gif(figures, "tokens.gif")
+    frames = np.stack(list(kinds.values()), 2)                              # (2, 8, 3, S, S, 3)
+    rows = [[(f"t = {t}", frames[0, t]), (f"t = {t}", frames[1, t])] for t in range(8)]
+    run.gif((image_grid(both, list(kinds))[0] for both in rows), "tokens.gif")
     seen = seen[:, 1:]                                          # frame 0 is decoded from noise
     entropy = -(seen * seen.clamp(min=1e-12).log()).sum(-1).mean().item()
     rows = {"entropy of a pixel's attention, share of log N (1: all tokens alike)":
@@ -1320,9 +1262,8 @@ def tokens(run):
     run.table("tokens", ["this model"], list(rows.items()))
 
 def follow_tracks(run):
-    """How often the token that a sprite's point looks at most stays the same from frame to frame: at
-    the place to which it has moved, at the one it has left to another layer, and at another
-    point's, by chance."""
+    """How often the token that a sprite's point looks at most stays the same from frame to frame:
+    where it went, at the place that it has left to another layer, and at another point's."""
     model = run.model
     S = run.cfg.size
     clips = run.truth(run.scenes("eval", max(model.cfg.frames, 8)), range(1000, 1032), points=256)
@@ -1338,12 +1279,12 @@ def follow_tracks(run):
     counts = visible[:, 1:] & visible[:, :-1] & (sprite > 0)
     counts &= ids[:, 1:].gather(2, left) != sprite
     counts[:, 0] = False                                        # frame 0 is decoded from noise
-    before = top[:, :-1].gather(2, left)
     went = top[:, 1:].gather(2, index[:, 1:])
     places = {"where it went": went, "where it was": top[:, 1:].gather(2, left),
               "at another point": went.roll(1, 2)}
-    return {f"a sprite's point keeps its token, {name}": (x == before)[counts].float().mean().item()
-            for name, x in places.items()}
+    kept = {name: (x == top[:, :-1].gather(2, left))[counts] for name, x in places.items()}
+    return {f"a sprite's point keeps its token, {name}": x.float().mean().item()
+            for name, x in kept.items()}
 
 def predict_open_loop(model, video, ahead):
     """The states of `ahead` frames after a video (B, T, 3, H, W), by the predictor alone."""
@@ -1355,27 +1296,20 @@ def predict_open_loop(model, video, ahead):
         state = predicted if model.cfg.released else model.state_norm(predicted)
     return torch.stack(states, 1)                                           # (B, ahead, N, D)
 
-@torch.no_grad()
 def unroll(run, T=36):
     """PSNR of long clips with more or fewer tokens, and of 1 to 8 frames in open loop."""
     model = run.model
     cfg = run.cfg
     size = (cfg.size, cfg.size)
-    index = moog.subsample(size, 1 if cfg.decoder_self_attention else math.gcd(cfg.size, 4))
-    index = index.to(run.args.device)
-
+    factor = 1 if cfg.decoder_self_attention else math.gcd(cfg.size, 4)
+    index = moog.subsample(size, factor).to(run.args.device)
     def pixels(video):
         return moog.gather_pixels(video, index.expand(*video.shape[:2], -1))    # (B, T, P, 3)
-
     def curve(guess, target):
-        """PSNR of frames (B, T, P, 3), each by itself, means over the clips: (T,)"""
         error = (guess - target).square().mean((2, 3)).clamp(min=1e-10)
         return (-10 * error.log10()).mean(0).tolist()
-
     def decoded(video, predict):
-        """What predict(clips) gives states for."""
         return torch.cat([model.decode(predict(some), size, index) for some in video.split(4)])
-
     if run.on_scenes:       # in longer clips sprites pass by: 8 frames, forth and back, hold them
         video = run.clips(8, 32)[:, [min(t % 14, 14 - t % 14) for t in range(T)]]
     else:
@@ -1387,9 +1321,8 @@ def unroll(run, T=36):
         guess = decoded(video, lambda some: model.predict_ahead(some[:, :-1], tokens=tokens))
         curves[f"{share:g}x tokens"] = curve(guess[:, 1:], true[:, 1:])
     curves["copy"] = curve(true[:, :-1], true[:, 1:])
-    rows = []
-    for a, b in ((1, 7), (8, 15), (16, 23), (24, 35)):
-        rows.append([f"t = {a}-{b}", *(statistics.fmean(x[a - 1:b]) for x in curves.values())])
+    rows = [[f"t = {a}-{b}", *(statistics.fmean(x[a - 1:b]) for x in curves.values())]
+            for a, b in ((1, 7), (8, 15), (16, 23), (24, 35))]
     run.table(f"PSNR in dB of {len(video)} clips' frames, predicted from those before; trained on "
               f"{cfg.frames} frames", list(curves), rows)
     video = run.clips(cfg.frames + 8, 64)
@@ -1418,23 +1351,21 @@ def pooled_clips(pooling, mode, seed, epoch, split="train"):
         parts.append(dict(pooled=pooled, displacements=batch["displacements"]))
     return joined(parts)
 
+@torch.enable_grad()
 def train_together(models, mode, optimizer, epochs=2, **options):
-    """Trains R models of one Config, one clip a step, model i on clips of seed i: AdamW and SGD treat
-    each number by itself, so a step of stacked weights is R steps. Returns the mean POS of each
-    epoch's steps, epochs x R. our choice: 2 epochs, as the claim is of two."""
-    params, _ = stack_module_state(models)
-    params = {name: p for name, p in params.items() if p.requires_grad}
+    """Trains R models of one Config, one clip a step, model i on clips of seed i -> mean POS of the
+    epochs, epochs x R. AdamW and SGD treat each number by itself, so a step of stacked weights is
+    R steps. our choice: 2 epochs, as the claim is of two."""
+    params = {name: p for name, p in stack_module_state(models)[0].items() if p.requires_grad}
     optimizer = optimizer(params.values(), **options)
     forward = vmap(lambda weights, batch: functional_call(models[0], weights, (batch,)))
     history = []
     for epoch in range(epochs):
-        pooling = models[0].cfg.pooling
-        clips = [pooled_clips(pooling, mode, seed, epoch) for seed in range(len(models))]
-        pooled = torch.stack([c["pooled"] for c in clips], 1)           # (EPOCH, R, N, 3 or 16)
-        d = torch.stack([c["displacements"] for c in clips], 1)         # (EPOCH, R, N, T-1, 2)
+        clips = [pooled_clips(model.cfg.pooling, mode, i, epoch) for i, model in enumerate(models)]
+        clips = {name: torch.stack([c[name] for c in clips], 1) for name in clips[0]}
         total = torch.zeros(len(models))
         for i in tqdm(range(EPOCH), f"epoch {epoch + 1} of {epochs}", **BAR):
-            batch = dict(pooled=pooled[i, :, None], displacements=d[i, :, None])
+            batch = {name: x[i, :, None] for name, x in clips.items()}      # (R, 1, N, ...)
             loss, logs = forward(params, batch)
             loss.sum().backward()
             optimizer.step()
@@ -1445,7 +1376,6 @@ def train_together(models, mode, optimizer, epochs=2, **options):
         model.load_state_dict({name: p[i] for name, p in params.items()}, strict=False)
     return history
 
-@torch.no_grad()
 def measure(models, mode):
     """What TABLES show, on clips never seen in training: {heading: [a number for each model]}."""
     clips = pooled_clips(models[0].cfg.pooling, mode, 0, 0, "eval")
@@ -1538,22 +1468,19 @@ def table1(run):
     report = dict(predictors=6438, rgb_proj=256, camera=742, encoder=1088, decoder=34587)
     def count(part):
         return sum(p.numel() for p in part.parameters())
-
     ours = {name: count(getattr(MeloMotion(Config()), name)) for name in report}
     baseline = count(FlowBaseline())                                    # with a decoder
-    rows = [[name, number, ours[name]] for name, number in report.items()]
-    rows += [
+    run.table("Table 1: parameters", ["report", "ours"], [
+        *([name, number, ours[name]] for name, number in report.items()),
         ["total", 43111, sum(ours.values())],
         ["baseline's Swin", "323K", baseline - ours["decoder"]],
-        ["baseline with all but predictors", "441K", baseline + ours["encoder"] + ours["camera"]]]
-    run.table("Table 1: parameters", ["report", "ours"], rows)
+        ["baseline with all but predictors", "441K", baseline + ours["encoder"] + ours["camera"]]])
 
 def own_squares(model, frames, numbers):
     """Held-out clips of the kind that a model was trained on, of any length."""
     options = model.cfg.inputs["squares"] | dict(video=True)
     return data.MovingSquares(model.cfg.size, frames, split="eval", **options).batch(numbers)
 
-@torch.no_grad()
 def this_checkpoint(run):
     model = run.model
     batch = own_squares(model, 64, range(50))
@@ -1566,8 +1493,9 @@ def this_checkpoint(run):
         rows.append([f"pixels off at t = {t}", *pixels])
     run.table(f"This checkpoint, held out, {model.cfg.mode}", ["model", "nothing moves"], rows)
 
+@torch.enable_grad()
 def speed(run):
-    """Sec. 4.8: forward, backward, AdamW; each way in turn, medians of the rounds."""
+    """Sec. 4.8: steps of training, each way in turn, medians of the rounds."""
     clip = data.MovingSquares().batch([0])
     bare = data.MovingSquares(video=False).batch([0])
     ways = {                            # name: model, batch, steps of a round
@@ -1586,17 +1514,16 @@ def speed(run):
                 optimizer.step()
                 optimizer.zero_grad()
             rates[name].append(steps / (time.process_time() - begin))
-    medians = {name: statistics.median(rate) for name, rate in rates.items()}
-    base, *_ = medians.values()
-    rows = [[name, rate, rate / base] for name, rate in medians.items()]
-    title = "Section 4.8: steps of one clip, one thread (report: 100 against 12 a second, MPS)"
-    run.table(title, ["clips per CPU-second", "times the baseline"], rows)
+    base, *_ = medians = [statistics.median(rate) for rate in rates.values()]
+    rows = [[name, rate, rate / base] for name, rate in zip(ways, medians)]
+    run.table("Section 4.8: steps of one clip, one thread (report: 100 against 12 a second, MPS)",
+              ["clips per CPU-second", "times the baseline"], rows)
 
 def with_paths(videos, paths, times, width):
     """Frames `times` of {name: video}; on each, the true and the predicted paths so far."""
     rows = [(name, video[times]) for name, video in videos.items()]
-    titles = [f"t = {t}" for t in times]
-    figure, axes = image_grid(rows, titles, width, note="white: true paths, red: predicted")
+    figure, axes = image_grid(rows, [f"t = {t}" for t in times], width,
+                              note="white: true paths, red: predicted")
     for line in axes:
         for axis, t in zip(line, times):
             for path, colour, thick in zip(paths, ("white", "tab:red"), (3, 1.2)):
@@ -1604,7 +1531,6 @@ def with_paths(videos, paths, times, width):
                 axis.plot(x, y, "o-", markevery=[t], color=colour, lw=thick, ms=2 * thick)
     return figure
 
-@torch.no_grad()
 def figures(run):
     """figure1.png, the report's Figure 1, and motion.gif, twice as long."""
     model = run.model
@@ -1616,8 +1542,7 @@ def figures(run):
     objects = batch["first_frame"][:, None] / 255 * batch["masks"][:, :, None]    # (1, N, 3, H, W)
     drawn = place(objects, ours)[0].amax(0)                             # (T, 3, H, W)
     videos = dict(truth=as_images(batch["video"][0]), prediction=as_images(drawn))
-    centres = [mask.nonzero().float().mean(0).flip(0) for mask in batch["masks"][0]]
-    start = torch.stack(centres)                                        # (N, 2), (x, y)
+    start = torch.stack([mask.nonzero().float().mean(0).flip(0) for mask in batch["masks"][0]])
     paths = [start + model.cfg.size * d[0].transpose(0, 1) for d in (true, ours)]
     run.picture(with_paths(videos, paths, [0, 3, 6, 9, 12, 15], 1.5), "figure1.png")
     run.gif((with_paths(videos, paths, [t], 2.6) for t in range(32)), "motion.gif", 120)
@@ -1634,10 +1559,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    path = os.path.expanduser
     add("checkpoint", help="ckpt.pt of train.py or its folder, or the authors' .pth or .npz")
     add("--task", default="all", help="one of the model's tasks [all]")
-    add("--out", default="", help="folder for results and pictures [the checkpoint's]")
-    add("--data", default="scenes", help="scenes, or a path to what the task needs [scenes]")
+    add("--out", default="", type=path, help="folder for results and pictures [the checkpoint's]")
+    add("--data", default="scenes", type=path, help="scenes, or a path [scenes]")
     add("--seed", type=int, default=0, help="of samples, readouts and noise [0]")
     add("--seeds", type=int, default=3, help="MeloMotion: how often each ablation is trained [3]")
     add("--device", default="", help="cuda, mps or cpu [the first that is there]")
@@ -1646,19 +1572,16 @@ def parse(argv):
     add("--lr", type=float, default=0.0, help="learning rate of a readout [1e-3; moog 3e-3]")
     add("--finetune", action="store_true", help="train the model together with the readout")
     add("--head", choices=("linear", "upernet"), default="linear", help="of segmentation [linear]")
-    add("--features", choices=("backward", "encoder"), default="encoder",
-        help="linear readout: of what [encoder]; the paper's is of the backward layers")
+    add("--features", choices=("backward", "encoder"), default="encoder", help="paper: backward")
     add("--classes", type=int, default=0, help="segmentation: how many [what the folder says]")
     add("--ignore-index", type=int, help="segmentation: label to leave out [the folder's, or 255]")
     add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: where, from 0 to 1")
     add("--time", type=float, help="heatmap: seconds at which the pair of a video begins")
-    add("--against", default="", help="identity-bias: another Midway, such as one without gating")
+    add("--against", default="", type=path, help="identity-bias: another Midway")
     add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between frames [0.5 1]")
-    args = parser.parse_args(argv)
-    for name in ("data", "out", "against"):
-        setattr(args, name, os.path.expanduser(getattr(args, name)))
-    return args
+    return parser.parse_args(argv)
 
+@torch.no_grad()                    # readouts ask for gradients where they learn
 def main(argv):
     args = parse(argv)
     model, name, config, path = load(args.checkpoint)
@@ -1674,10 +1597,9 @@ def main(argv):
         run.tables = {}
         torch.manual_seed(args.seed)
         try:
-            if isinstance(tasks[task], type):
-                probe(run, tasks[task](run))
-            else:
-                tasks[task](run)
+            result = tasks[task](run)
+            if isinstance(result, Task):
+                probe(run, result)
         except (UserError, ValueError, OSError) as error:
             if args.task != "all":
                 raise
@@ -1693,7 +1615,7 @@ def main(argv):
     print(f"\nresults.json and pictures are in {out}")
 
 def cli(argv):
-    """main(), but what the user can mend is told in one line on stderr, with exit status 1."""
+    """main(), but what the user can mend is told in one line."""
     try:
         main(argv)
     except KeyboardInterrupt:
