@@ -319,8 +319,8 @@ def train_readout(task, model, name):
     lr = args.lr or task.lr
     if args.finetune:
         model = deepcopy(model).train()
-        for name in task.unfrozen:
-            getattr(model, name, nn.Identity()).requires_grad_(True)
+        for part in task.unfrozen:
+            getattr(model, part, nn.Identity()).requires_grad_(True)
     torch.manual_seed(args.seed)                        # readouts of all models begin alike
     head = task.head(model).to(args.device).train()
     groups = [dict(params=list(head.parameters()), lr=lr)]
@@ -380,8 +380,8 @@ class UperNet(nn.Module):
         twice = nn.ConvTranspose2d(dim, dim, 2, 2)
         four_times = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim),
                                    nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2))
-        half = nn.MaxPool2d(2, ceil_mode=True)
-        self.pyramid = nn.ModuleList([four_times, twice, nn.Identity(), half])
+        self.pyramid = nn.ModuleList([four_times, twice, nn.Identity(),
+                                      nn.MaxPool2d(2, ceil_mode=True)])
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(n), conv_bn(dim, dim, 1)) for n in (1, 2, 3, 6))
         self.bottleneck = conv_bn(5 * dim, dim)
@@ -595,14 +595,13 @@ class Segmentation(ImageTask):
 
     @cached_property
     def prior(self):
-        """The commonest class of each place, (1, 1, 64, 64)."""
         counts = torch.zeros(self.classes, 64, 64)
         for i in range(len(self.training or range(512))):
             known = self.read(self.training[i]) if self.training else self.scene_batch("train", [i])
             small = F.interpolate(known["classes"].view(1, 1, *known["image"].shape[-2:]).float(),
                                   (64, 64)).cpu()
             counts += small[0] == torch.arange(self.classes).view(-1, 1, 1)
-        return counts.argmax(0)[None, None].float()
+        return counts.argmax(0)[None, None].float()             # the commonest class of each place
 
     def baselines(self, batch):
         classes = batch["classes"]
@@ -850,8 +849,7 @@ def identity_bias(run):
             peaks[f"{name}, {level}"] = heat.argmax(1)
     rows = []
     for name, peak in peaks.items():
-        off = (yx(peak, grid) - truth).norm(dim=-1)
-        stay = (yx(peak, grid) - yx(token, grid)).norm(dim=-1)
+        off, stay = ((yx(peak, grid) - place).norm(dim=-1) for place in (truth, yx(token, grid)))
         rows.append([name, (stay < off).float().mean().item(), off.mean().item()])
     run.table(f"identity bias: where the heatmaps of {len(token)} moving tokens peak, scenes",
               ["nearer to the source", "patches from truth"], rows)
@@ -1113,7 +1111,6 @@ class ClipTask(Task):
         return prediction[-1]
 
 class Points(ClipTask):
-    """A query in one frame, followed through the others."""
     name = "points"
     wanted = "tracks"
     readout = moog.PointReadout
@@ -1151,7 +1148,6 @@ class Points(ClipTask):
                 "delta_avg": metrics["delta_avg"], "average Jaccard": metrics["average_jaccard"]}
 
 class Boxes(Points):
-    """A box in the first frame, followed through the others."""
     name = "boxes"
     wanted = "boxes"
     readout = moog.BoxReadout
@@ -1231,7 +1227,6 @@ def attention(model, states):
     return torch.stack(seen).unflatten(0, states.shape[:2])
 
 def tokens(run):
-    """Which token each pixel looks at most, of two clips, and numbers."""
     model = run.model
     S = run.cfg.size
     video = run.clips(12, 4)
