@@ -1,8 +1,6 @@
-"""
-A checkpoint in, tables and pictures out.
+"""A checkpoint in, tables and pictures out.
 
     python eval.py out/midway-tiny          # every task that its model has, on synthetic scenes
-    python eval.py out/midway-tiny --task segmentation --data PATH/TO/LABELLED
     python eval.py PATH/midway-bdd-vit-s-ep300.pth --task heatmap --data clip.mp4
 
 midway      latents         do the motion latents carry motion: latents.gif
@@ -12,17 +10,14 @@ midway      latents         do the motion latents carry motion: latents.gif
             segmentation    linear or UperNet readout: mIoU
             flow            DPT readout of optical flow, in tiles: end-point error
 moog        tokens          what each token is of: tokens.png, .gif
-            points, boxes   a readout learns to follow points or boxes
-            depth           a readout learns the depth of each pixel
+            points, boxes, depth    a readout learns to follow points or boxes, or depth
             unroll          PSNR of long clips, with more or fewer tokens, and in open loop
 melomotion  tables          the report's tables beside ours, with the controls that it lacks
             figures         Figure 1, and motion.gif, twice as long
 
-Beside each readout stand the same readout on random weights, and what needs no model. --data is
-`scenes`, a labelled data set as data.py knows them or, for heatmap, latents, track, tokens and
-unroll, videos. Of clips without a split the last third is for the test; with nothing to train on,
-scenes serve. Tables and pictures go to the checkpoint's folder, or to --out.
-"""
+Beside each readout stand the same on random weights, and what needs no model. --data: `scenes`, a
+labelled data set (data.py) or, for heatmap, latents, track, tokens and unroll, videos. Of clips
+without a split the last third is for the test; with nothing to train on, scenes serve."""
 import argparse
 import importlib
 import json
@@ -56,7 +51,6 @@ import midway
 import moog
 import train
 from melomotion import Config, FlowBaseline, MeloMotion, place, position_loss
-from moog import psnr       # one of the metrics, for whoever imports this file
 from train import UserError
 
 matplotlib.use("Agg")
@@ -80,7 +74,7 @@ def load(path):
     return model.eval(), name, config, ckpt["path"]
 
 class Run:
-    """A model, the configuration of its training, the arguments of this evaluation, its results."""
+    """What evaluations take: a model, how it was trained, the command line; and what they write."""
 
     def __init__(self, model, config, args, out):
         self.model = model
@@ -93,26 +87,21 @@ class Run:
 
     @cached_property
     def untrained(self):
-        """A model of the same Config that has learnt nothing."""
         torch.manual_seed(self.args.seed + 1)
         return type(self.model)(self.cfg).to(self.args.device).eval()
 
     def scenes(self, split="eval", frames=2, **changes):
-        """Scenes of the checkpoint's training, else of preset tiny's, at the model's size. Longer
-        clips than training's move no farther in all: their sprites stay in sight."""
+        """The training's scenes, or preset tiny's. Longer clips move no farther in all."""
         recipes = sys.modules[type(self.model).__module__].RECIPES
-        options = dict(self.config.get("scenes") or recipes["tiny"]["scenes"])
+        options = self.config.get("scenes") or recipes["tiny"]["scenes"]
         slower = min(1.0, getattr(self.cfg, "frames", 2) / frames)
-        options["size"] = self.cfg.size
-        options["speed"] *= slower
-        options["pan"] *= slower
-        return data.Scenes(frames, self.args.seed, split, **options | changes)
+        own = dict(size=self.cfg.size, speed=slower * options["speed"], pan=slower * options["pan"])
+        return data.Scenes(frames, self.args.seed, split, **options | own | changes)
 
     def truth(self, scenes, numbers, points=1):
         """Clips of scenes with all that data.Scenes knows of them, on the run's device."""
-        parts = []
-        for i in range(0, len(numbers), 16):                    # few at a time: memory
-            parts.append(scenes.batch(numbers[i:i + 16], truth=True, points=points))
+        some = [numbers[i:i + 16] for i in range(0, len(numbers), 16)]      # few at a time: memory
+        parts = [scenes.batch(part, truth=True, points=points) for part in some]
         return to_device(joined(parts), self.args.device)
 
     def clips(self, frames, count, stride=1):
@@ -123,17 +112,14 @@ class Run:
             batches = map(self.scenes(frames=frames).batch, numbers)
         else:
             videos = data.VideoOptions(gap=tuple(args.gap), repeat=1, stride=stride)
-            inputs = dict(frames=frames, size=self.cfg.size)
-            batches = data.make_loader(args.data, inputs, numbers, seed=args.seed, workers=0,
-                                       split="eval", videos=videos)
+            batches = data.make_loader(args.data, dict(frames=frames, size=self.cfg.size), numbers,
+                                       seed=args.seed, workers=0, split="eval", videos=videos)
         return moog.as_float(joined(list(batches))["video"]).to(args.device)
 
     def table(self, title, columns, rows):
         """Rows are a name and its cells: text, numbers, or lists of numbers, one for each seed."""
         self.tables[title] = [dict(zip(["", *columns], row)) for row in rows]
-        lines = [["", *columns]]
-        for row in rows:
-            lines.append([show(cell) for cell in row])
+        lines = [["", *columns], *(list(map(show, row)) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines)]
         tqdm.write(f"\n{title}")
         for line in lines:
@@ -152,7 +138,6 @@ class Run:
         iio.imwrite(self.out / name, np.stack(frames), duration=duration, loop=0)
 
 def joined(batches):
-    """Batches of tensors as one."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 def to_device(batch, device):
@@ -191,34 +176,27 @@ def image_grid(rows, columns=(), width=1.4, note=""):
     return figure, axes
 
 # ---- metrics -------------------------------------------------------------------------------------
+psnr = moog.psnr
+
 def as_double(*arrays):
     return [torch.as_tensor(x).cpu().double() for x in arrays]          # MPS has no float64
 
-def as_bool(*arrays):
-    return [torch.as_tensor(x).cpu().bool() for x in arrays]
-
 def flow_errors(flow, target, valid=None):
-    """Lengths of errors and of true vectors, at all valid pixels of flows (B, 2, H, W)."""
+    """Lengths of errors and of true vectors in pixels, of flows (B, 2, H, W), where valid (B, H, W)
+    is true, by default where |target| < 1e9."""
     flow, target = as_double(flow, target)
     assert flow.shape == target.shape and flow.shape[1] == 2, "want flows (B, 2, H, W)"
-    [valid] = as_bool(target.abs().amax(1) < 1e9 if valid is None else valid)
-    error = (flow - target).norm(dim=1)
-    return error[valid], target.norm(dim=1)[valid]
+    valid = target.abs().amax(1) < 1e9 if valid is None else as_double(valid)[0] > 0
+    return (flow - target).norm(dim=1)[valid], target.norm(dim=1)[valid]
 
 def end_point_error(flow, target, valid=None):
-    """Mean length of the error in pixels: flows (B, 2, H, W), valid (B, H, W), by default where
-    |target| < 1e9. nan if no pixel is valid."""
-    error, _ = flow_errors(flow, target, valid)
-    return error.mean().item()
-
-def outliers(error, length):
-    """KITTI's: off by more than 3 pixels and by more than 5 %."""
-    return (error > 3) & (error > 0.05 * length)
+    """Mean length of the error, as flow_errors takes it; nan if no pixel is valid."""
+    return flow_errors(flow, target, valid)[0].mean().item()
 
 def fl_all(flow, target, valid=None):
-    """Per cent of valid pixels that are KITTI's outliers; arguments as in end_point_error."""
+    """Per cent of KITTI's outliers: off by more than 3 pixels and by more than 5 %."""
     error, length = flow_errors(flow, target, valid)
-    return 100 * outliers(error, length).double().mean().item()
+    return 100 * ((error > 3) & (error > 0.05 * length)).double().mean().item()
 
 def confusion(pred, target, num_classes, ignore_index=255):
     """(true class, predicted class) -> pixels, of maps of any shape: (K, K)."""
@@ -238,30 +216,25 @@ def iou_scores(counts):
     return per_class.nanmean().item(), per_class, (hit.sum() / counts.sum()).item()
 
 def mean_iou(pred, target, num_classes, ignore_index=255):
-    """Over all maps (N, H, W) together, as in mmsegmentation: mean intersection over union of the
-    classes that are there or predicted, IoU of each (K,), nan if nowhere, share of pixels right."""
+    """Of all maps together, as in mmsegmentation: mean intersection over union of the classes that
+    are there or predicted, IoU of each (K,), nan if nowhere, share of pixels right."""
     return iou_scores(confusion(pred, target, num_classes, ignore_index))
 
 def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode="first",
                      valid=None):
-    """TAP-Vid's metrics, each (B,), one number per video: `average_jaccard`, `delta_avg` (share of
-    visible points within 1, 2, 4, 8, 16 pixels, mean of these), `occlusion_accuracy`, jaccard_N,
-    delta_N. tracks (B, P, T, 2) in pixels of 256 x 256, visible (B, P, T), query_frames (B, P).
-    mode: "first" counts the frames after a point's query, "strided" all but the query's. nan where
-    nothing is to be seen. valid (B, P, T): where the truth is known; the rest is not counted."""
-    if mode not in ("first", "strided"):
-        raise ValueError(f"mode={mode!r} must be 'first' or 'strided'")
+    """TAP-Vid's metrics, each (B,), nan where nothing is to be seen. tracks (B, P, T, 2) in pixels
+    of 256 x 256; visible, valid (truth is known) (B, P, T); query_frames (B, P). mode: "first"
+    counts the frames after a point's query, "strided" all but the query's."""
+    assert mode in ("first", "strided"), f"mode={mode!r} must be 'first' or 'strided'"
     tracks, target = as_double(tracks, target_tracks)
-    predicted, true = as_bool(visible, target_visible)
+    predicted, true = (x > 0 for x in as_double(visible, target_visible))
     t = torch.arange(tracks.shape[2])
     query = torch.as_tensor(query_frames).cpu()[..., None]
     counted = (t > query if mode == "first" else t != query).expand(true.shape)
     if valid is not None:
-        counted = counted & as_bool(valid)[0]
-
+        counted = counted & torch.as_tensor(valid).cpu()
     def total(x):
         return (x & counted).sum((1, 2)).double()
-
     square = (tracks - target).square().sum(-1)
     out = dict(occlusion_accuracy=total(predicted == true) / counted.sum((1, 2)))
     for n in (1, 2, 4, 8, 16):
@@ -272,25 +245,15 @@ def tracking_metrics(tracks, visible, target_tracks, target_visible, query_frame
         out[name] = torch.stack([out[f"{part}_{n}"] for n in (1, 2, 4, 8, 16)]).mean(0)
     return out
 
-def average_jaccard(tracks, visible, target_tracks, target_visible, query_frames, mode="first"):
-    """TAP-Vid's average Jaccard of each video, (B,): see tracking_metrics."""
-    metrics = tracking_metrics(tracks, visible, target_tracks, target_visible, query_frames, mode)
-    return metrics["average_jaccard"]
-
-def depth_metrics(depth, target, valid=None):
-    """abs_rel, rmse (the target's unit) and delta_1.25, the share within a factor of 1.25."""
-    depth, target = as_double(depth, target)
-    [valid] = as_bool(target > 0 if valid is None else valid)
-    depth = depth[valid]
-    target = target[valid]
-    ratio = torch.maximum(depth / target, target / depth)
-    return {"abs_rel": ((depth - target).abs() / target).mean().item(),
-            "rmse": (depth - target).square().mean().sqrt().item(),
-            "delta_1.25": ((ratio < 1.25) & (depth > 0)).double().mean().item()}
+def average_jaccard(*inputs, **options):
+    """TAP-Vid's average Jaccard of each video, (B,); arguments as in tracking_metrics."""
+    return tracking_metrics(*inputs, **options)["average_jaccard"]
 
 def abs_rel(depth, target, valid=None):
     """Mean |depth - target| / target where valid (by default where target > 0)."""
-    return depth_metrics(depth, target, valid)["abs_rel"]
+    depth, target = as_double(depth, target)
+    valid = target > 0 if valid is None else as_double(valid)[0] > 0
+    return ((depth - target).abs() / target)[valid].mean().item()
 
 def box_area(box):
     return (box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1)
@@ -303,42 +266,28 @@ def box_iou(boxes, target):
     both = box_area(torch.cat([low, high], -1))
     return both / (box_area(boxes) + box_area(target) - both).clamp(min=1e-12)
 
-@cache
-def colour_wheel():
-    """Middlebury's 55 colours from red over yellow to magenta, (55, 3), 0 to 255."""
-    codes = ("100", "110", "010", "011", "001", "101", "100")
-    corners = [255 * np.array(list(map(int, code))) for code in codes]
-    parts = []
-    for a, b, n in zip(corners, corners[1:], (15, 6, 4, 11, 13, 6)):
-        parts.append(a + np.sign(b - a) * np.floor(255 * np.arange(n) / n)[:, None])
-    return np.concatenate(parts)
-
 def flow_to_color(flow, fastest=None):
-    """Flow (2, H, W) or (H, W, 2) in Middlebury's colours, uint8 (H, W, 3): hue is direction, white
-    is still. fastest: the speed of full colour, in pixels; by default the field's largest."""
-    flow = np.asarray(torch.as_tensor(flow).detach().cpu().double())
-    u, v = flow if len(flow) == 2 else np.moveaxis(flow, -1, 0)
-    wheel = colour_wheel() / 255
-    speed = np.hypot(u, v)[..., None]
+    """Flow (2, H, W) or (H, W, 2) as uint8 (H, W, 3): hue is direction, red right, white still,
+    full colour the speed `fastest`, by default the field's largest; what is faster is darker."""
+    flow = torch.as_tensor(flow).detach().cpu().double()
+    u, v = flow if len(flow) == 2 else flow.movedim(-1, 0)
+    speed = torch.hypot(u, v)
     speed = speed / ((speed.max() if fastest is None else fastest) + 1e-5)
-    turn = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
-    low = np.floor(turn).astype(int)
-    part = (turn - low)[..., None]
-    colour = (1 - part) * wheel[low] + part * wheel[(low + 1) % len(wheel)]
-    colour = np.where(speed <= 1, 1 - speed * (1 - colour), 0.75 * colour)
-    return np.uint8(np.floor(255 * colour))
+    hue = torch.atan2(v, u) / (2 * math.pi) % 1
+    hsv = torch.stack([hue, speed.clamp(max=1), torch.where(speed <= 1, 1.0, 0.75)], -1)
+    return np.uint8(255 * matplotlib.colors.hsv_to_rgb(hsv.numpy()))
 
 # ---- probe: one driver for every trained readout -------------------------------------------------
 class Task:
-    """
-    What a readout learns from a model's features, and how it is scored. Batches are dicts of
-    tensors on the run's device. A subclass has
+    """What a readout learns and how it is scored. Batches are dicts of tensors. A subclass has also
         prepare()                       opens the data; sets `testing`, and how much: `tests`
         train_batches(steps)            yields batches
         head(model) -> readout;         features(model, batch) -> what it sees
-        loss(prediction, batch);        measure(prediction, batch) -> {name: tensor}, to be joined
-    """
+        predict(head, features, batch); loss(prediction, batch)
+        baselines(batch)                {name: prediction} of what needs no model
+        measure(prediction, batch)      {name: tensor}, to be joined"""
     lr = 1e-3
+    unfrozen = ()                       # parts that finetuning trains though training did not
 
     def __init__(self, run):
         self.run = run
@@ -351,47 +300,35 @@ class Task:
     def models(self):
         return {"this model": self.run.model, "random init": self.run.untrained}
 
-    def unfreeze(self, model):
-        """Finetuning trains what requires gradients: here more of it may be made to."""
-
-    def predict(self, head, features, batch):
-        return head(features)
-
     def test(self, model, head, batch):
-        """The prediction that is measured."""
         return self.predict(head, self.features(model, batch), batch)
 
-    def baselines(self, batch):
-        """{name: prediction} of what needs no model."""
-        return {}
-
     def score(self, measured):
-        """{row of the table: number}"""
         return {name: x.nanmean().item() for name, x in measured.items()}
 
     def paint(self, prediction, batch):
         """An image (H, W, 3) of the batch's first prediction, of the truth if that is None."""
 
+@torch.enable_grad()
 def train_readout(task, model, name):
     """AdamW on the readout, and with --finetune on a copy of the model at a tenth of its learning
-    rate; warm-up over a twentieth of the steps, then a cosine to 0. our choice: one recipe for all
-    readouts; mmsegmentation, CroCo v2 and TAP-Net each have their own, for far more steps."""
+    rate; warm-up, then a cosine to 0. our choice: one recipe; mmsegmentation, CroCo v2 and TAP-Net
+    each have their own, for far more steps."""
     args = task.args
     steps = args.steps or task.steps
     lr = args.lr or task.lr
     if args.finetune:
         model = deepcopy(model).train()
-        task.unfreeze(model)
+        for part in task.unfrozen:
+            getattr(model, part, nn.Identity()).requires_grad_(True)
     torch.manual_seed(args.seed)                        # readouts of all models begin alike
     head = task.head(model).to(args.device).train()
     groups = [dict(params=list(head.parameters()), lr=lr)]
     if args.finetune:
         groups.append(dict(params=[p for p in model.parameters() if p.requires_grad], lr=lr / 10))
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-
     def factor(i):
         return min((i + 1) / (0.05 * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
-
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for batch in tqdm(task.train_batches(steps), f"{task.name}, {name}", steps, **BAR):
         with torch.set_grad_enabled(args.finetune):
@@ -411,15 +348,13 @@ def probe(run, task):
     shown = []
     for i in tqdm(range(task.tests), f"{task.name}, test", **BAR):
         batch = task.test_batch(i)
-        with torch.no_grad():
-            predictions = {name: task.test(*models, batch) for name, models in trained.items()}
-            predictions |= task.baselines(batch)
+        predictions = {name: task.test(*models, batch) for name, models in trained.items()}
+        predictions |= task.baselines(batch)
         for name, prediction in predictions.items():
             measured.setdefault(name, []).append(task.measure(prediction, batch))
         if i % math.ceil(task.tests / 4) == 0 and task.paint(None, batch) is not None:
-            images = [as_images(batch[task.frames][0, 0]), task.paint(None, batch)]
-            images += [task.paint(prediction, batch) for prediction in predictions.values()]
-            shown.append(("", images))
+            images = [task.paint(x, batch) for x in (None, *predictions.values())]
+            shown.append(("", [as_images(batch[task.frames][0, 0]), *images]))
     scores = {name: task.score(joined(parts)) for name, parts in measured.items()}
     rows = [[row, *(score[row] for score in scores.values())] for row in scores[name]]
     how = "finetuned" if run.args.finetune else "frozen features"
@@ -437,8 +372,7 @@ def resized(x, size):
     return F.interpolate(x, size, mode="bilinear")
 
 class UperNet(nn.Module):
-    """UperNet on four maps of a ViT (B, D, h, w), lowest first: made a pyramid, pyramid pooling on
-    the coarsest, top-down sums, all fused at the finest. our choice: the pyramid by transposed
+    """UperNet on four maps (B, D, h, w) of a ViT. our choice: the pyramid by transposed
     convolutions, as in iBOT; else mmsegmentation's, D channels wide, without auxiliary head."""
 
     def __init__(self, dim, classes):
@@ -446,8 +380,8 @@ class UperNet(nn.Module):
         twice = nn.ConvTranspose2d(dim, dim, 2, 2)
         four_times = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim),
                                    nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2))
-        half = nn.MaxPool2d(2, ceil_mode=True)
-        self.pyramid = nn.ModuleList([four_times, twice, nn.Identity(), half])
+        self.pyramid = nn.ModuleList([four_times, twice, nn.Identity(),
+                                      nn.MaxPool2d(2, ceil_mode=True)])
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(n), conv_bn(dim, dim, 1)) for n in (1, 2, 3, 6))
         self.bottleneck = conv_bn(5 * dim, dim)
@@ -469,8 +403,6 @@ class UperNet(nn.Module):
         return self.head(torch.cat([resized(x, finest) for x in fused], 1))
 
 class ConvUnit(nn.Sequential):
-    """x and two convolutions of it."""
-
     def __init__(self, width):
         super().__init__(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
@@ -479,9 +411,8 @@ class ConvUnit(nn.Sequential):
         return x + super().forward(x)
 
 class DPT(nn.Module):
-    """Dense prediction transformer head, as CroCo v2 has it: four token maps on one grid, taken to
-    4, 2, 1 and 1/2 times the grid, fused from coarse to fine; 3 channels (u, v, confidence) at
-    image size. Widths are in proportion to D, CroCo's at D = 384."""
+    """CroCo v2's dense prediction transformer head: four token maps on one grid -> u, v, confidence
+    at image size. Widths are in proportion to D, CroCo's at D = 384."""
 
     def __init__(self, ins, dim):
         super().__init__()
@@ -527,9 +458,8 @@ def tile_offsets(length, window, overlap):
     return np.round(np.linspace(0, length - window, count)).astype(int).tolist()
 
 def tiled_flow(predict, frames, window, overlap):
-    """Flow (2, H, W) of frames (2, 3, H, W) in [0, 1]: means of overlapping tiles, weighted by
-    their confidence. predict(tiles (B, 2, 3, S, S)) -> flow (B, 2, S, S), confidence (B, S, S), S =
-    window, at most H and W."""
+    """Flow (2, H, W) of frames (2, 3, H, W): means of overlapping tiles, weighted by confidence.
+    predict(tiles (B, 2, 3, S, S)) -> flow (B, 2, S, S), confidence (B, S, S), S = window."""
     H, W = frames.shape[-2:]
     total = torch.zeros(3, H, W, device=frames.device)
     for y in tile_offsets(H, window, overlap):
@@ -543,13 +473,10 @@ def tiled_flow(predict, frames, window, overlap):
 
 # ---- Midway: segmentation and flow ---------------------------------------------------------------
 class ImageTask(Task):
-    """
-    Dense readouts of images (B, T, 3, H, W) in [0, 1], which learn from scenes or from crops of a
-    data set. A subclass sets `size` of the crops, `scenes`, {split: data.Scenes}, and `training`
-    and `testing`, data sets, or None, and has
+    """Dense readouts of images (B, T, 3, H, W) in [0, 1], which learn from `scenes`, {split:
+    data.Scenes}, or from crops of `size` of a data set, `training`. A subclass has
         from_scenes(clips) -> batch;    read(sample of a data set) -> the same of a single one
-        side(H, W, rng) -> of a random crop
-    """
+        side(H, W, rng) -> of a random crop"""
     frames = "image"                                    # in a batch
     training = testing = None
     many = 1                                            # scenes of a test batch
@@ -558,9 +485,8 @@ class ImageTask(Task):
         return self.from_scenes(self.run.truth(self.scenes[split], numbers))
 
     def crop(self, number):
-        """A random square of a sample, mirrored half of the time; maps take the nearest pixels and
-        flow is scaled and turned. our choice: mmsegmentation's and CroCo v2's range of scales, but
-        no stretching, no padding, no colour jitter."""
+        """A random square of a sample, mirrored half of the time. our choice: mmsegmentation's and
+        CroCo v2's range of scales, but no stretching, no padding, no colour jitter."""
         rng = np.random.default_rng((self.args.seed, number))
         sample = self.read(self.training[int(rng.integers(len(self.training)))])
         H, W = sample["image"].shape[-2:]
@@ -569,9 +495,8 @@ class ImageTask(Task):
         left = int(rng.integers(W - side + 1))
         nearest = ((torch.arange(self.size) + 0.5) * side / self.size).long()
         cut = {name: x[..., top:top + side, left:left + side] for name, x in sample.items()}
-        image = F.interpolate(cut.pop("image"), self.size, mode="bilinear", antialias=True)
         out = {name: x[..., nearest[:, None], nearest] for name, x in cut.items()}
-        out["image"] = image
+        out["image"] = F.interpolate(cut["image"], self.size, mode="bilinear", antialias=True)
         sign = rng.choice([-1, 1])
         if "flow" in out:
             out["flow"] = out["flow"] * torch.tensor([sign, 1]).view(2, 1, 1) * self.size / side
@@ -613,15 +538,13 @@ class Segmentation(ImageTask):
             plain = dict(frames=1, size=self.size, sprites=4, flat=0.8, radius=(0.15, 0.3))
             self.scenes = {split: self.run.scenes(split, **plain) for split in ("train", "eval")}
             self.classes = 1 + len(data.SHAPES)
-            self.steps = 250
-            self.tests = 8
         else:
             options = dict(num_classes=args.classes or None, ignore_index=args.ignore_index)
             self.training = data.Segmentation(args.data, "train", **options)
             self.testing = data.Segmentation(args.data, "val", **options)
             self.classes = self.testing.num_classes
-            self.steps = 2000
-            self.tests = len(self.testing)
+        self.tests = len(self.testing or range(8))
+        self.steps = 2000 if self.training else 250
         self.title = f"segmentation in per cent; {args.head} readout, {args.features} features"
 
     def from_scenes(self, clips):
@@ -642,8 +565,7 @@ class Segmentation(ImageTask):
 
     def features(self, model, batch):
         """(B, D, h, w): the backward layers' lowest level (paper: its linear readout's), or the
-        encoder's last, or four. our choice: the student's; the paper doesn't say. Images get the
-        task's size as their short side."""
+        encoder's last, or four. our choice: the student's; the paper doesn't say."""
         image = batch["image"][:, 0]
         patch = model.cfg.patch
         sides = image.shape[-2:]
@@ -656,17 +578,14 @@ class Segmentation(ImageTask):
             for i in reversed(model.predicted):
                 v = model.student_backward[str(i)](z[i], v)
             return self.as_maps([v], image)[0]
-        depth = model.cfg.depth
-        if self.args.head == "linear":
-            return self.as_maps(model.student(midway.normalize(image), [depth]), image)[0]
-        quarters = [depth * k // 4 for k in (1, 2, 3, 4)]
-        return self.as_maps(model.student(midway.normalize(image), quarters), image)
+        quarters = [model.cfg.depth * k // 4 for k in (1, 2, 3, 4)]
+        maps = self.as_maps(model.student(midway.normalize(image), quarters), image)
+        return maps[-1] if self.args.head == "linear" else maps
 
     def predict(self, head, features, batch):
         return resized(head(features).float(), batch["classes"].shape[-2:])
 
     def loss(self, prediction, batch):
-        """Mean over the labelled pixels."""
         classes = batch["classes"]
         total = F.cross_entropy(prediction, classes, ignore_index=255, reduction="sum")
         return total / (classes != 255).sum().clamp(min=1)
@@ -676,16 +595,13 @@ class Segmentation(ImageTask):
 
     @cached_property
     def prior(self):
-        """The commonest class of each place: what can be said without looking. (1, 1, 64, 64)"""
         counts = torch.zeros(self.classes, 64, 64)
-        names = torch.arange(self.classes).view(-1, 1, 1)
         for i in range(len(self.training or range(512))):
-            if self.training:
-                classes = self.read(self.training[i])["classes"][None]
-            else:
-                classes = self.scene_batch("train", [i])["classes"].cpu()
-            counts += F.interpolate(classes[None].float(), (64, 64))[0] == names
-        return counts.argmax(0)[None, None].float()
+            known = self.read(self.training[i]) if self.training else self.scene_batch("train", [i])
+            small = F.interpolate(known["classes"].view(1, 1, *known["image"].shape[-2:]).float(),
+                                  (64, 64)).cpu()
+            counts += small[0] == torch.arange(self.classes).view(-1, 1, 1)
+        return counts.argmax(0)[None, None].float()             # the commonest class of each place
 
     def baselines(self, batch):
         classes = batch["classes"]
@@ -693,25 +609,23 @@ class Segmentation(ImageTask):
         return {"position prior": prior.expand_as(classes)}
 
     def measure(self, prediction, batch):
-        counts = confusion(prediction.cpu(), batch["classes"].cpu(), self.classes)
-        return dict(counts=counts[None])
+        return dict(counts=confusion(prediction.cpu(), batch["classes"].cpu(), self.classes)[None])
 
     def score(self, measured):
         miou, _, accuracy = iou_scores(measured["counts"].sum(0))
         return {"mIoU": 100 * miou, "pixel accuracy": 100 * accuracy}
 
     def paint(self, prediction, batch):
-        """What is ignored is black."""
         classes = (batch["classes"] if prediction is None else prediction)[0].cpu().numpy()
         colours = plt.get_cmap("turbo")(classes / (self.classes - 1))[..., :3]
-        return np.where(classes[..., None] == 255, 0, colours)
+        return np.where(classes[..., None] == 255, 0, colours)              # ignored: black
 
 class Flow(ImageTask):
     """paper: B.4. A DPT readout of the encoder's last level, the target's tokens after the highest
-    midway path, and the predictions of the highest and of the lowest level. Beside it the same with
-    random dynamics around the encoder. our choice: learning rate 1e-3 (CroCo v2: 2e-5, for a
-    million steps)."""
+    midway path, and the predictions of the highest and of the lowest level. our choice: learning
+    rate 1e-3 (CroCo v2: 2e-5, for a million steps)."""
     name = "flow"
+    unfrozen = ("teacher_embed", "teacher_backward")        # the target's branch, as in CroCo v2
 
     def prepare(self):
         run = self.run
@@ -720,36 +634,33 @@ class Flow(ImageTask):
         moving = dict(sprites=4, speed=pan, pan=pan, zoom=0.02, roll=0.02)
         self.scenes = dict(train=run.scenes("train", **moving),
                            eval=run.scenes("eval", size=2 * self.size, **moving))
-        self.tests = 16
         if not run.on_scenes:
             self.testing = data.FlowPairs(self.args.data, "val")
-            self.tests = len(self.testing)
             self.training = data.FlowPairs(self.args.data, "train")
             if self.training.items == self.testing.items:   # no splits: each is everything
                 self.training = None
+        self.tests = len(self.testing or range(16))
         self.steps = 2000 if self.training else 250
         where = "the training split" if self.training else "scenes"
         self.title = f"optical flow, learnt on {where}; end-point error in pixels, mean over pairs"
 
     def models(self):
-        """Of a model without dynamics, as paper: its encoder with random dynamics."""
+        """Beside the model, as paper: its encoder with random dynamics."""
         model = self.run.model
         torch.manual_seed(self.args.seed + 1)
         alone = midway.Midway(replace(model.cfg, latent_dynamics=True)).to(self.args.device).eval()
         alone.student = deepcopy(model.student)
         alone.teacher = deepcopy(model.teacher)
-        if self.args.encoder_only or not model.cfg.latent_dynamics:
-            return {"encoder only": alone}
-        return {"this model": model, "encoder only": alone}
+        trained = {"this model": model} if model.cfg.latent_dynamics else {}
+        return trained | {"encoder only": alone}
 
     def from_scenes(self, clips):
         flow = clips["flow"][:, 0]
         return dict(image=clips["video"], flow=flow, valid=torch.ones_like(flow[:, 0]).bool())
 
     def read(self, sample):
-        sample = {name: torch.from_numpy(x) for name, x in sample.items()}
-        sample["image"] = sample.pop("frames").movedim(-1, 1) / 255             # (2, 3, H, W)
-        return sample
+        return dict(image=torch.from_numpy(sample["frames"]).movedim(-1, 1) / 255,  # (2, 3, H, W)
+                    flow=torch.from_numpy(sample["flow"]), valid=torch.from_numpy(sample["valid"]))
 
     def side(self, H, W, rng):
         return self.size / 2 ** rng.uniform(-0.2, 0.5)
@@ -757,12 +668,6 @@ class Flow(ImageTask):
     def head(self, model):
         D = model.cfg.dim
         return DPT((D, model.cfg.motion_dim, D, D), D)
-
-    def unfreeze(self, model):
-        """The target's branch too, as in CroCo v2."""
-        model.teacher_embed.requires_grad_(True)
-        if model.cfg.backward:
-            model.teacher_backward.requires_grad_(True)
 
     def features(self, model, batch):
         """Four maps. Finetuned, the target takes the student's encoder: all is trained."""
@@ -784,7 +689,6 @@ class Flow(ImageTask):
     def test(self, model, head, batch):
         def predict(tiles):
             return Task.test(self, model, head, dict(image=tiles))
-
         return tiled_flow(predict, batch["image"][0], self.size, OVERLAP)[None]
 
     def baselines(self, batch):
@@ -799,32 +703,26 @@ class Flow(ImageTask):
                 "per cent of outliers (Fl-all)": torch.tensor([fl_all(*pair)])}
 
     def paint(self, prediction, batch):
-        """All in the scale of the truth, in which what is unknown is white."""
         target = torch.where(batch["valid"], batch["flow"], 0)[0]
         flow = target if prediction is None else prediction[0]
-        return flow_to_color(flow, target.norm(dim=0).max().item())
+        return flow_to_color(flow, target.norm(dim=0).max().item())         # the truth's scale
 
 # ---- Midway: what the dynamics know --------------------------------------------------------------
 DRAWS = 32          # random vectors that heatmaps are averaged over
 
-@torch.no_grad()
 def perturb(model, i, m, v, token, draws=32, seed=0):
-    """Forwarded feature perturbation: which predicted tokens feel it if one source token changes.
-    paper: Sec. 4.4. Random vectors r are tangents of one token (B,) of v each, all others zero and
-    m held fixed; the cosine of r with each predicted token's tangent is averaged over the draws. i:
-    the level, one of model.predicted; m, v (B, K, d), (B, L, D) of it -> heatmaps (B, h*w)."""
+    """Forwarded feature perturbation, paper: Sec. 4.4. Random vectors r are tangents of one token
+    (B,) of v each; the cosine of r with each predicted token's tangent is averaged over the draws.
+    m, v (B, K, d), (B, L, D) of level i, one of model.predicted -> heatmaps (B, h*w)."""
     v = v.contiguous()
     place = F.one_hot(token + 1, v.shape[1])[..., None].to(v)               # (B, L, 1), after CLS
     generator = torch.Generator().manual_seed(seed)
     r = torch.randn(draws, len(v), v.shape[2], generator=generator).to(v)   # (draws, B, D)
-
     def forward(v):
         return model.predict_forward(i, m, v)[0]
-
     def heat(r):
         _, tangent = jvp(forward, (v,), (place * r[:, None],))              # (B, L, D)
         return F.cosine_similarity(r[:, None], tangent[:, 1:], dim=-1)      # (B, h*w)
-
     # Forward mode has no rule for the fast attention kernels. Attention fills the memory.
     tokens = v.shape[1] + m.shape[1]
     chunk = max(1, 2**25 // (len(v) * model.cfg.forward_heads * tokens**2))
@@ -832,25 +730,22 @@ def perturb(model, i, m, v, token, draws=32, seed=0):
         return vmap(heat, chunk_size=chunk)(r).mean(0)
 
 def level_names(model):
-    """Names of the predicted levels, lowest first, as in model.predict's list."""
     if not model.cfg.latent_dynamics:
         raise UserError("this model has no latent dynamics: only --task segmentation and flow fit")
     return [f"level {model.levels[i]}" for i in model.predicted]
 
 def heatmaps(run, model, pairs, token):
     """Heatmaps (n, h*w) of a token (n,) of each pair's source, for each level, lowest first."""
-    heats = []
-    for i, level in zip(model.predicted, model.predict(*pairs.unbind(1))):
-        heats.append(perturb(model, i, level.m, level.v, token, DRAWS, run.args.seed))
-    return heats
+    return [perturb(model, i, level.m, level.v, token, DRAWS, run.args.seed)
+            for i, level in zip(model.predicted, model.predict(*pairs.unbind(1)))]
 
 def yx(token, grid):
     """Number of a token -> its row and column (..., 2), as floats."""
     return torch.stack([token.div(grid, rounding_mode="floor"), token % grid], -1).float()
 
 def moving_tokens(run, count, scenes):
-    """Up to `count` pairs of scenes (n, 2, 3, S, S) in which something moves by a patch or more and
-    stays in sight, a random token (n,) of it, and where it lands (n, 2), in rows and columns."""
+    """Up to `count` pairs of scenes (n, 2, 3, S, S), a token (n,) of each that moves by a patch or
+    more and stays in sight, and where it lands (n, 2), in rows and columns."""
     p = run.cfg.patch
     batch = run.truth(run.scenes(), range(scenes))
     at = slice(p // 2, None, p)
@@ -867,12 +762,11 @@ def moving_tokens(run, count, scenes):
     return batch["video"][rows[:count]], token[:count], truth[:count]
 
 def ridge(x, y, tests):
-    """Ridge regression of y (n, k) on x (n, d): R^2 on the last `tests`, and predictions there."""
+    """Ridge regression of y (n, k) on x (n, d): R^2 on the last `tests`, predictions there."""
     x, y = as_double(x, y)
     n = len(x) - tests
     x = (x - x[:n].mean(0)) / x[:n].std(0).clamp(min=1e-9)
     x = F.pad(x, (0, 1), value=1)
-
     def score(train, test, strength):
         a = x[:train]
         gram = a @ a.T + strength * x.shape[1] * torch.eye(train)
@@ -880,26 +774,21 @@ def ridge(x, y, tests):
         truth = y[train:test]
         error = (predicted - truth).square().sum() / (truth - y[:train].mean(0)).square().sum()
         return 1 - error.item(), predicted
-
-    scores = {s: score(n * 3 // 4, n, s)[0] for s in (1e-2, 1e-1, 1, 10, 100)}
-    return score(n, len(x), max(scores, key=scores.get))
+    best = max((1e-2, 1e-1, 1, 10, 100), key=lambda s: score(n * 3 // 4, n, s)[0])
+    return score(n, len(x), best)
 
 def latent_errors(model, i, m, v, target, motion=None):
-    """2 - 2 cos of level i's predictions with other latents of that level alone."""
+    """2 - 2 cos of level i's predictions with other latents of it alone."""
     others = {"right": m, "shuffled": m.roll(1, 0), "none": torch.zeros_like(m)}
     if motion is not None:
         distance = torch.cdist(motion, motion).fill_diagonal_(math.inf)
         others["same motion"] = m[distance.argmin(1)]
-    errors = {}
-    for name, latents in others.items():
-        pred, _ = model.predict_forward(i, latents, v)
-        errors[name] = midway.prediction_loss(pred, target).item()
-    return errors
+    return {name: midway.prediction_loss(model.predict_forward(i, x, v)[0], target).item()
+            for name, x in others.items()}
 
-@torch.no_grad()
 def latents(run, tests=256, fits=1024):
-    """Do the motion latents carry motion? Content and colours make the right latents better than
-    another pair's too; only motion makes those of another scene with the same motion as good."""
+    """Do the motion latents carry motion? Content makes the right latents better than another
+    pair's too; only motion makes those of another scene with the same motion as good."""
     names = level_names(run.model)
     motion = None
     if run.on_scenes:
@@ -928,25 +817,21 @@ def latents(run, tests=256, fits=1024):
             rows.append([who + name, *row.values()])
     run.table(f"motion latents of {tests} pairs: 2 - 2 cos of the prediction with latents that are "
               "right, ...; R2 of what a linear readout of them tells", list(row), rows)
-    if run.on_scenes:
-        motion_gif(run, video[-tests:], motion, readings[0])
-
-def motion_gif(run, pairs, motion, reading):
-    """latents.gif: twelve pairs that move by a tenth of the frame or more, with the camera's motion
-    in the first frame: true and as read off the latents."""
+    if not run.on_scenes:
+        return
     middle = run.cfg.size / 2 - 0.5
     note = "the camera's motion: white true, orange read off the latents"
     figures = []
     for k in (motion.norm(dim=1) > run.cfg.size / 10).nonzero()[:12, 0].tolist():
-        figure, axes = image_grid([("", as_images(pairs[k]))], ["frame 1", "frame 2"], 2.2, note)
-        for shift, colour, width in ((motion, "white", 0.05), (reading, "#ff6600", 0.02)):
+        pair = as_images(video[k - tests])
+        figure, axes = image_grid([("", pair)], ["frame 1", "frame 2"], 2.2, note)
+        for shift, colour, width in ((motion, "white", 0.05), (readings[0], "#ff6600", 0.02)):
             axes[0, 0].quiver(middle, middle, *shift[k].tolist(), color=colour, width=width,
                               angles="xy", scale_units="xy", scale=1)
         figures.append(figure)
     if figures:
         run.gif(figures, "latents.gif", 900)
 
-@torch.no_grad()
 def identity_bias(run):
     """our choice, a number for Fig. 6: how often heatmaps of moving tokens stay behind."""
     if not run.on_scenes:
@@ -964,28 +849,25 @@ def identity_bias(run):
             peaks[f"{name}, {level}"] = heat.argmax(1)
     rows = []
     for name, peak in peaks.items():
-        off = (yx(peak, grid) - truth).norm(dim=-1)
-        stay = (yx(peak, grid) - yx(token, grid)).norm(dim=-1)
+        off, stay = ((yx(peak, grid) - place).norm(dim=-1) for place in (truth, yx(token, grid)))
         rows.append([name, (stay < off).float().mean().item(), off.mean().item()])
     run.table(f"identity bias: where the heatmaps of {len(token)} moving tokens peak, scenes",
               ["nearer to the source", "patches from truth"], rows)
 
 def changed_tokens(model, pairs, count):
-    """our choice of what to look at in videos: the tokens (n, count) of sources that differ most
-    from those at their place in the target."""
+    """our choice: the tokens (n, count) whose features change most from source to target."""
     z, zt = (model.features(x)[-1][:, 1:] for x in pairs.unbind(1))
     return F.cosine_similarity(z, zt, dim=-1).topk(count, largest=False).indices
 
 def model_view(frame):
-    """The central square of a frame (H, W, 3), which the model sees: a box for crop_uint8."""
+    """The central square of a frame (H, W, 3), a box for crop_uint8."""
     H, W = frame.shape[:2]
     side = min(H, W)
     return (H - side) // 2, (W - side) // 2, side, side
 
 def look(run, frames, token=None, truth=None):
-    """Fig. 6 of pairs of frames [(source, target)], (H, W, 3) uint8: a figure with a row for each,
-    the tokens (n,) that were changed (if not given, those at --at, or that differ most), heatmaps.
-    The model's view is framed in white, the token in green; crosses tell the truth."""
+    """Fig. 6 of [(source, target)], (H, W, 3) uint8: a figure, the tokens (n,), their heatmaps.
+    White: the model's view; green: the token; cross: the truth."""
     grid = run.cfg.size // run.cfg.patch
     views = [data.crop_uint8(x, model_view(x), run.cfg.size) / 255 for pair in frames for x in pair]
     pairs = torch.stack(views).unflatten(0, (-1, 2)).to(run.args.device)
@@ -1018,7 +900,6 @@ def look(run, frames, token=None, truth=None):
                 axis.plot(*(truth[b].flip(0) + 0.5).tolist(), "xc", mew=2)
     return figure, token, heats
 
-@torch.no_grad()
 def heatmap(run):
     """Fig. 6: where the forward model takes a token (green); and the same over time."""
     args = run.args
@@ -1036,11 +917,9 @@ def heatmap(run):
     figure, token, heats = look(run, frames, token, truth)
     run.picture(figure, "heatmap.png")
     grid = run.cfg.size // run.cfg.patch
-    row = ["distance of the peak from the source (0: identity)"]
-    for heat in heats:
-        off = yx(heat.argmax(1), grid) - yx(token, grid)
-        row.append(off.norm(dim=1).mean().item())
-    run.table(f"heatmap.png, mean of {len(token)}, in patches", names, [row])
+    off = [(yx(heat.argmax(1), grid) - yx(token, grid)).norm(dim=1).mean().item() for heat in heats]
+    run.table(f"heatmap.png, mean of {len(token)}, in patches", names,
+              [["distance of the peak from the source (0: identity)", *off]])
     first, *later = np.uint8(255 * as_images(run.clips(9, 1)[0]))
     token = None
     figures = []
@@ -1049,11 +928,9 @@ def heatmap(run):
         figures.append(figure)
     run.gif(figures, "heatmap.gif")
 
-@torch.no_grad()
 def follow_tokens(model, clip, start, draws=32, seed=0):
-    """Fig. 7: tokens `start` (P,) of the first frame of a clip (T, 3, S, S), followed in two ways,
-    (2, T, P): of the five hottest target tokens the one with the most similar features, paper: Sec.
-    4.4, and of all target tokens the most similar one. Features: the encoder's highest level."""
+    """Fig. 7: tokens `start` (P,) of a clip (T, 3, S, S), followed in two ways (2, T, P): of the
+    five hottest target tokens, paper: Sec. 4.4, or of all, the most similar one."""
     tokens = start.repeat(2, len(clip), 1)
     z = torch.cat([model.features(x)[-1] for x in clip.split(16)])[:, 1:]
     z = F.normalize(z, dim=-1)                                              # (T, h*w, D)
@@ -1069,7 +946,6 @@ def follow_tokens(model, clip, start, draws=32, seed=0):
         tokens[1, t + 1] = alike[1].argmax(1)
     return tokens
 
-@torch.no_grad()
 def track(run):
     """Fig. 7: regions followed by heatmaps and by features alone, and how far from true tracks."""
     level_names(run.model)
@@ -1116,9 +992,9 @@ POINTS = 16         # of a clip
 FRAMES = 8
 
 def square_clip(item, size, device):
-    """A sample of data.PointTracks or BoxTracks as readouts take it, in shares of the frame: video
-    (T, 3, S, S) uint8, squashed as in TAP-Vid; depth (T, S, S); tracks (T, P, 2); boxes y1 x1 y2 x2
-    (T, K, 4), cut off at the rim; `inside` (T, K): more than half of a box is in the frame."""
+    """A sample of data.PointTracks or BoxTracks, squashed as in TAP-Vid, places as shares of the
+    frame: video (T, 3, S, S), depth (T, S, S), tracks (T, P, 2), boxes y1 x1 y2 x2 (T, K, 4) cut
+    off at the rim, `inside` (T, K): more than half of a box is in the frame."""
     clip = to_device({name: torch.as_tensor(x) for name, x in item.items()}, device)
     T, H, W, _ = clip["video"].shape
     sides = torch.tensor([W, H], device=device)
@@ -1136,8 +1012,8 @@ def square_clip(item, size, device):
     return clip
 
 def random_window(clip, frames, generator):
-    """A random window of a clip, a batch of one, with POINTS points drawn from those that are seen
-    in it, each given where it is seen first; none counts if none is seen."""
+    """A random window of a clip, a batch of one, with POINTS points of those that are seen in it,
+    each given where it is seen first; none counts if none is seen."""
     start = torch.randint(len(clip["video"]) - frames + 1, (1,), generator=generator).item()
     out = {name: x[start:start + frames] for name, x in clip.items() if name != "query_frames"}
     if "tracks" in clip:
@@ -1147,12 +1023,12 @@ def random_window(clip, frames, generator):
         for name in ("tracks", "visible", "valid"):
             out[name] = out[name][:, drawn.to(seen.device)]
         seen = out["visible"] & out["valid"]
-        out["valid"] = out["valid"] & seen.any(0)
+        out["valid"] &= seen.any(0)
         out["query_frames"] = seen.int().argmax(0)
     return {name: x[None] for name, x in out.items()}
 
 def scene_clips(run, split, count):
-    """Scenes as windows of clips. Points are on sprites, if any: plain ground can't be followed."""
+    """Scenes as random_window's. Points are on sprites: plain ground can't be followed."""
     scenes = run.scenes(split, max(run.cfg.frames, FRAMES))
     generator = torch.Generator().manual_seed(run.args.seed)
     clips = []
@@ -1162,18 +1038,17 @@ def scene_clips(run, split, count):
         x, y = scene["tracks"][0].long().unbind(-1)
         sprite = scene["ids"][0, y, x] > 0                                  # (P,)
         chosen = sprite if sprite.any() else ~sprite
-        clip = {name: scene[name] for name in ("depth", "boxes")}
-        clip["video"] = (255 * scene["video"]).round().byte().movedim(1, -1)
-        clip["tracks"] = scene["tracks"][:, chosen]
-        clip["visible"] = scene["visible"][:, chosen]
-        clip["valid"] = torch.ones_like(clip["visible"])
+        visible = scene["visible"][:, chosen]
+        clip = dict(depth=scene["depth"], boxes=scene["boxes"], tracks=scene["tracks"][:, chosen],
+                    video=(255 * scene["video"]).round().byte().movedim(1, -1), visible=visible,
+                    valid=torch.ones_like(visible))
         clip = square_clip(clip, run.cfg.size, run.args.device)
         clips.append(random_window(clip, scenes.frames, generator))
     return clips
 
 @cache
 def scene_pool(run):
-    """What readouts learn from, if it is scenes; a place for features; what they are tested on."""
+    """What readouts learn from, a place for features, what they are tested on."""
     tests = scene_clips(run, "eval", TESTS)
     tests = [joined(tests[i:i + 16]) for i in range(0, TESTS, 16)]
     return joined(scene_clips(run, "train", POOL)), {}, tests
@@ -1186,40 +1061,36 @@ class ClipTask(Task):
     wanted = ""                             # what the clips must hold
 
     def prepare(self):
-        if self.run.on_scenes:
+        """Of real clips the last third, at least one, is for the test; scenes if none is left."""
+        run = self.run
+        if run.on_scenes:
             self.title = f"{self.name} in held-out scenes"
-            self.pool, self.features_of, self.testing = scene_pool(self.run)    # serves all tasks
-        else:
-            self.features_of = {}
-            self.read_clips(self.run)
-        self.tests = len(self.testing)
-
-    def read_clips(self, run):
-        """The last third of the clips, at least one, is for the test; scenes if none is left."""
+            self.pool, self.features_of, self.testing = scene_pool(run)     # serves all tasks
+            self.tests = len(self.testing)
+            return
         items = (data.BoxTracks if self.wanted == "boxes" else data.PointTracks)(run.args.data)
         clips = [square_clip(item, run.cfg.size, run.args.device) for item in items]
-        tests = max(len(clips) // 3, 1)
-        learnt = clips[:-tests]
+        self.tests = max(len(clips) // 3, 1)
+        learnt = clips[:-self.tests]
         if self.wanted not in clips[0] or self.wanted == "depth" and not learnt:
             raise UserError(f"--data {run.args.data}: --task {self.name} wants clips with "
                             f"{self.wanted}; of depth, two or more")
         generator = torch.Generator().manual_seed(run.args.seed)
         frames = min([max(run.cfg.frames, FRAMES), *(len(clip["video"]) for clip in learnt)])
-        windows = []
-        for i in range(POOL // 4 if learnt else 0):
-            windows.append(random_window(learnt[i % len(learnt)], frames, generator))
+        rounds = (learnt * POOL)[:POOL // 4]
+        windows = [random_window(clip, frames, generator) for clip in rounds]
         self.pool = joined(windows or scene_clips(run, "train", POOL))
-        self.testing = [{name: x[None] for name, x in clip.items()} for clip in clips[-tests:]]
+        self.features_of = {}
+        self.testing = [{name: x[None] for name, x in clip.items()} for clip in clips[-self.tests:]]
         where = f"{len(learnt)} clips, perhaps of the same shot" if learnt else "scenes"
-        names = ", ".join(items.names[-tests:])
+        names = ", ".join(items.names[-self.tests:])
         self.title = f"{self.name}; trained on {where}, tested on {names}"
 
     def train_batches(self, steps):
         generator = torch.Generator().manual_seed(self.args.seed)
-        size = (self.args.batch_size,)
-        for _ in range(steps):
-            at = torch.randint(len(self.pool["video"]), size, generator=generator)
-            at = at.to(self.args.device)
+        size = (steps, self.args.batch_size)
+        pool = len(self.pool["video"])
+        for at in torch.randint(pool, size, generator=generator).to(self.args.device):
             yield {name: x[at] for name, x in self.pool.items()} | dict(at=at)
 
     def features(self, model, batch):
@@ -1231,30 +1102,26 @@ class ClipTask(Task):
         return self.features_of[model][batch["at"]].float()
 
     def head(self, model):
-        """As the paper's at its width, 512. our choice: narrower and 2 layers if small."""
-        dim = model.cfg.dim
+        dim = model.cfg.dim         # our choice: the paper's at 512, narrower and 2 layers if small
         heads = max(dim // 64, 1) if dim >= 128 else math.gcd(dim, 4)
         spec = (3 if dim >= 256 else 2, heads, dim)
         return self.readout(dim, dim, spec, 4 * dim, model.cfg.decoder_bases)
 
     def loss(self, prediction, batch):
-        """Of points and boxes their heads know it."""
         return prediction[-1]
 
-def at_query_frames(x, frames):
-    """x (B, T, K, ...) at each query's own frame (B, K) -> (B, K, ...)."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x[rows, frames, torch.arange(x.shape[2], device=x.device)]
-
 class Points(ClipTask):
-    """A query in one frame, followed through the others. Places are predicted, as in the paper."""
     name = "points"
     wanted = "tracks"
     readout = moog.PointReadout
 
     def queries(self, batch):
-        """The frames that queries are given in: (B, K)."""
-        return batch["query_frames"]
+        """Frames that queries are given in (B, K); what they say (B, K, 2 or 4)."""
+        target = batch[self.wanted]                                         # (B, T, K, 2 or 4)
+        boxes = self.wanted == "boxes"
+        frames = 0 * batch["inside"][:, 0].long() if boxes else batch["query_frames"]
+        rows = torch.arange(len(target), device=target.device)[:, None]
+        return frames, target[rows, frames, torch.arange(target.shape[2], device=target.device)]
 
     def counted(self, batch):
         """Where points are visible, and where that counts, as for TAP-Vid: (B, T, K)."""
@@ -1262,18 +1129,15 @@ class Points(ClipTask):
         return batch["visible"], batch["valid"] & (time > batch["query_frames"][:, None])
 
     def predict(self, head, features, batch):
-        target = batch[self.wanted]
-        frames = self.queries(batch)
-        out = head(features, at_query_frames(target, frames), frames)
-        return out.values, out.visible, head.loss(out, target, *self.counted(batch))
+        frames, given = self.queries(batch)
+        out = head(features, given, frames)
+        return out.values, out.visible, head.loss(out, batch[self.wanted], *self.counted(batch))
 
     def baselines(self, batch):
-        target = batch[self.wanted]
-        start = at_query_frames(target, self.queries(batch))[:, None].expand_as(target)
+        start = self.queries(batch)[1][:, None].expand_as(batch[self.wanted])
         return {"stays put": (start, torch.ones_like(start[..., 0]))}
 
     def measure(self, prediction, batch):
-        """At small sizes the distance tells most: 4 pixels of 64 are 16 of TAP-Vid's 256."""
         tracks, visible = prediction[:2]
         true, valid = self.counted(batch)
         away = 256 * (tracks - batch["tracks"]).norm(dim=-1).where(true & valid, torch.nan)
@@ -1284,13 +1148,9 @@ class Points(ClipTask):
                 "delta_avg": metrics["delta_avg"], "average Jaccard": metrics["average_jaccard"]}
 
 class Boxes(Points):
-    """A box in the first frame, followed through the others."""
     name = "boxes"
     wanted = "boxes"
     readout = moog.BoxReadout
-
-    def queries(self, batch):
-        return torch.zeros_like(batch["inside"][:, 0]).long()
 
     def counted(self, batch):
         """Boxes of which more than half lies in the frame, now and in frame 0."""
@@ -1303,9 +1163,8 @@ class Boxes(Points):
         return {"mean intersection over union": iou[:, 1:][self.counted(batch)[0][:, 1:].cpu()]}
 
 class Depth(ClipTask):
-    """Depth of every pixel, from its frame's features. our choice: the readout begins as the
-    model's own decoder of colours, with the median as its answer, and learns by a squared loss;
-    begun at random, with an absolute one, it stayed at the median for hundreds of steps."""
+    """Depth of every pixel. our choice: the readout begins as the model's own decoder, with the
+    median as its answer, and has a squared loss; else it stayed at the median."""
     name = "depth"
     wanted = "depth"
     steps = 300
@@ -1331,7 +1190,6 @@ class Depth(ClipTask):
             yield batch | dict(index=moog.subsample(size, factor, offsets))         # (B, T, P)
 
     def predict(self, head, features, batch):
-        """Of some pixels, (B, T, P, 1)."""
         index = batch["index"].flatten(0, 1)
         out = head(features.flatten(0, 1), batch["depth"].shape[-2:], index)
         return out.unflatten(0, features.shape[:2])
@@ -1342,45 +1200,33 @@ class Depth(ClipTask):
         return error.sum() / (target > 0).sum().clamp(min=1)
 
     def test(self, model, head, batch):
-        """All pixels, frame by frame: (B, T, H, W)."""
         size = batch["depth"].shape[-2:]
         pixels = torch.arange(size.numel(), device=self.args.device)
-        frames = self.features(model, batch).flatten(0, 1).split(1)
+        frames = self.features(model, batch).flatten(0, 1).split(1)         # memory: one by one
         return torch.cat([head(some, size, pixels) for some in frames]).view_as(batch["depth"])
 
     def baselines(self, batch):
         return {"median": torch.full_like(batch["depth"], self.median)}
 
     def measure(self, prediction, batch):
-        scores = [abs_rel(*pair) for pair in zip(prediction, batch["depth"])]
-        return dict(abs_rel=torch.tensor(scores))
+        return dict(abs_rel=torch.tensor(list(map(abs_rel, prediction, batch["depth"]))))
 
     def paint(self, prediction, batch):
-        """The nearest is yellow; what was not measured is black."""
         true = batch["depth"][0, 0].cpu().numpy()
         depth = true if prediction is None else prediction[0, 0].cpu().numpy()
         nearest = true[true > 0].min()
         colours = plt.get_cmap("cividis_r")((depth - nearest) / (true.max() - nearest))[..., :3]
-        return np.where(depth[..., None] > 0, colours, 0)
+        return np.where(depth[..., None] > 0, colours, 0)                   # not measured: black
 
 # ---- MooG: tokens, long clips --------------------------------------------------------------------
 def attention(model, states):
-    """Of all pixels to the tokens (B, T, N, D), mean over the heads of the last layer: (B, T, H*W,
-    N). Frame by frame, as all heads of all frames may not fit."""
+    """Of pixels to tokens (B, T, N, D), mean over the last layer's heads: (B, T, H*W, N)."""
     size = (model.cfg.size, model.cfg.size)
-    frames = []
-    for state in states.flatten(0, 1):
-        _, seen = model.decode(state[None, None], size, return_attention=True)
-        frames.append(seen[0, 0].mean(0))                                   # of (nh, H*W, N)
-    return torch.stack(frames).unflatten(0, states.shape[:2])
+    seen = [model.decode(state[None, None], size, return_attention=True)[1][0, 0].mean(0)
+            for state in states.flatten(0, 1)]                              # memory: one by one
+    return torch.stack(seen).unflatten(0, states.shape[:2])
 
-def top_tokens(model, states):
-    """Number of the token that each pixel looks at most: (B, T, H*W)."""
-    return attention(model, states).argmax(-1)
-
-@torch.no_grad()
 def tokens(run):
-    """Which token each pixel looks at most, of two clips: tokens.png, .gif; and numbers."""
     model = run.model
     S = run.cfg.size
     video = run.clips(12, 4)
@@ -1398,13 +1244,9 @@ def tokens(run):
     rows = [(name, images[0]) for name, images in kinds.items()]
     rows += [(name, images[1]) for name, images in kinds.items()]
     run.picture(image_grid(rows, [f"t = {t}" for t in range(8)], 1.1)[0], "tokens.png")
-    figures = []
-    for t in range(8):
-        rows = []
-        for b in range(2):
-            rows.append((f"t = {t}", [images[b, t] for images in kinds.values()]))
-        figures.append(image_grid(rows, list(kinds))[0])
-    run.gif(figures, "tokens.gif")
+    frames = np.stack(list(kinds.values()), 2)                              # (2, 8, 3, S, S, 3)
+    rows = [[(f"t = {t}", frames[0, t]), (f"t = {t}", frames[1, t])] for t in range(8)]
+    run.gif((image_grid(both, list(kinds))[0] for both in rows), "tokens.gif")
     seen = seen[:, 1:]                                          # frame 0 is decoded from noise
     entropy = -(seen * seen.clamp(min=1e-12).log()).sum(-1).mean().item()
     rows = {"entropy of a pixel's attention, share of log N (1: all tokens alike)":
@@ -1415,15 +1257,13 @@ def tokens(run):
     run.table("tokens", ["this model"], list(rows.items()))
 
 def follow_tracks(run):
-    """How often the token that a sprite's point looks at most stays the same from a frame to the
-    next: at the place to which the point has moved, by the scenes' true tracks, and at the place
-    that it has left, of points that are visible in both and have left their place to another layer.
-    By chance: at the place of another point of the clip."""
+    """How often the token that a sprite's point looks at most stays the same from frame to frame:
+    where it went, at the place that it has left to another layer, and at another point's."""
     model = run.model
     S = run.cfg.size
     clips = run.truth(run.scenes("eval", max(model.cfg.frames, 8)), range(1000, 1032), points=256)
     states = [model.predict_ahead(clip[:, :-1]) for clip in clips["video"].split(4)]
-    top = torch.cat([top_tokens(model, some) for some in states])           # (B, T, H*W)
+    top = torch.cat([attention(model, some).argmax(-1) for some in states])     # (B, T, H*W)
     tracks = clips["tracks"]                                                # (B, T, P, 2)
     ids = clips["ids"].flatten(2)                                           # (B, T, H*W)
     x, y = tracks.round().long().clamp(0, S - 1).unbind(-1)
@@ -1434,12 +1274,12 @@ def follow_tracks(run):
     counts = visible[:, 1:] & visible[:, :-1] & (sprite > 0)
     counts &= ids[:, 1:].gather(2, left) != sprite
     counts[:, 0] = False                                        # frame 0 is decoded from noise
-    before = top[:, :-1].gather(2, left)
     went = top[:, 1:].gather(2, index[:, 1:])
     places = {"where it went": went, "where it was": top[:, 1:].gather(2, left),
               "at another point": went.roll(1, 2)}
-    return {f"a sprite's point keeps its token, {name}": (x == before)[counts].float().mean().item()
-            for name, x in places.items()}
+    kept = {name: (x == top[:, :-1].gather(2, left))[counts] for name, x in places.items()}
+    return {f"a sprite's point keeps its token, {name}": x.float().mean().item()
+            for name, x in kept.items()}
 
 def predict_open_loop(model, video, ahead):
     """The states of `ahead` frames after a video (B, T, 3, H, W), by the predictor alone."""
@@ -1451,27 +1291,20 @@ def predict_open_loop(model, video, ahead):
         state = predicted if model.cfg.released else model.state_norm(predicted)
     return torch.stack(states, 1)                                           # (B, ahead, N, D)
 
-@torch.no_grad()
 def unroll(run, T=36):
     """PSNR of long clips with more or fewer tokens, and of 1 to 8 frames in open loop."""
     model = run.model
     cfg = run.cfg
     size = (cfg.size, cfg.size)
-    index = moog.subsample(size, 1 if cfg.decoder_self_attention else math.gcd(cfg.size, 4))
-    index = index.to(run.args.device)
-
+    factor = 1 if cfg.decoder_self_attention else math.gcd(cfg.size, 4)
+    index = moog.subsample(size, factor).to(run.args.device)
     def pixels(video):
         return moog.gather_pixels(video, index.expand(*video.shape[:2], -1))    # (B, T, P, 3)
-
     def curve(guess, target):
-        """PSNR of frames (B, T, P, 3), each by itself, means over the clips: (T,)"""
         error = (guess - target).square().mean((2, 3)).clamp(min=1e-10)
         return (-10 * error.log10()).mean(0).tolist()
-
     def decoded(video, predict):
-        """What predict(clips) gives states for."""
         return torch.cat([model.decode(predict(some), size, index) for some in video.split(4)])
-
     if run.on_scenes:       # in longer clips sprites pass by: 8 frames, forth and back, hold them
         video = run.clips(8, 32)[:, [min(t % 14, 14 - t % 14) for t in range(T)]]
     else:
@@ -1483,9 +1316,8 @@ def unroll(run, T=36):
         guess = decoded(video, lambda some: model.predict_ahead(some[:, :-1], tokens=tokens))
         curves[f"{share:g}x tokens"] = curve(guess[:, 1:], true[:, 1:])
     curves["copy"] = curve(true[:, :-1], true[:, 1:])
-    rows = []
-    for a, b in ((1, 7), (8, 15), (16, 23), (24, 35)):
-        rows.append([f"t = {a}-{b}", *(statistics.fmean(x[a - 1:b]) for x in curves.values())])
+    rows = [[f"t = {a}-{b}", *(statistics.fmean(x[a - 1:b]) for x in curves.values())]
+            for a, b in ((1, 7), (8, 15), (16, 23), (24, 35))]
     run.table(f"PSNR in dB of {len(video)} clips' frames, predicted from those before; trained on "
               f"{cfg.frames} frames", list(curves), rows)
     video = run.clips(cfg.frames + 8, 64)
@@ -1514,24 +1346,21 @@ def pooled_clips(pooling, mode, seed, epoch, split="train"):
         parts.append(dict(pooled=pooled, displacements=batch["displacements"]))
     return joined(parts)
 
+@torch.enable_grad()
 def train_together(models, mode, optimizer, epochs=2, **options):
-    """Trains R models of one Config, each as train.py would, one clip a step, model i on clips of
-    seed i: AdamW and SGD treat each number by itself, so a step of stacked weights is R steps.
-    Returns the mean POS of each epoch's steps, epochs x R. our choice: 2 epochs, as the claim is of
-    two."""
-    params, _ = stack_module_state(models)
-    params = {name: p for name, p in params.items() if p.requires_grad}
+    """Trains R models of one Config, one clip a step, model i on clips of seed i -> mean POS of the
+    epochs, epochs x R. AdamW and SGD treat each number by itself, so a step of stacked weights is
+    R steps. our choice: 2 epochs, as the claim is of two."""
+    params = {name: p for name, p in stack_module_state(models)[0].items() if p.requires_grad}
     optimizer = optimizer(params.values(), **options)
     forward = vmap(lambda weights, batch: functional_call(models[0], weights, (batch,)))
     history = []
     for epoch in range(epochs):
-        pooling = models[0].cfg.pooling
-        clips = [pooled_clips(pooling, mode, seed, epoch) for seed in range(len(models))]
-        pooled = torch.stack([c["pooled"] for c in clips], 1)           # (EPOCH, R, N, 3 or 16)
-        d = torch.stack([c["displacements"] for c in clips], 1)         # (EPOCH, R, N, T-1, 2)
+        clips = [pooled_clips(model.cfg.pooling, mode, i, epoch) for i, model in enumerate(models)]
+        clips = {name: torch.stack([c[name] for c in clips], 1) for name in clips[0]}
         total = torch.zeros(len(models))
         for i in tqdm(range(EPOCH), f"epoch {epoch + 1} of {epochs}", **BAR):
-            batch = dict(pooled=pooled[i, :, None], displacements=d[i, :, None])
+            batch = {name: x[i, :, None] for name, x in clips.items()}      # (R, 1, N, ...)
             loss, logs = forward(params, batch)
             loss.sum().backward()
             optimizer.step()
@@ -1542,7 +1371,6 @@ def train_together(models, mode, optimizer, epochs=2, **options):
         model.load_state_dict({name: p[i] for name, p in params.items()}, strict=False)
     return history
 
-@torch.no_grad()
 def measure(models, mode):
     """What TABLES show, on clips never seen in training: {heading: [a number for each model]}."""
     clips = pooled_clips(models[0].cfg.pooling, mode, 0, 0, "eval")
@@ -1605,8 +1433,8 @@ TABLES = {                              # title: headings, {training: what the r
 }
 
 def melomotion_tables(run):
-    """Every table of the report beside ours, and controls. Left out: L1 in Table 2, flat as no
-    gradient passes from frames to velocities; 225 : 1 in Section 3.4, which is a test."""
+    """The report's tables beside ours. Left out: L1 in Table 2, flat as no gradient passes from
+    frames to velocities; 225 : 1 in Section 3.4, which is a test."""
     torch.set_num_threads(1)            # small tensors; and Sec. 4.8 counts seconds of one core
     table1(run)
     this_checkpoint(run)
@@ -1620,7 +1448,10 @@ def melomotion_tables(run):
         history = train_together(models, mode, **options)
         results[name] = measure(models, mode) | dict(history=history)
         results[name]["features differ by"] = before["features differ by"]
-    table2(run, results)
+    rows = [["report", 2e-4, 1e-4, 1e-4, "< 1e-4", "< 1e-4", "< 1e-4"],
+            ["ours", *results["decoupled, six epochs"]["history"]],
+            ["all move", *results["decoupled, all move"]["history"], "", "", "", ""]]
+    run.table("Table 2: POS, means of steps", [f"epoch {i + 1}" for i in range(6)], rows)
     for title, (headings, trainings) in TABLES.items():
         rows = []
         for name, says in trainings.items():
@@ -1630,23 +1461,21 @@ def melomotion_tables(run):
 
 def table1(run):
     report = dict(predictors=6438, rgb_proj=256, camera=742, encoder=1088, decoder=34587)
-    ours = {}
-    for name in report:
-        ours[name] = sum(p.numel() for p in getattr(MeloMotion(Config()), name).parameters())
-    baseline = sum(p.numel() for p in FlowBaseline().parameters())      # with a decoder
-    rows = [[name, number, ours[name]] for name, number in report.items()]
-    rows += [
+    def count(part):
+        return sum(p.numel() for p in part.parameters())
+    ours = {name: count(getattr(MeloMotion(Config()), name)) for name in report}
+    baseline = count(FlowBaseline())                                    # with a decoder
+    run.table("Table 1: parameters", ["report", "ours"], [
+        *([name, number, ours[name]] for name, number in report.items()),
         ["total", 43111, sum(ours.values())],
         ["baseline's Swin", "323K", baseline - ours["decoder"]],
-        ["baseline with all but predictors", "441K", baseline + ours["encoder"] + ours["camera"]]]
-    run.table("Table 1: parameters", ["report", "ours"], rows)
+        ["baseline with all but predictors", "441K", baseline + ours["encoder"] + ours["camera"]]])
 
 def own_squares(model, frames, numbers):
     """Held-out clips of the kind that a model was trained on, of any length."""
     options = model.cfg.inputs["squares"] | dict(video=True)
     return data.MovingSquares(model.cfg.size, frames, split="eval", **options).batch(numbers)
 
-@torch.no_grad()
 def this_checkpoint(run):
     model = run.model
     batch = own_squares(model, 64, range(50))
@@ -1659,15 +1488,9 @@ def this_checkpoint(run):
         rows.append([f"pixels off at t = {t}", *pixels])
     run.table(f"This checkpoint, held out, {model.cfg.mode}", ["model", "nothing moves"], rows)
 
-def table2(run, results):
-    rows = [
-        ["report", 2e-4, 1e-4, 1e-4, "< 1e-4", "< 1e-4", "< 1e-4"],
-        ["ours", *results["decoupled, six epochs"]["history"]],
-        ["all move", *results["decoupled, all move"]["history"], "", "", "", ""]]
-    run.table("Table 2: POS, means of steps", [f"epoch {i + 1}" for i in range(6)], rows)
-
+@torch.enable_grad()
 def speed(run):
-    """Sec. 4.8: forward, backward, AdamW; each way in turn, medians of the rounds."""
+    """Sec. 4.8: steps of training, each way in turn, medians of the rounds."""
     clip = data.MovingSquares().batch([0])
     bare = data.MovingSquares(video=False).batch([0])
     ways = {                            # name: model, batch, steps of a round
@@ -1686,17 +1509,16 @@ def speed(run):
                 optimizer.step()
                 optimizer.zero_grad()
             rates[name].append(steps / (time.process_time() - begin))
-    medians = {name: statistics.median(rate) for name, rate in rates.items()}
-    base, *_ = medians.values()
-    rows = [[name, rate, rate / base] for name, rate in medians.items()]
-    title = "Section 4.8: steps of one clip, one thread (report: 100 against 12 a second, MPS)"
-    run.table(title, ["clips per CPU-second", "times the baseline"], rows)
+    base, *_ = medians = [statistics.median(rate) for rate in rates.values()]
+    rows = [[name, rate, rate / base] for name, rate in zip(ways, medians)]
+    run.table("Section 4.8: steps of one clip, one thread (report: 100 against 12 a second, MPS)",
+              ["clips per CPU-second", "times the baseline"], rows)
 
 def with_paths(videos, paths, times, width):
     """Frames `times` of {name: video}; on each, the true and the predicted paths so far."""
     rows = [(name, video[times]) for name, video in videos.items()]
-    titles = [f"t = {t}" for t in times]
-    figure, axes = image_grid(rows, titles, width, note="white: true paths, red: predicted")
+    figure, axes = image_grid(rows, [f"t = {t}" for t in times], width,
+                              note="white: true paths, red: predicted")
     for line in axes:
         for axis, t in zip(line, times):
             for path, colour, thick in zip(paths, ("white", "tab:red"), (3, 1.2)):
@@ -1704,7 +1526,6 @@ def with_paths(videos, paths, times, width):
                 axis.plot(x, y, "o-", markevery=[t], color=colour, lw=thick, ms=2 * thick)
     return figure
 
-@torch.no_grad()
 def figures(run):
     """figure1.png, the report's Figure 1, and motion.gif, twice as long."""
     model = run.model
@@ -1716,8 +1537,7 @@ def figures(run):
     objects = batch["first_frame"][:, None] / 255 * batch["masks"][:, :, None]    # (1, N, 3, H, W)
     drawn = place(objects, ours)[0].amax(0)                             # (T, 3, H, W)
     videos = dict(truth=as_images(batch["video"][0]), prediction=as_images(drawn))
-    centres = [mask.nonzero().float().mean(0).flip(0) for mask in batch["masks"][0]]
-    start = torch.stack(centres)                                        # (N, 2), (x, y)
+    start = torch.stack([mask.nonzero().float().mean(0).flip(0) for mask in batch["masks"][0]])
     paths = [start + model.cfg.size * d[0].transpose(0, 1) for d in (true, ours)]
     run.picture(with_paths(videos, paths, [0, 3, 6, 9, 12, 15], 1.5), "figure1.png")
     run.gif((with_paths(videos, paths, [t], 2.6) for t in range(32)), "motion.gif", 120)
@@ -1734,10 +1554,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    path = os.path.expanduser
     add("checkpoint", help="ckpt.pt of train.py or its folder, or the authors' .pth or .npz")
     add("--task", default="all", help="one of the model's tasks [all]")
-    add("--out", default="", help="folder for results and pictures [the checkpoint's]")
-    add("--data", default="scenes", help="scenes, or a path to what the task needs [scenes]")
+    add("--out", default="", type=path, help="folder for results and pictures [the checkpoint's]")
+    add("--data", default="scenes", type=path, help="scenes, or a path [scenes]")
     add("--seed", type=int, default=0, help="of samples, readouts and noise [0]")
     add("--seeds", type=int, default=3, help="MeloMotion: how often each ablation is trained [3]")
     add("--device", default="", help="cuda, mps or cpu [the first that is there]")
@@ -1746,20 +1567,16 @@ def parse(argv):
     add("--lr", type=float, default=0.0, help="learning rate of a readout [1e-3; moog 3e-3]")
     add("--finetune", action="store_true", help="train the model together with the readout")
     add("--head", choices=("linear", "upernet"), default="linear", help="of segmentation [linear]")
-    add("--features", choices=("backward", "encoder"), default="encoder",
-        help="linear readout: of what [encoder]; the paper's is of the backward layers")
+    add("--features", choices=("backward", "encoder"), default="encoder", help="paper: backward")
     add("--classes", type=int, default=0, help="segmentation: how many [what the folder says]")
     add("--ignore-index", type=int, help="segmentation: label to leave out [the folder's, or 255]")
-    add("--encoder-only", action="store_true", help="flow: the control alone")
     add("--at", type=float, nargs=2, metavar=("X", "Y"), help="heatmap: where, from 0 to 1")
     add("--time", type=float, help="heatmap: seconds at which the pair of a video begins")
-    add("--against", default="", help="identity-bias: another Midway, such as one without gating")
+    add("--against", default="", type=path, help="identity-bias: another Midway")
     add("--gap", type=float, nargs=2, default=(0.5, 1.0), help="seconds between frames [0.5 1]")
-    args = parser.parse_args(argv)
-    for name in ("data", "out", "against"):
-        setattr(args, name, os.path.expanduser(getattr(args, name)))
-    return args
+    return parser.parse_args(argv)
 
+@torch.no_grad()                    # readouts ask for gradients where they learn
 def main(argv):
     args = parse(argv)
     model, name, config, path = load(args.checkpoint)
@@ -1775,10 +1592,9 @@ def main(argv):
         run.tables = {}
         torch.manual_seed(args.seed)
         try:
-            if isinstance(tasks[task], type):
-                probe(run, tasks[task](run))
-            else:
-                tasks[task](run)
+            result = tasks[task](run)
+            if isinstance(result, Task):
+                probe(run, result)
         except (UserError, ValueError, OSError) as error:
             if args.task != "all":
                 raise
@@ -1794,7 +1610,7 @@ def main(argv):
     print(f"\nresults.json and pictures are in {out}")
 
 def cli(argv):
-    """main(), but what the user can mend is told in one line on stderr, with exit status 1."""
+    """main(), but what the user can mend is told in one line."""
     try:
         main(argv)
     except KeyboardInterrupt:
