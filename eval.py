@@ -786,6 +786,17 @@ def latent_errors(model, i, m, v, target, motion=None):
     return {name: midway.prediction_loss(model.predict_forward(i, x, v)[0], target).item()
             for name, x in others.items()}
 
+def shifted_pairs(run, count):
+    """Pairs (count, 2, 3, S, S) of crops of one frame each, shifts (count, 2) between them."""
+    crops = run.cfg.inputs["crops"] | dict(local_crops=0)
+    numbers = [range(i, i + 16) for i in range(0, count, 16)]
+    batches = data.make_loader(
+        run.args.data, run.cfg.inputs | dict(crops=crops), numbers, seed=run.args.seed, workers=0,
+        split="eval", colours=False, one_frame=count,
+        videos=data.VideoOptions(gap=tuple(run.args.gap)))
+    batch = to_device(joined(list(batches)), run.args.device)
+    return batch["motion"], batch["shift"]
+
 def latents(run, tests=256, fits=1024):
     """Do the motion latents carry motion? Content makes the right latents better than another
     pair's too; only motion makes those of another scene with the same motion as good."""
@@ -796,10 +807,12 @@ def latents(run, tests=256, fits=1024):
                         run.truth(run.scenes("eval"), range(tests))])
         video = clips["video"]
         flow = clips["flow"][:, 0].mean((2, 3))                             # (n, 2)
-        colours = video[:, 1].mean((2, 3))                                  # (n, 3)
+        truths = {"camera's motion": flow, "colours": video[:, 1].mean((2, 3))}
         motion = flow[-tests:]
     else:
-        video = run.clips(2, tests)
+        pairs, shift = shifted_pairs(run, 2 * tests)
+        video = torch.cat([pairs, run.clips(2, tests)])
+        truths = {"shifts within a frame": shift}
     rows = []
     readings = []                               # what the latents say of the camera's motion
     for who, model in (("", run.model), ("random init, ", run.untrained)):
@@ -809,10 +822,8 @@ def latents(run, tests=256, fits=1024):
             row = latent_errors(model, i, m, v, target, motion)
             row["copying"] = midway.prediction_loss(copies[i], target).item()
             row["variance of m"] = m.var(0).mean().item()
-            if run.on_scenes:
-                m = level.m.flatten(1)
-                row["R2 of the camera's motion"], reading = ridge(m, flow, tests)
-                row["R2 of colours"], _ = ridge(m, colours, tests)
+            for what, truth in truths.items():
+                row[f"R2 of {what}"], reading = ridge(level.m[:len(truth)].flatten(1), truth, tests)
                 readings.append(reading)
             rows.append([who + name, *row.values()])
     run.table(f"motion latents of {tests} pairs: 2 - 2 cos of the prediction with latents that are "
