@@ -663,18 +663,6 @@ def test_a_crop_is_its_box_resized_and_flipped():
     small = data.crop_uint8(stripes, (0, 0, 64, 64), 15).int()
     assert (small[..., 2:-2] - 127).abs().max() <= 8           # too fine to be seen: grey, no moire
 
-def test_random_boxes_have_the_area_and_aspect_asked_for():
-    rng = np.random.default_rng(0)
-    boxes = np.array([data.random_box(rng, 900, 1200, (0.2, 0.4)) for _ in range(2000)])
-    top, left, h, w = boxes.T
-    area = h * w / (900 * 1200)
-    aspect = w / h
-    close([area.min(), area.max(), aspect.min(), aspect.max()], [0.2, 0.4, 3 / 4, 4 / 3], 0.01)
-    quarters = np.linspace(0, 1, 5)
-    for place in (top / (900 - h), left / (1200 - w)):              # anywhere, as often
-        close(np.quantile(place, quarters), quarters, 0.05)
-    assert data.random_box(rng, 4, 400, (0.5, 1.0)) == (0, 197, 4, 5)   # aspect at most 4/3
-
 @pytest.fixture(scope="module")
 def drawn():
     """Boxes, flips and parameters of 400 pairs, 6 + 2 * 8 crops each, of frames 360 x 640."""
@@ -691,6 +679,10 @@ def test_multicrop_boxes_follow_the_papers_rules(drawn):
     for one, other in ((2, 3), (2, 6), (6, 14), (6, 7)):            # the others are independent
         assert (boxes[:, one] != boxes[:, other]).any(-1).mean() > 0.9
         assert abs((flips[:, one] != flips[:, other]).mean() - 0.5) < 0.1
+    top, left, h, w = boxes[:, 0].T                                 # anywhere, as often
+    for place in (top / (360 - h), left / (640 - w)):
+        close(np.quantile(place, [0, 0.25, 0.5, 0.75, 1]), [0, 0.25, 0.5, 0.75, 1], 0.1)
+    close([(w / h).min(), (w / h).max()], [3 / 4, 4 / 3], 0.03)
     share = boxes[..., 2:].prod(-1) / (360 * 640)
     near = boxes[:, 2:, :2]                                         # of those in the initial crop
     far = near + boxes[:, 2:, 2:]
@@ -865,31 +857,13 @@ def test_scene_depends_on_its_number_and_split_alone(scenes):
     for name, value in s.batch([4, 1], truth=True).items():
         close(value, d[name][[4, 1]], 1e-4)
     assert torch.equal(Scenes().batch([2])["video"][0], d["video"][2])          # without truth
+    assert torch.equal(d["classes"] > 0, d["ids"] > 0)
     assert not torch.equal(Scenes(seed=1).batch([2])["video"][0], d["video"][2])
     held_out = Scenes(split="eval")
     other = held_out.batch(range(40))["video"][:, 0]
     assert (d["video"][:, None, 0] - other).abs().mean((2, 3, 4)).min() > 0.05
     likeness = s.bank.flatten(1) @ held_out.bank.flatten(1).T
     assert likeness.abs().max() < 0.9 * s.bank[0].numel()
-
-def test_scene_statistics_are_sane():
-    d = Scenes().batch(range(32), truth=True)
-    for value, least, most in (
-            (d["flow"].norm(dim=2).mean(), 0.6, 1.8), (d["occluded"].float().mean(), 0.03, 0.12),
-            ((d["ids"] > 0).float().mean(), 0.12, 0.30), (d["video"].mean(), 0.3, 0.7),
-            (d["video"].std((1, 3, 4)).mean(), 0.12, 1.0)):
-        assert least < value < most
-    assert d["video"].min() >= 0 and d["video"].max() <= 1
-    assert torch.equal(d["classes"] > 0, d["ids"] > 0)
-    assert set(d["classes"].unique().tolist()) == set(range(9))
-
-@pytest.mark.parametrize("call, word", [
-    (partial(Scenes, seed=10**9), "seed"), (partial(data.MovingSquares, mode="both"), "mode"),
-    (lambda: data.MovingSquares(objects=40)[0], "no room"),
-    (partial(MultiCrop, 32, 16, 2, motion_colours="some"), "motion_colours")])
-def test_wrong_options_of_made_data_are_refused(call, word):
-    with pytest.raises(ValueError, match=word):
-        call()
 
 # ---- your own videos -----------------------------------------------------------------------------
 def bars(i, size):
@@ -906,32 +880,24 @@ def texture(i, size):
     return np.roll(noise, 3 * i, 1)
 
 def encode(path, times, size=(256, 64), gop=12, codec="libx264", b_frames=2, matrix=None,
-           sound=0, paint=bars):
-    """Writes a video whose frame i is paint(i) at times[i]; sound: its seconds."""
+           paint=bars):
+    """Writes a video whose frame i is paint(i) at times[i]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tick = Fraction(1, 30) if codec == "mpeg4" else Fraction(1, 15360)
     with av.open(str(path), "w") as out:
         preset = {"preset": "ultrafast"} if codec == "libx264" else {}
         stream = out.add_stream(codec, rate=30, options=preset | {"bf": str(b_frames)})
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.gop_size = gop
         stream.codec_context.time_base = tick
         if matrix:
             stream.set_display_matrix(matrix)
-        audio = out.add_stream("aac", rate=48000) if sound else None
         for i, t in enumerate(times):
             frame = av.VideoFrame.from_ndarray(paint(i, size), "rgb24")
             frame.pts = round(t / tick)
             frame.time_base = tick
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-        for n in range(sound * 48000 // 1024):
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            silence.sample_rate = 48000
-            silence.pts = n * 1024
-            out.mux(audio.encode(silence))
-        out.mux(audio.encode() if audio else [])
     return path
 
 def number(image):
@@ -975,10 +941,12 @@ def test_all_eight_orientations_come_upright(tmp_path, a, b, c, d):
     turned = plain if a else plain.swapaxes(0, 1)
     assert np.array_equal(shown, turned[::b + d, ::a + c])
 
-@pytest.mark.parametrize("times, low, high, slack", [
-    (CONSTANT, 0.5, 1.0, 1 / 60), (VARIABLE, 0.5, 0.5, 0.025), (BURSTS, 0.5, 0.9, 1 / 60)])
-def test_pairs_lie_in_the_gap_to_half_a_local_frame(tmp_path, times, low, high, slack):
-    dataset = Videos(encode(tmp_path / "a.MP4", times), gap=(low, high))
+@pytest.mark.parametrize("times, low, high, slack, name", [
+    (CONSTANT, 0.5, 1.0, 1 / 60, "a.MP4"), (VARIABLE, 0.5, 0.5, 0.025, "a.MP4"),
+    (BURSTS, 0.5, 0.9, 1 / 60, "a.MP4"), (CONSTANT, 0.5, 1.0, 1 / 60, "late.mkv")])
+def test_pairs_lie_in_the_gap_to_half_a_local_frame(tmp_path, times, low, high, slack, name):
+    path = encode(tmp_path / name, np.add(times, 2.5 * (name == "late.mkv")))
+    dataset = Videos(path, gap=(low, high))
     gaps = [times[b] - times[a] for a, b in numbers(dataset, range(60))]
     assert low - slack - 1e-3 < min(gaps) and max(gaps) < high + slack + 1e-3
     assert max(gaps) - min(gaps) >= 0.7 * (high - low) and not dataset.broken.any()
@@ -987,15 +955,6 @@ def test_clips_are_consecutive_decoded_frames(tmp_path):
     path = encode(tmp_path / "variable.mp4", VARIABLE)
     assert (np.diff(numbers(Videos(path, frames=5, stride=7), range(20))) == 7).all()
     assert numbers(Videos(path, frames=120, repeat=1), [0]) == [list(range(120))]   # all of it
-
-@pytest.mark.parametrize("name", ["late.mkv", "sound.mkv", "sound.ts"])
-def test_headers_that_promise_too_much_break_nothing(tmp_path, name):
-    late, sound = (2.5, 0) if "late" in name else (0, 7)
-    path = encode(tmp_path / name, np.add(CONSTANT[:90], late), sound=sound)
-    dataset = Videos(path)
-    pairs = numbers(dataset, range(60))
-    assert not dataset.broken.any() and np.min(pairs) < 12 and np.max(pairs) > 78
-    assert [numbers(Videos(path), [i])[0] for i in range(0, 60, 7)] == pairs[::7]
 
 def test_avi_without_b_frames_is_read_and_with_them_refused(tmp_path):
     good = encode(tmp_path / "a.avi", CONSTANT, codec="mpeg4", b_frames=0)
@@ -1086,17 +1045,6 @@ def test_broken_files_are_named_once_and_replaced(tmp_path, capfd, monkeypatch):
     lines = re.findall(r"(?m)^skipped.*/(.*)\.mp4: ", capfd.readouterr().err)
     assert sorted(lines) == ["\\udcff", "cut", "odd", "short", "sparse"]
     assert dataset.broken.sum() == 5                        # the workers counted together
-
-def test_damaged_videos_give_the_same_samples_alone_and_in_a_batch(tmp_path):
-    for n in range(3):
-        path = encode(tmp_path / f"{n}.mp4", CONSTANT, (96, 64), gop=40, paint=texture)
-        content = np.fromfile(path, np.uint8)
-        places = np.random.default_rng(10 + n).uniform(0.25, 0.75, 8) * len(content)
-        content[places.astype(int)] ^= 255 if n < 2 else 0      # the last one is good
-        content.tofile(path)
-    together = Videos(tmp_path).__getitems__(list(range(30)))
-    for i in range(30):
-        assert torch.equal(Videos(tmp_path)[i]["video"], together[i]["video"]), i
 
 @pytest.mark.parametrize("name, kind, word", [
     ("nowhere", FileNotFoundError, "no such"), ("empty", ValueError, "no videos and no frames"),
@@ -1280,17 +1228,12 @@ def small_run(tmp_path_factory):
     ("", "midway, moog, melomotion"),
     ("--model midway --batch-sise 3", "did you mean --batch-size?"),
     ("--model midway --preset huge", "tiny, vit_s, vit_b"),
-    ("--model midway --betas 0.9", "--betas"),
     ("--model midway --lr nan", "lr"),
-    ("--model midway --workers 10000", "workers"),
-    ("--model midway --scene-size 1000000", "size"),
     ("TINY --micro-batch 3", "try 3"),
-    ("TINY --dtype float8", "bfloat16"),
     ("TINY --size 20", "multiple"),
     ("TINY --data OUT/nowhere", "nowhere"),
     ("--resume OUT/nowhere", "no checkpoint at"),
     ("--model moog --resume RUN", "holds a midway model"),
-    ("--resume RUN --preset vit_s", "preset tiny"),
     ("--model melomotion --init RUN", "does not fit"),
     ("--model melomotion --data scenes", "--data squares"),
     ("--resume RUN --dim 48 --steps 3", "does not fit"),
@@ -1305,10 +1248,8 @@ def test_wrong_arguments_are_told_in_one_line(args, word, tmp_path, small_run):
     assert not (tmp_path / "never").exists()
 
 @pytest.mark.parametrize("place, value", [
-    ("config", None), ("config/model", "os"), ("step", -1), ("config/options/lr", None),
-    ("config/options/new", 1), ("config/config/dim", 7), ("config/config/heads", 0),
-    ("model/new", 3), ("optimizer/state/0/exp_avg", torch.zeros(1)),
-    ("optimizer/state/0/step", torch.zeros(2)), ("optimizer/param_groups", [])])
+    ("config", None), ("config/options/new", 1), ("config/config/dim", 7), ("model/new", 3),
+    ("optimizer/state/0/exp_avg", torch.zeros(1)), ("optimizer/param_groups", [])])
 def test_what_does_not_fit_in_a_checkpoint_is_told_in_one_line(place, value, small_run, tmp_path):
     ckpt = checkpoint(small_run)
     inner = ckpt
@@ -1330,12 +1271,6 @@ def test_only_bugs_have_a_traceback(monkeypatch, tmp_path):
     error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes"):
         train.cli(args)
-
-def test_help_names_presets_and_the_defaults_that_count(capsys):
-    with pytest.raises(SystemExit):
-        train.cli("--model melomotion --preset fast --device cpu --help".split())
-    said = capsys.readouterr().out
-    assert ", ".join(melomotion.PRESETS) in said and re.search(r"--steps int[^-]*\(188\)", said)
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bench_and_bfloat16_run(name, tmp_path, capsys):
@@ -1367,17 +1302,6 @@ def test_data_can_be_looked_at_and_timed(tmp_path, capsys):
     data.bench(path)
     assert float(re.search("a.mp4: (.*) CPU-seconds", capsys.readouterr().out)[1]) > 0
 
-def test_loader_start_methods_agree(tmp_path):
-    path = str(encode(tmp_path / "clip.mp4", CONSTANT[:60], size=(256, 256)))
-    loaded = []
-    for method, workers in ((None, 0), ("fork", 2), ("spawn", 1)):
-        loader = data.make_loader(path, SMALL.inputs, [[0, 1], [2, 3]], workers=workers)
-        loader.loader.multiprocessing_context = method
-        loaded.append(list(loader))
-    for batches in zip(*loaded, strict=True):
-        for name, x in batches[0].items():
-            assert all(torch.equal(x, other[name]) for other in batches[1:])
-
 @pytest.mark.parametrize("kind", ["grey", "deep", "alpha"])
 def test_images_of_other_kinds_are_read_right(tmp_path, kind):
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -1386,6 +1310,12 @@ def test_images_of_other_kinds_are_read_right(tmp_path, kind):
                    alpha=np.dstack([colour, np.full_like(grey, 200)]))
     iio.imwrite(tmp_path / "a.png", written[kind])
     assert np.array_equal(data.read_image(tmp_path / "a.png"), colour)
+
+def test_help_names_presets_and_the_defaults_that_count(capsys):
+    with pytest.raises(SystemExit):
+        train.cli("--model melomotion --preset fast --device cpu --help".split())
+    said = capsys.readouterr().out
+    assert ", ".join(melomotion.PRESETS) in said and re.search(r"--steps int[^-]*\(188\)", said)
 
 def test_an_error_with_workers_running_still_ends():
     script = """if True:
@@ -1539,15 +1469,10 @@ THINGS = "optical_flow/TEST/A/0003/into_future/left/OpticalFlowIntoFuture"
 @pytest.mark.parametrize("layout, name, content, word", [
     ("yours", "a/2/frame2.png", np.zeros((4, 5, 3), np.uint8), "size of"),
     ("yours", "a/2/flow.flo", FLO, "flow.flo: the flow is"),
-    ("yours", "a/2/flow.flo", FLO[:-4], "flow.flo: .*reshape"),
     ("yours", "a/2/flow.flo", b"X" + FLO[1:], "begin"),
-    ("yours", "a/2/flow.flo", FLO[:4] + b"\xff" * 4 + FLO[8:], "reshape"),
     ("yours", "a/2/frame1.png", b"no image", "frame1.png: can't be read"),
     ("things", f"{THINGS}_0006_L.pfm", b"Pf\n1 1\n-1\n1234", "three channels"),
-    ("things", f"{THINGS}_0006_L.pfm", b"PF\n2 1\n-1\n" + b"1234" * 5, "L.pfm: .*reshape"),
-    ("kitti", "flow_occ/000002_10.png", PNG[:-40], "whole PNG"),
     ("kitti", "flow_occ/000002_10.png", PNG[:900] + b"\0\0" + PNG[902:], "damaged"),
-    ("kitti", "flow_occ/000002_10.png", np.zeros((4, 4, 3), np.uint8), "16 bits"),
     (None, "a.txt", b"", "no flow with its two frames"),
     ("chairs", "FlyingChairs_train_val.txt", b"1\n1\n1\n", "frames of split 'val'")])
 def test_flow_pairs_say_what_is_wrong(tmp_path, layout, name, content, word):
@@ -1612,16 +1537,14 @@ def test_segmentation_without_splits_validates_on_every_fifth(tmp_path):
 
 def few_bits(values, bits, kind):
     """The bytes of a PNG of a few bits a pixel; kind 0: grey, 3: a palette of colours."""
-    rows = b""
-    for row in values:
-        written = np.unpackbits(np.uint8(row)[:, None], axis=1)[:, 8 - bits:]
-        rows += b"\0" + np.packbits(written).tobytes()
+    written = np.unpackbits(np.uint8(values)[..., None], axis=2)[..., 8 - bits:]
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in written)
     head = struct.pack(">IIBBBBB", len(values[0]), len(values), bits, kind, 0, 0, 0)
-    palette = [(b"PLTE", bytes([200, 0, 0, 0, 90, 0, 0, 0, 70]))] if kind else []
     content = b"\x89PNG\r\n\x1a\n"
-    for name, body in [(b"IHDR", head), *palette, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]:
-        checked = name + body
-        content += struct.pack(">I", len(body)) + checked + struct.pack(">I", zlib.crc32(checked))
+    for body in (b"IHDR" + head, b"PLTE" + bytes([200, 0, 0, 0, 90, 0, 0, 0, 70]),
+                 b"IDAT" + zlib.compress(rows), b"IEND"):
+        if kind or body[:4] != b"PLTE":
+            content += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     return content
 
 @pytest.mark.parametrize("bits, kind", [(1, 0), (2, 0), (4, 0), (8, 0), (2, 3), (8, 3)])
