@@ -386,7 +386,7 @@ def test_moog_readouts_equal_the_authors(tmp_path):
     (Midway, "motion_pos", property(lambda self: self._parameters["motion_pos"].roll(17, 1))),
     (Midway, "teacher_embed", property(lambda self: self.student_embed)),
     (midway, "prediction_loss", lambda x, y, loss=midway.prediction_loss: loss(x[:, 1:], y[:, 1:])),
-    (moog.F, "gelu", lambda x, approximate, gelu=F.gelu: gelu(x)),
+    (moog.F, "gelu", lambda x, approximate="none", gelu=F.gelu: gelu(x)),
     (moog, "axis_positions", lambda n, device=None: torch.linspace(-1, 1, n)),
     (moog, "grid_positions", lambda h, w, device=None, f=moog.grid_positions: f(h, w).flip(-1))])
 def test_parity_would_catch(place, name, wrong, official, tmp_path, monkeypatch):
