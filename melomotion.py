@@ -6,7 +6,7 @@ Given are frame 0 of a video and a mask for each object. Each object becomes a l
 frame 0's latent, frozen, and a small network of its own that reads one velocity off the object's
 colour. For frame t the patch is copied t velocities further, by whole latent cells, and the sum of
 all is decoded. The report's reasons: no weight serves both moving and still objects, and nothing is
-interpolated, so no edge blurs. eval.py tests both.
+interpolated, so no edge blurs. eval.py tests the first.
 
     v_i = W2_i ReLU(W1_i f_i + b1_i) + b2_i         f_i: the mean colour, projected    report: Eq. 2
     F_t = F_bg + sum_i place(F_obj_i, mask_i, t v_i)                                report: Eq. 3, 4
