@@ -1174,7 +1174,7 @@ def small_run(tmp_path_factory):
     ("--model midway --preset huge", "tiny, vit_s, vit_b"),
     ("--model midway --lr nan", "lr"),
     ("TINY --micro-batch 3", "try 3"),
-    ("TINY --size 20", "multiple"),
+    ("TINY --size 18", "multiple"),
     ("TINY --data OUT/nowhere", "nowhere"),
     ("--resume OUT/nowhere", "no checkpoint at"),
     ("--model moog --resume RUN", "holds a midway model"),
@@ -2048,7 +2048,7 @@ def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path
 # ---- evaluation: what is wrong is told in one line -----------------------------------------------
 @pytest.mark.parametrize("name, flags, word", [
     ("nowhere", "", "nowhere"), ("nowhere.npz", "", "nowhere"), ("text.npz", "", "text.npz"),
-    ("evil", "", "os"), ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
+    ("evil", "", "no model of ours"), ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
     ("midway", "--task identity-bias --data empty", "scenes"),
     ("midway", "--task segmentation --data empty", "empty"),
     ("midway", "--task segmentation --data wrong --classes 3 --batch-size 2", ".png"),
