@@ -1382,6 +1382,7 @@ def train_together(models, mode, optimizer, epochs=2, **options):
         model.load_state_dict({name: p[i] for name, p in params.items()}, strict=False)
     return history
 
+@torch.no_grad()
 def measure(models, mode):
     """What TABLES show, on clips never seen in training: {heading: [a number for each model]}."""
     clips = pooled_clips(models[0].cfg.pooling, mode, 0, 0, "eval")

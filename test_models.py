@@ -2048,7 +2048,8 @@ def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path
 # ---- evaluation: what is wrong is told in one line -----------------------------------------------
 @pytest.mark.parametrize("name, flags, word", [
     ("nowhere", "", "nowhere"), ("nowhere.npz", "", "nowhere"), ("text.npz", "", "text.npz"),
-    ("evil", "", "no model of ours"), ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
+    ("evil", "", "no model of ours"),
+    ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
     ("midway", "--task identity-bias --data empty", "scenes"),
     ("midway", "--task segmentation --data empty", "empty"),
     ("midway", "--task segmentation --data wrong --classes 3 --batch-size 2", ".png"),

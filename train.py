@@ -136,7 +136,8 @@ def parse(argv):
     ckpt = read_checkpoint(first.resume) if first.resume else None
     name = ckpt["config"]["model"] if ckpt else first.model
     if name not in MODELS:
-        print(__doc__)
+        if {"-h", "--help"} & {*argv}:
+            print(__doc__)
         raise UserError(f"--model {name}: choose from {', '.join(MODELS)}")
     module = importlib.import_module(name)
     start = ckpt["config"] if ckpt else preset_values(module, name, first)
