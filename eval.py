@@ -69,8 +69,9 @@ def load(path):
     config = ckpt["config"]
     name = config["model"]
     module = importlib.import_module(name)
-    model = getattr(module, train.MODELS[name])(module.Config(**config["config"]))
-    model.load_state_dict(ckpt["model"])
+    with train.one_line(f"{ckpt['path']} does not fit {name}.py"):
+        model = getattr(module, train.MODELS[name])(module.Config(**config["config"]))
+        model.load_state_dict(ckpt["model"])
     return model.eval(), name, config, ckpt["path"]
 
 class Run:
@@ -1629,7 +1630,7 @@ def cli(argv):
         sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit("eval.py: error: out of memory: lower --batch-size, or --device cpu")
-    except (UserError, AssertionError, ValueError, OSError, RuntimeError) as error:
+    except (UserError, AssertionError, ValueError, OSError) as error:
         sys.exit("eval.py: error: " + " ".join(str(error).split()))
 
 if __name__ == "__main__":
