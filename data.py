@@ -1421,10 +1421,13 @@ def show(source, path, videos=None):
         rows[0] = {"frame 0": first, "frame 1": second, "flow, x": u, "flow, y": v}
         rows[0] |= {name: clip[name][0, 0] for name in ("classes", "ids", "depth", "occluded")}
     figure, axes = plt.subplots(3, 10, figsize=(15.5, 5.2), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
     for row, line in zip(rows, axes):
         for (title, image), axis in zip(row.items(), line):
             axis.imshow(image)
             axis.set_title(title, fontsize=8)
+    figure.supxlabel("crops as in training, a pair a row: those of frame 0 come first", fontsize=9)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=90)
     print(f"written: {path}")

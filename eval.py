@@ -754,6 +754,8 @@ def moving_tokens(run, count, scenes):
     shift = flow.flip(-1) / p                                           # down and right
     fits = ~batch["occluded"][:, 0, at, at].flatten(1) & (shift.norm(dim=-1) >= 1)
     rows = fits.any(1).nonzero()[:, 0]
+    if not len(rows):
+        raise UserError("nothing moves by a patch or more in this model's scenes")
     generator = torch.Generator().manual_seed(run.args.seed)
     token = torch.multinomial(fits[rows].float().cpu(), 1, generator=generator)
     token = token[:, 0].to(rows.device)
@@ -851,6 +853,9 @@ def identity_bias(run):
     models = {"this model": run.model}
     if run.args.against:
         other, _, _, path = load(run.args.against)
+        if not isinstance(other, midway.Midway) or (other.cfg.size, other.cfg.patch) != (
+                run.cfg.size, run.cfg.patch):
+            raise UserError(f"--against {path}: no Midway of this size and patch")
         models[path.parent.name] = other.to(run.args.device)
     models["random init"] = run.untrained
     pairs, token, truth = moving_tokens(run, 128, scenes=256)

@@ -2051,6 +2051,7 @@ def test_windows_of_real_clips_keep_points_on_their_pixels(checkpoints, tmp_path
     ("evil", "", "no model of ours"),
     ("midway", "--task tokens", "latents"), ("moog", "--task flow", "unroll"),
     ("midway", "--task identity-bias --data empty", "scenes"),
+    ("midway", "--task identity-bias --against moog", "no Midway"),
     ("midway", "--task segmentation --data empty", "empty"),
     ("midway", "--task segmentation --data wrong --classes 3 --batch-size 2", ".png"),
     ("midway", "--task flow --data nowhere", "nowhere"),

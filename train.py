@@ -16,7 +16,6 @@ alone, the random depth of a micro-batch on (seed, its number): a resumed run en
 of a whole one, bit by bit on a CPU, and one GPU and eight see the same batches.
 """
 import argparse
-import copy
 import difflib
 import importlib
 import inspect
@@ -90,7 +89,7 @@ def one_line(what, warn=False):
     try:
         yield
     except Exception as error:
-        if not what:
+        if not what or isinstance(error, torch.OutOfMemoryError):
             raise
         text = " ".join(f"{what}: {type(error).__name__}: {error}".split())[:300]
         if not warn:
@@ -363,12 +362,15 @@ def check_finite(opt, values, step, good):
                 f"Go on, or start again, with a lower --lr or --clip (now {opt.clip:g})")
 
 def try_weights(run, batch):
-    """(1, 2): loss and norm of the gradient after the update, by a copy of the model."""
-    trial = copy.deepcopy(run.model)
+    """(1, 2): loss and norm of the gradient after the update, in no more memory than a step takes;
+    gradients and buffers stay as they are."""
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
     with run.autocast:
-        loss, _ = trial(batch)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(trial.parameters(), math.inf)
+        loss, _ = run.model(batch)
+    gradients = torch.autograd.grad(loss, run.trained, allow_unused=True)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
     return mean_of_all(torch.stack([loss.detach().float(), norm.float()]))[None]
 
 def held_out(run):
@@ -543,6 +545,8 @@ def cli(argv):
         stream.reconfigure(errors="backslashreplace")       # a path that can't be printed
     try:
         sys.exit(main(argv))
+    except KeyboardInterrupt:                               # before train() catches the signals
+        sys.exit(130)
     except torch.OutOfMemoryError:
         text = "out of memory: give a --micro-batch below --batch-size / processes"
     except (UserError, argparse.ArgumentError, AssertionError, ValueError, OSError) as error:
